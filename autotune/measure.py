@@ -1,0 +1,132 @@
+"""Run times: the only clock of the package.
+
+Times on one machine drift by a fifth within minutes (frequency, neighbours), so two times are only
+comparable when they were taken in turn. `interleave` goes round all candidates, forwards and backwards by
+turns, and takes one sample of each a round; the minimum over rounds is the figure to compare. A call
+shorter than a clock can resolve is repeated within a sample.
+
+`measure_peak` is the denominator of "% of peak": the rate of one core on independent vector FMAs.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+from convsched.kernels.peak import PeakKernel, peak_kernel
+from convsched.machine import Machine
+
+Clock = Callable[[], int]
+"""Nanoseconds since some fixed moment."""
+
+Result = TypeVar("Result")
+
+PEAK_CALL_SECONDS = 2e-3  # long against the cost of a call (2 us), short against a scheduler's slice (4 ms)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What one callable took, in seconds a call; `batch` calls were made for each sample."""
+
+    samples: tuple[float, ...]
+    batch: int
+
+    @property
+    def minimum(self) -> float:
+        return min(self.samples)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def spread(self) -> float:
+        """The distance between the quartiles, as a fraction of the median; 0 for a single sample."""
+        if len(self.samples) < 2 or self.median == 0:
+            return 0.0
+        first, _, third = statistics.quantiles(self.samples, n=4, method="inclusive")
+        return (third - first) / self.median
+
+
+def interleave(
+    callables: Mapping[str, Callable[[], object]],
+    *,
+    repeats: int = 20,
+    min_seconds: float = 50e-6,
+    budget: float | None = None,
+    settle: float = 0.0,
+    clock: Clock = time.perf_counter_ns,
+) -> dict[str, Timing]:
+    """Times the callables in turn: `repeats` rounds, or fewer when `budget` seconds are over.
+
+    Every callable is first called once to warm up, and again (unless the first call was long) to learn how
+    many calls make a sample of at least `min_seconds`. There is always one whole round, however small the
+    budget is, so every callable has a sample. `settle` is for callables with threads of their own: before
+    each sample the process sleeps as many seconds, in which the threads of the callable before stop
+    spinning, and makes one call that does not count.
+    """
+    if not callables:
+        return {}
+    if repeats < 1:
+        raise ValueError(f"repeats is {repeats}: it must be at least 1")
+    start = clock()
+    batches = {name: _batch(call, min_seconds, clock) for name, call in callables.items()}
+    samples: dict[str, list[float]] = {name: [] for name in callables}
+    order = list(callables)
+    for _ in range(repeats):
+        for name in order:
+            if settle:
+                time.sleep(settle)
+                callables[name]()
+            samples[name].append(_sample(callables[name], batches[name], clock))
+        order.reverse()
+        if budget is not None and (clock() - start) * 1e-9 >= budget:
+            break
+    return {name: Timing(tuple(samples[name]), batches[name]) for name in callables}
+
+
+def once(call: Callable[[], Result], clock: Clock = time.perf_counter_ns) -> tuple[Result, float]:
+    """The result of one call and the seconds it took: for things done once, such as a compilation."""
+    start = clock()
+    result = call()
+    return result, (clock() - start) * 1e-9
+
+
+def peak_call(kernel: PeakKernel | None = None) -> tuple[Callable[[], object], float]:
+    """A call of the FMA kernel for about 2 ms, and the FLOPs it does: one more entry for `interleave`."""
+    ready = kernel or peak_kernel(Machine.host())
+    iterations, seconds = 250, 0.0
+    while seconds < PEAK_CALL_SECONDS / 4:
+        iterations *= 4
+        _, seconds = once(partial(ready.run, iterations))
+    iterations = max(1, round(iterations * PEAK_CALL_SECONDS / seconds))
+    return partial(ready.run, iterations), float(iterations * ready.flops)
+
+
+def measure_peak(seconds: float = 0.2) -> float:
+    """FLOP/s of one core through a generated kernel of FMAs: the best of about `seconds` of runs."""
+    call, flops = peak_call()
+    rounds = max(3, math.ceil(seconds / PEAK_CALL_SECONDS))
+    return flops / interleave({"peak": call}, repeats=rounds, budget=seconds)["peak"].minimum
+
+
+def _batch(call: Callable[[], object], min_seconds: float, clock: Clock) -> int:
+    """How many calls make a sample of at least `min_seconds`."""
+    cold = _sample(call, 1, clock)
+    if cold >= 100 * min_seconds:  # a warm call is not a hundred times as fast: one a sample is enough
+        return 1
+    warm = _sample(call, 1, clock)
+    return max(1, math.ceil(min_seconds / max(warm, 1e-9)))
+
+
+def _sample(call: Callable[[], object], batch: int, clock: Clock) -> float:
+    """Seconds a call over `batch` calls."""
+    start = clock()
+    for _ in range(batch):
+        call()
+    return (clock() - start) * 1e-9 / batch

@@ -1,0 +1,3 @@
+"""The comparison is a command of its own, which pytest must not import."""
+
+collect_ignore = ["compare.py", "peers.py"]

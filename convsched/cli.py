@@ -1,0 +1,196 @@
+"""The command line: `convsched bench` and `convsched info`.
+
+A command imports what it needs when it runs, so that `convsched --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from convsched.explain.bench_report import Report
+    from convsched.explain.cases import Case
+
+LAYOUTS = ("nchw", "nhwc", "nchw16c")
+PATH = click.Path(path_type=Path, dir_okay=False)
+SECONDS = click.FloatRange(min=0, min_open=True)
+INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended: 128 + SIGINT
+
+
+def _size(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, int] | None:
+    """HxW, such as 224x224, or one number for both sides."""
+    if value is None:
+        return None
+    sides = value.lower().split("x")
+    if len(sides) > 2 or not all(side.isascii() and side.isdigit() and int(side) for side in sides):
+        raise click.BadParameter(f"{value!r} is not a size such as 224x224")
+    return int(sides[0]), int(sides[-1])
+
+
+@click.group()
+@click.version_option(package_name="convsched")
+def main() -> None:
+    """Convolution layers, compiled to CPU machine code."""
+
+
+@main.command()
+def info() -> None:
+    """Print the machine as schedules see it, the cache folder, and versions."""
+    from convsched.explain.environment import describe
+
+    entries = _explained(describe)
+    width = max(map(len, entries))
+    for name, value in entries.items():
+        click.echo(f"{name:<{width}}  {value}")
+
+
+@main.command()
+@click.argument("network")
+@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads a layer.")
+@click.option("--layout", type=click.Choice(LAYOUTS), default="nchw", show_default=True)
+@click.option("--layer", "wanted", default="", help="Only layers with this in their name or text.")
+@click.option("--input-size", callback=_size, metavar="HxW", help="For a model file that leaves it open.")
+@click.option("--image", type=PATH, help="What the first layers read: a picture, or a .npy array.")
+@click.option("--seconds", type=SECONDS, default=0.5, show_default=True, help="Timing a layer.")
+@click.option("--json", "json_file", type=PATH, help="Write all results to this file.")
+@click.pass_context
+def bench(
+    context: click.Context,
+    network: str,
+    threads: int,
+    layout: str,
+    wanted: str,
+    input_size: tuple[int, int] | None,
+    image: Path | None,
+    seconds: float,
+    json_file: Path | None,
+) -> None:
+    """Compile, check and time every layer of NETWORK: a known network's name, or an .onnx file.
+
+    The exit code is 1 if any layer's answer is wrong or missing.
+    """
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise click.BadParameter(f"the folder of {json_file} does not exist", param_hint="--json")
+
+    from convsched.autotune.measure import measure_peak
+    from convsched.explain.bench import Settings
+    from convsched.explain.bench_report import Report, to_json
+    from convsched.explain.cases import read_image
+
+    cases, skipped = _explained(lambda: _read_cases(network, input_size, wanted))
+    pixels = _explained(lambda: read_image(image)) if image is not None else None
+    settings = Settings(threads, layout, seconds, pixels)
+    report = _run(cases, Report(network, settings, measure_peak(), len(cases), skipped=skipped))
+    if json_file is not None:
+        _write_atomically(json_file, json.dumps(to_json(report), indent=1) + "\n")
+    if not report.complete:
+        context.exit(INTERRUPTED)
+    context.exit(1 if report.failures else 0)
+
+
+def _read_cases(
+    network: str, input_size: tuple[int, int] | None, wanted: str
+) -> tuple[list[Case], tuple[str, ...]]:
+    """The layers of a model file or a built-in network, and what was passed over."""
+    from convsched.explain.cases import model_case, table_case
+
+    skipped: tuple[str, ...] = ()
+    if network.lower().endswith(".onnx"):
+        from convsched.graph.onnx_layers import read_model
+
+        model = read_model(network, input_size=input_size)
+        cases, skipped = [model_case(layer) for layer in model.layers], model.skipped
+    elif input_size is not None:
+        raise click.BadParameter("a built-in network has a fixed size", param_hint="--input-size")
+    else:
+        from convsched.networks import network as known_network
+
+        cases = [
+            table_case(layer.name, layer.problem, layer.count) for layer in known_network(network).layers
+        ]
+    chosen = [case for case in cases if wanted in case.name or wanted in case.problem.text]
+    if not chosen:
+        why = f"no layer of {network} has {wanted!r} in its name or text"
+        raise click.BadParameter(why, param_hint="--layer")
+    return chosen, skipped
+
+
+def _run(cases: list[Case], report: Report) -> Report:
+    """Runs the layers and shows rows as they come; Ctrl-C ends it with the rows so far."""
+    from rich.console import Console
+
+    console = Console()
+    if console.is_terminal:
+        report = _run_live(cases, report, console)
+    else:
+        console = Console(width=200)  # a log has no width: no line is to be cut
+        report = _run_plain(cases, report)
+    from convsched.explain.bench_report import table
+
+    console.print(table(report))
+    return report
+
+
+def _run_plain(cases: list[Case], report: Report) -> Report:
+    from convsched.explain.bench_report import line
+
+    def show(report: Report) -> None:
+        click.echo(line(report, report.rows[-1]))
+
+    return _run_rows(cases, report, show)
+
+
+def _run_live(cases: list[Case], report: Report, console: Console) -> Report:
+    """The table on the screen, its latest rows as far as they fit; it goes when the run is over."""
+    from rich.live import Live
+
+    from convsched.explain.bench_report import table
+
+    def view(report: Report) -> Any:
+        return table(report, last=max(1, console.height - 12))
+
+    with Live(view(report), console=console, transient=True, auto_refresh=False) as live:
+        return _run_rows(cases, report, lambda report: live.update(view(report), refresh=True))
+
+
+def _run_rows(cases: list[Case], report: Report, show: Callable[[Report], None]) -> Report:
+    from dataclasses import replace
+
+    import convsched
+    from convsched.explain.bench import run_layers
+
+    try:
+        for row in run_layers(cases, convsched.compile, report.settings):
+            report = replace(report, rows=(*report.rows, row))
+            show(report)
+    except KeyboardInterrupt:
+        click.echo("stopped", err=True)
+    return report
+
+
+def _explained(call: Callable[[], Any]) -> Any:
+    """The result of a call; an error raised on purpose becomes a message without a traceback."""
+    from convsched.errors import ConvschedError
+
+    try:
+        return call()
+    except ConvschedError as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    """A reader sees the old file or the whole new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

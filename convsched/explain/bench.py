@@ -1,0 +1,170 @@
+"""The benchmark of all layers of a network: each compiled, checked, and timed against NumPy.
+
+A layer's answer is checked against the float64 oracle before it is timed: max |error| / rms(output) must
+be within `ERROR_BOUND`. The kernel and the baseline (im2col and one matrix product, the same number of
+threads) are timed in turn, so that both meet the same machine; times are minima. FLOP/s count a layer's
+multiply-accumulates by definition, so that a fast algorithm can exceed the peak.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from convsched.autotune.blas import blas_threads
+from convsched.autotune.measure import Timing, interleave, once
+from convsched.baseline import gemm_baseline
+from convsched.errors import ConvschedError
+from convsched.explain.cases import (
+    ERROR_BOUND,
+    Array,
+    Arrays,
+    Case,
+    from_layout,
+    make_arrays,
+    relative_error,
+    to_layout,
+)
+from convsched.problem import Linear, Problem
+from convsched.reference import convolve
+
+
+class Compiled(Protocol):
+    """What the job needs of a compiled kernel."""
+
+    @property
+    def algorithm(self) -> Any: ...
+
+    @property
+    def schedule(self) -> Any: ...
+
+    def bind(self, weight: Array, bias: Array | None) -> Callable[..., Array]: ...
+
+
+Compile = Callable[..., Compiled]
+"""`convsched.compile`: problem, threads and layout to a kernel."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to run: threads of a kernel, the layout of its arrays, seconds of timing a layer, an image."""
+
+    threads: int = 1
+    layout: str = "nchw"
+    seconds: float = 0.5
+    image: Array | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer's result. Where it could not be compiled or run, `failure` says why and the rest is empty.
+
+    `error` is max |error| / rms(output); times are seconds of one execution of the layer.
+    """
+
+    name: str
+    problem: Problem
+    count: int
+    algorithm: str = ""
+    schedule: str = ""
+    error: float = float("nan")
+    compile_seconds: float = float("nan")
+    kernel: Timing | None = None
+    baseline: Timing | None = None
+    failure: str = ""
+
+    @property
+    def status(self) -> str:
+        """ok, WRONG (the answer is not within the bound) or FAILED (there is no answer)."""
+        if self.failure:
+            return "FAILED"
+        return "ok" if self.error <= ERROR_BOUND else "WRONG"
+
+    @property
+    def flops_per_second(self) -> float:
+        return self.problem.flops / self.kernel.minimum if self.kernel else float("nan")
+
+    @property
+    def speedup(self) -> float:
+        """How many times the baseline's speed."""
+        return self.baseline.minimum / self.kernel.minimum if self.kernel and self.baseline else float("nan")
+
+
+@dataclass(frozen=True)
+class Total:
+    """All timed layers of a network, each as often as it occurs; seconds, and the FLOPs of a run."""
+
+    layers: int
+    seconds: float
+    baseline_seconds: float
+    flops: int
+    compile_seconds: float
+
+
+def run_layers(cases: Iterable[Case], compile_layer: Compile, settings: Settings) -> Iterator[Row]:
+    """Benchmarks layer after layer; every row is complete when it is yielded."""
+    with blas_threads(settings.threads):
+        for case in cases:
+            yield _run_layer(case, compile_layer, settings)
+
+
+def total(rows: Iterable[Row]) -> Total:
+    """The network's weighted sums over the rows that were timed."""
+    timed = [(row, row.kernel, row.baseline) for row in rows]
+    pairs = [(row, kernel, baseline) for row, kernel, baseline in timed if kernel and baseline]
+    return Total(
+        layers=sum(row.count for row, _, _ in pairs),
+        seconds=sum(row.count * kernel.minimum for row, kernel, _ in pairs),
+        baseline_seconds=sum(row.count * baseline.minimum for row, _, baseline in pairs),
+        flops=sum(row.count * row.problem.flops for row, _, _ in pairs),
+        compile_seconds=sum(row.compile_seconds for row, _, _ in pairs),
+    )
+
+
+def _run_layer(case: Case, compile_layer: Compile, settings: Settings) -> Row:
+    """One layer. An error raised on purpose becomes a row that tells it; the other layers still run."""
+    problem = case.problem
+    layout = "nchw" if isinstance(problem, Linear) else settings.layout
+    try:
+        kernel, compile_seconds = once(
+            lambda: compile_layer(problem, threads=settings.threads, layout=layout)
+        )
+        arrays = make_arrays(case, settings.image)
+        call, output = bound_call(kernel, problem, arrays, layout)
+        call()
+        expected = convolve(problem, arrays.x, arrays.weight, arrays.bias, arrays.residual)
+        error = relative_error(from_layout(output, layout, problem.M), expected)
+    except ConvschedError as failure:
+        return Row(case.name, problem, case.count, failure=str(failure))
+    row = Row(
+        case.name, problem, case.count, str(kernel.algorithm), str(kernel.schedule), error, compile_seconds
+    )
+    if row.status != "ok":
+        return row
+    timings = interleave(
+        {
+            "kernel": call,
+            "baseline": lambda: gemm_baseline(
+                problem, arrays.x, arrays.weight, arrays.bias, arrays.residual
+            ),
+        },
+        repeats=1000,
+        budget=settings.seconds,
+    )
+    return replace(row, kernel=timings["kernel"], baseline=timings["baseline"])
+
+
+def bound_call(
+    kernel: Compiled, problem: Problem, arrays: Arrays, layout: str
+) -> tuple[Callable[[], object], Array]:
+    """A call of a kernel with its weights bound that allocates nothing, and the array that it writes."""
+    conv = kernel.bind(arrays.weight, arrays.bias)
+    x = to_layout(arrays.x, layout)
+    output = np.full_like(to_layout(np.zeros(problem.output_shape, np.float32), layout), np.nan)
+    if arrays.residual is None:
+        return (lambda: conv(x, out=output)), output
+    residual = to_layout(arrays.residual, layout)
+    return (lambda: conv(x, out=output, residual=residual)), output

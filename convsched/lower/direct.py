@@ -1,0 +1,99 @@
+"""Direct convolution: the seven loops of the definition, unscheduled.
+
+    y[n, m, e, f] = act(b[m] + sum_{c,r,s} x[n, c, sh e + dh r - top, sw f + dw s - left] w[m, c, r, s] + z)
+
+With groups, ``m`` and ``c`` count within a group and ``g`` counts groups. Three stages share the names of
+their loops, so that a schedule blocks them together: ``init`` starts the sum ``t`` at the bias, ``conv``
+adds the products, ``epilogue`` writes the output. Padding is the border of ``x``.
+"""
+
+from __future__ import annotations
+
+from convsched.ir import Affine, Body, Const, Load, Loop, Op, Program, Reduce, Role, Stage, Store, Tensor
+from convsched.ir import Value, storage_of
+from convsched.lower.epilogue import activation
+from convsched.problem import Conv2d, Linear, Problem
+
+LAYOUTS: dict[str, tuple[str, ...]] = {
+    "nchw": ("n", "c", "h", "w"),
+    "nhwc": ("n", "h", "w", "c"),
+    "nchw16c": ("n", "c/16", "h", "w", "c%16"),
+}
+"""The storage orders of activations that a problem's arrays may have."""
+
+
+def lower_direct(problem: Problem, layout: str = "nchw") -> Program:
+    """The unscheduled program of a problem, with activations stored as ``layout`` says.
+
+    Source: Sze et al., "Efficient Processing of Deep Neural Networks", 2020, section 2.1.
+    """
+    return _lower_linear(problem) if isinstance(problem, Linear) else _lower_conv2d(problem, layout)
+
+
+def _tensor(name: str, letters: str, shape: tuple[int, ...], role: Role,
+            order: tuple[str, ...] | None = None, border: tuple[tuple[int, int], ...] = ()) -> Tensor:
+    names = tuple(letters)
+    return Tensor(name, names, shape, role, storage_of(names, shape, order), border)
+
+
+def _nest(extents: dict[str, int], leaf: Store | Reduce) -> Body:
+    body: Body = (leaf,)
+    for var, extent in reversed(extents.items()):
+        body = (Loop(var, extent, body),)
+    return body
+
+
+def _program(problem: Problem, tensors: list[Tensor], outer: dict[str, int], inner: dict[str, int],
+             product: Value) -> Program:
+    """Init, conv and epilogue around a product; ``outer`` are the loops of the output."""
+    output = next(t for t in tensors if t.name == "y")
+    channel = Affine.of("m") + (Affine.of("g") * outer["m"] if "g" in outer else 0)
+    point = tuple(channel if letter == "c" else Affine.of(letter)
+                  for letter in ("n", "c", "e", "f")[:len(output.shape)])
+    local = Tensor("t", output.letters, output.shape, "local", storage_of(output.letters, output.shape))
+    start: Value = Load("b", (channel,)) if problem.bias else Const(0.0)
+    result: Value = Load("t", point)
+    if problem.residual:
+        result = Op("add", (result, Load("z", point)))
+        tensors.append(Tensor("z", output.letters, output.shape, "input", output.storage))
+    if problem.bias:
+        tensors.append(_tensor("b", "m", (problem.M,), "weight"))
+    stages = (
+        Stage("init", _nest(outer, Store("t", point, start))),
+        Stage("conv", _nest({**outer, **inner}, Reduce("t", point, product))),
+        Stage("epilogue", _nest(outer, Store("y", point, activation(problem.activation, result)))),
+    )
+    return Program(problem.text, (*tensors, local), stages)
+
+
+def _lower_conv2d(p: Conv2d, layout: str) -> Program:
+    order = LAYOUTS[layout]
+    top, left, bottom, right = p.padding
+    border = ((0, 0), (0, 0), (top, bottom), (left, right)) if any(p.padding) else ()
+    channels, group = p.C // p.groups, {"g": p.groups} if p.groups > 1 else {}
+    outer = {"n": p.N, **group, "m": p.M // p.groups, "e": p.E, "f": p.F}
+    inner = {"c": channels, "r": p.R, "s": p.S}
+    base = Affine.of("g") if group else Affine()
+    x_index = (
+        Affine.of("n"), base * channels + "c",
+        Affine.of("e") * p.stride[0] + Affine.of("r") * p.dilation[0] - top,
+        Affine.of("f") * p.stride[1] + Affine.of("s") * p.dilation[1] - left,
+    )
+    w_index = (base * (p.M // p.groups) + "m", Affine.of("c"), Affine.of("r"), Affine.of("s"))
+    tensors = [
+        _tensor("x", "nchw", p.input_shape, "input", order, border),
+        _tensor("w", "mcrs", p.weight_shape, "weight"),
+        _tensor("y", "nchw", p.output_shape, "output", order),
+    ]
+    return _program(p, tensors, outer, inner, Op("mul", (Load("x", x_index), Load("w", w_index))))
+
+
+def _lower_linear(p: Linear) -> Program:
+    n, m, c = Affine.of("n"), Affine.of("m"), Affine.of("c")
+    tensors = [
+        _tensor("x", "nc", p.input_shape, "input"),
+        _tensor("w", "mc", p.weight_shape, "weight"),
+        _tensor("y", "nc", p.output_shape, "output"),
+    ]
+    product = Op("mul", (Load("x", (n, c)), Load("w", (m, c))))
+    return _program(p, tensors, {"n": p.N, "m": p.M}, {"c": p.C}, product)

@@ -1,0 +1,230 @@
+"""The machine that kernels are made for: instruction set, vector registers, caches and cores.
+
+A vector register of B bytes holds B/4 float32 lanes, and a core with `registers` of them keeps a tile of
+at most registers - (operands in flight) accumulators. The cores a process may use are
+
+    min(affinity mask, floor(cgroup CPU quota / period), cores of the machine), and at least 1.
+
+This is the only module that reads the CPU's description and the environment. The variables it reads:
+
+    CONVSCHED_ISA      an instruction set below the host's: avx512, avx2, sse, neon or generic
+    CONVSCHED_THREADS  the default number of threads (never more than the cores)
+    CONVSCHED_CACHE    the folder of the object and schedule caches
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from convsched.errors import MachineError
+
+Isa: TypeAlias = Literal["avx512", "avx2", "sse", "neon", "generic"]
+
+# Bytes of a vector register, and how many registers there are.
+_VECTORS: dict[Isa, tuple[int, int]] = {
+    "avx512": (64, 32),
+    "avx2": (32, 16),
+    "sse": (16, 16),
+    "neon": (16, 32),
+    "generic": (16, 16),
+}
+
+# Each instruction set and those a machine that has it can be told to stay within, itself first.
+_WITHIN: dict[Isa, tuple[Isa, ...]] = {
+    "avx512": ("avx512", "avx2", "sse", "generic"),
+    "avx2": ("avx2", "sse", "generic"),
+    "sse": ("sse", "generic"),
+    "neon": ("neon", "generic"),
+    "generic": ("generic",),
+}
+
+# The flags of /proc/cpuinfo that an instruction set needs, widest first. SSE2 is part of x86-64.
+_FLAGS: tuple[tuple[Isa, frozenset[str]], ...] = (
+    ("avx512", frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx2", "fma"})),
+    ("avx2", frozenset({"avx2", "fma"})),
+)
+
+_KIB = 1024
+_MIB = 1024 * _KIB
+# (L1 data, L2, L3, line) in bytes where the system does not tell: the smallest that are common.
+_CACHES = (32 * _KIB, 512 * _KIB, 8 * _MIB, 64)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A CPU as schedules see it.
+
+    `vector_bytes` of a register, `registers` of vectors; `l1` (data), `l2`, `l3` caches and their `line` in
+    bytes (`l3` equals `l2` where there is none); `cores` that this process may use.
+    """
+
+    name: str
+    isa: Isa
+    vector_bytes: int
+    registers: int
+    l1: int
+    l2: int
+    l3: int
+    line: int
+    cores: int
+
+    @property
+    def lanes(self) -> int:
+        """float32 numbers in a vector register."""
+        return self.vector_bytes // 4
+
+    @property
+    def text(self) -> str:
+        """One line for people.
+
+        >>> Machine.example("avx2").text
+        'example avx2: 16 registers of 32 B, L1 32 KiB, L2 256 KiB, L3 8192 KiB, line 64 B, 4 cores'
+        """
+        l1, l2, l3 = (f"{size // _KIB} KiB" for size in (self.l1, self.l2, self.l3))
+        vectors = f"{self.registers} registers of {self.vector_bytes} B"
+        caches = f"L1 {l1}, L2 {l2}, L3 {l3}, line {self.line} B"
+        return f"{self.name} {self.isa}: {vectors}, {caches}, {self.cores} cores"
+
+    def __str__(self) -> str:
+        return self.text
+
+    @staticmethod
+    @cache
+    def host() -> Machine:
+        """This machine, as found at the first call. Raises MachineError for a wrong CONVSCHED_ISA."""
+        return detect(Path("/"), platform.machine(), os.environ)
+
+    @staticmethod
+    def example(isa: Isa) -> Machine:
+        """A fixed machine with an instruction set, for tests and for schedules made elsewhere."""
+        if isa not in _EXAMPLES:
+            raise MachineError(f"Machine.example({isa!r}): use one of {', '.join(_EXAMPLES)}")
+        return Machine("example", isa, *_VECTORS[isa], *_EXAMPLES[isa])
+
+
+# (l1, l2, l3, line, cores): AMD Zen 5, Intel Haswell, Intel Nehalem, ARM Neoverse N1.
+_EXAMPLES: dict[Isa, tuple[int, int, int, int, int]] = {
+    "avx512": (48 * _KIB, 1 * _MIB, 32 * _MIB, 64, 2),
+    "avx2": (32 * _KIB, 256 * _KIB, 8 * _MIB, 64, 4),
+    "sse": (32 * _KIB, 256 * _KIB, 8 * _MIB, 64, 4),
+    "neon": (64 * _KIB, 1 * _MIB, 32 * _MIB, 64, 4),
+}
+
+
+def default_threads() -> int:
+    """How many threads to run on: CONVSCHED_THREADS, if set, but never more than the available cores."""
+    cores = available_cores(Path("/"))
+    setting = os.environ.get("CONVSCHED_THREADS", "")
+    if not setting:
+        return cores
+    if not setting.isascii() or not setting.isdigit() or int(setting) == 0:
+        raise MachineError(f"CONVSCHED_THREADS={setting}: must be a positive integer")
+    return min(int(setting), cores)
+
+
+def cache_folder() -> Path:
+    """The folder of the caches (it may not exist yet): CONVSCHED_CACHE, else the user's cache folder."""
+    if setting := os.environ.get("CONVSCHED_CACHE", ""):
+        return Path(setting).expanduser().absolute()
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(base):  # the XDG specification has relative paths ignored
+        return Path(base) / "convsched"
+    try:
+        return Path.home() / ".cache" / "convsched"
+    except RuntimeError:
+        raise MachineError("this user has no home folder; set CONVSCHED_CACHE to a folder") from None
+
+
+def detect(root: Path, architecture: str, environment: Mapping[str, str]) -> Machine:
+    """The machine whose /proc and /sys are below `root`. Raises MachineError for a wrong CONVSCHED_ISA."""
+    name, flags = _cpu_info(root)
+    isa = _isa(architecture.lower(), flags)
+    if wanted := environment.get("CONVSCHED_ISA", ""):
+        within = [known for known in _WITHIN[isa] if known == wanted]
+        if not within:
+            rule = f"this CPU ({isa}) can run one of {', '.join(_WITHIN[isa])}"
+            raise MachineError(f"CONVSCHED_ISA={wanted}: {rule}")
+        isa = within[0]
+    name = name or architecture or "unknown"
+    return Machine(name, isa, *_VECTORS[isa], *_caches(root), available_cores(root))
+
+
+def available_cores(root: Path) -> int:
+    """Cores this process may use now: the least of affinity, cgroup quota and the machine's own."""
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = min(cores, len(os.sched_getaffinity(0)))
+    for quota in _quotas(root):
+        cores = min(cores, int(quota))
+    return max(1, cores)
+
+
+def _isa(architecture: str, flags: frozenset[str]) -> Isa:
+    if architecture in ("x86_64", "amd64"):
+        return next((isa for isa, needed in _FLAGS if needed <= flags), "sse")
+    return "neon" if architecture in ("aarch64", "arm64") else "generic"
+
+
+def _cpu_info(root: Path) -> tuple[str, frozenset[str]]:
+    """The first CPU's model name and flags, empty where /proc/cpuinfo does not tell."""
+    fields: dict[str, str] = {}
+    for line in _read(root / "proc/cpuinfo").splitlines():
+        key, _, value = line.partition(":")
+        fields.setdefault(key.strip(), value.strip())
+    return fields.get("model name", ""), frozenset(fields.get("flags", "").split())
+
+
+def _caches(root: Path) -> tuple[int, int, int, int]:
+    """(L1 data, L2, L3, line) in bytes of the first CPU."""
+    sizes: dict[int, int] = {}
+    line = 0
+    for index in sorted((root / "sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        level, size = _read(index / "level").strip(), _bytes(_read(index / "size").strip())
+        if _read(index / "type").strip() not in ("Data", "Unified") or not level.isdigit() or not size:
+            continue
+        sizes[int(level)] = size
+        line = line or _bytes(_read(index / "coherency_line_size").strip())
+    l1, l2, l3, usual_line = _CACHES
+    if 1 not in sizes:
+        return (l1, l2, l3, line or usual_line)
+    l2 = sizes.get(2, max(l2, sizes[1]))
+    return (sizes[1], l2, sizes.get(3, l2), line or usual_line)
+
+
+def _bytes(size: str) -> int:
+    """Bytes of a size as sysfs writes it, such as 48K; 0 if it is none."""
+    unit = {"K": _KIB, "M": _MIB, "G": 1024 * _MIB}.get(size[-1:], 1)
+    digits = size.rstrip("KMG")
+    return int(digits) * unit if digits.isdigit() else 0
+
+
+def _quotas(root: Path) -> Iterator[float]:
+    """The CPU quotas, in cores, of this process's cgroups (version 1 or 2) and all those above them."""
+    for entry in _read(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = [*entry.split(":", 2), "", ""][:3]
+        # Inside a container, the path may be the host's and lie outside the mount: only its top exists.
+        inside = Path(path.lstrip("/"))
+        for folder in (inside, *inside.parents):
+            if not controllers:
+                limit = _read(root / "sys/fs/cgroup" / folder / "cpu.max").split()
+            elif "cpu" in controllers.split(","):
+                files = root / "sys/fs/cgroup/cpu" / folder
+                limit = [_read(files / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")]
+            else:
+                break
+            if len(limit) == 2 and all(map(str.isdigit, limit)) and int(limit[1]):
+                yield int(limit[0]) / int(limit[1])
+
+
+def _read(path: Path) -> str:
+    """A file's text, empty if there is none that can be read."""
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""

@@ -1,0 +1,574 @@
+"""A problem: which convolution, with all its sizes, and nothing about how it is computed.
+
+    y[n, m, e, f] = act(bias[m] + residual[n, m, e, f]
+                        + sum over c, r, s of  x[n, g C/groups + c, e sh + r dh - top, f sw + s dw - left]
+                                               * w[m, c, r, s])
+
+with g = m // (M/groups), x zero outside its edges, and
+
+    E = (H + top + bottom - dh (R - 1) - 1) // sh + 1,   F likewise.
+
+The letters are those of Sze et al., "Efficient Processing of Deep Neural Networks" (2020), table 2.1:
+N batch, C x H x W input, M x E x F output, R x S filter.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, SupportsIndex, TypeAlias
+
+import numpy as np
+
+from convsched.errors import ProblemError
+
+Activation: TypeAlias = str | tuple[str, float] | tuple[str, float, float] | None
+Pair: TypeAlias = SupportsIndex | Sequence[SupportsIndex]
+
+# Each activation and the names of its parameters, in order.
+ACTIVATIONS: dict[str, tuple[str, ...]] = {
+    "relu": (),
+    "relu6": (),
+    "sigmoid": (),
+    "tanh": (),
+    "silu": (),
+    "hardswish": (),
+    "hardsigmoid": (),
+    "leaky_relu": ("alpha",),
+    "elu": ("alpha",),
+    "clip": ("lo", "hi"),
+}
+
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
+_BYTES = 4  # of a float32
+
+
+@dataclass(frozen=True, init=False)
+class Conv2d:
+    """A 2-D convolution layer; parameters are named and ordered as in `torch.nn.Conv2d`.
+
+    `kernel_size`, `stride`, `dilation`: one int for both sides or (height, width). `padding`: int,
+    (height, width), (top, left, bottom, right), "valid" (none) or "same": E = ceil(H / stride), the odd
+    zero at the end, as ONNX's SAME_UPPER. `input_size`: int or (H, W). `activation`: a name, or
+    ("leaky_relu", alpha), ("elu", alpha), ("clip", lo, hi), applied after bias and residual.
+    The fields hold the normalised values, so that two spellings of one layer are equal.
+    Raises ProblemError, which names the parameter, its value and the rule.
+
+    >>> layer = Conv2d(256, 256, 3, padding=1, input_size=56, activation="relu")
+    >>> print(layer)
+    conv2d c=256 m=256 k=3x3 in=56x56 pad=1,1,1,1 bias act=relu
+    >>> layer.macs, layer.output_shape
+    (1849688064, (1, 256, 56, 56))
+    """
+
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int, int, int]
+    dilation: tuple[int, int]
+    groups: int
+    bias: bool
+    input_size: tuple[int, int]
+    batch_size: int
+    activation: Activation
+    residual: bool
+
+    def __init__(
+        self,
+        in_channels: SupportsIndex,
+        out_channels: SupportsIndex,
+        kernel_size: Pair,
+        stride: Pair = 1,
+        padding: Pair | str = 0,
+        dilation: Pair = 1,
+        groups: SupportsIndex = 1,
+        bias: bool = True,
+        *,
+        input_size: Pair,
+        batch_size: SupportsIndex = 1,
+        activation: str | Sequence[object] | None = None,
+        residual: bool = False,
+    ) -> None:
+        check = _Check("Conv2d")
+        kernel = check.pair("kernel_size", kernel_size)
+        strides = check.pair("stride", stride)
+        dilations = check.pair("dilation", dilation)
+        size = check.pair("input_size", input_size)
+        extent = (dilations[0] * (kernel[0] - 1) + 1, dilations[1] * (kernel[1] - 1) + 1)
+        values: dict[str, object] = {
+            "in_channels": check.positive("in_channels", in_channels),
+            "out_channels": check.positive("out_channels", out_channels),
+            "kernel_size": kernel,
+            "stride": strides,
+            "padding": check.padding(padding, size, extent, strides),
+            "dilation": dilations,
+            "groups": check.positive("groups", groups),
+            "bias": check.flag("bias", bias),
+            "input_size": size,
+            "batch_size": check.positive("batch_size", batch_size),
+            "activation": check.activation(activation),
+            "residual": check.flag("residual", residual),
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+        check.groups(self.groups, self.in_channels, self.out_channels)
+        check.output(size, self.padding, extent)
+
+    @property
+    def N(self) -> int:
+        """Images in a batch."""
+        return self.batch_size
+
+    @property
+    def C(self) -> int:
+        """Input channels, of all groups together."""
+        return self.in_channels
+
+    @property
+    def H(self) -> int:
+        """Input height, without padding."""
+        return self.input_size[0]
+
+    @property
+    def W(self) -> int:
+        """Input width, without padding."""
+        return self.input_size[1]
+
+    @property
+    def M(self) -> int:
+        """Output channels, of all groups together."""
+        return self.out_channels
+
+    @property
+    def R(self) -> int:
+        """Filter height, in taps."""
+        return self.kernel_size[0]
+
+    @property
+    def S(self) -> int:
+        """Filter width, in taps."""
+        return self.kernel_size[1]
+
+    @property
+    def E(self) -> int:
+        """Output height."""
+        top, _, bottom, _ = self.padding
+        return (self.H + top + bottom - self.dilation[0] * (self.R - 1) - 1) // self.stride[0] + 1
+
+    @property
+    def F(self) -> int:
+        """Output width."""
+        _, left, _, right = self.padding
+        return (self.W + left + right - self.dilation[1] * (self.S - 1) - 1) // self.stride[1] + 1
+
+    @property
+    def input_shape(self) -> tuple[int, int, int, int]:
+        """(N, C, H, W)."""
+        return (self.N, self.C, self.H, self.W)
+
+    @property
+    def weight_shape(self) -> tuple[int, int, int, int]:
+        """(M, C/groups, R, S)."""
+        return (self.M, self.C // self.groups, self.R, self.S)
+
+    @property
+    def bias_shape(self) -> tuple[int]:
+        """(M,)."""
+        return (self.M,)
+
+    @property
+    def output_shape(self) -> tuple[int, int, int, int]:
+        """(N, M, E, F); the residual's shape, too."""
+        return (self.N, self.M, self.E, self.F)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates by definition, those on padding zeros included: N M E F C/groups R S."""
+        return self.N * self.E * self.F * self.weights
+
+    @property
+    def flops(self) -> int:
+        """2 for each multiply-accumulate; the epilogue is not counted."""
+        return 2 * self.macs
+
+    @property
+    def weights(self) -> int:
+        """Filter elements, without the bias."""
+        return math.prod(self.weight_shape)
+
+    @property
+    def parameters(self) -> int:
+        """Filter elements and bias."""
+        return self.weights + self.bias * self.M
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of float32 input, weights, bias, residual and output, each touched once."""
+        outputs = (1 + self.residual) * math.prod(self.output_shape)
+        return _BYTES * (math.prod(self.input_shape) + self.parameters + outputs)
+
+    @property
+    def is_depthwise(self) -> bool:
+        """Whether every input channel is a group of its own (any channel multiplier)."""
+        return self.groups == self.C and self.groups > 1
+
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether the filter is 1x1."""
+        return self.kernel_size == (1, 1)
+
+    @property
+    def text(self) -> str:
+        """The canonical one-line text; what is at its default is left out, but for the bias."""
+        words = [f"conv2d c={self.C} m={self.M} k={_by(self.kernel_size)} in={_by(self.input_size)}"]
+        if self.stride != (1, 1): words.append(f"stride={_by(self.stride)}")
+        if any(self.padding): words.append("pad=" + ",".join(map(str, self.padding)))
+        if self.dilation != (1, 1): words.append(f"dil={_by(self.dilation)}")
+        if self.groups != 1: words.append(f"g={self.groups}")
+        return " ".join(words + _common_words(self))
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True, init=False)
+class Linear:
+    """A fully connected layer, y[n, m] = act(bias[m] + residual[n, m] + sum over c of x[n, c] w[m, c]).
+
+    The letters are those of the 1x1 convolution on a 1x1 map that it equals (`as_conv2d`).
+    Raises ProblemError, which names the parameter, its value and the rule.
+
+    >>> print(Linear(2048, 1000))
+    linear c=2048 m=1000 bias
+    """
+
+    in_features: int
+    out_features: int
+    bias: bool
+    batch_size: int
+    activation: Activation
+    residual: bool
+
+    H: ClassVar[int] = 1
+    W: ClassVar[int] = 1
+    R: ClassVar[int] = 1
+    S: ClassVar[int] = 1
+    E: ClassVar[int] = 1
+    F: ClassVar[int] = 1
+    groups: ClassVar[int] = 1
+    is_depthwise: ClassVar[bool] = False
+    is_pointwise: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        in_features: SupportsIndex,
+        out_features: SupportsIndex,
+        bias: bool = True,
+        *,
+        batch_size: SupportsIndex = 1,
+        activation: str | Sequence[object] | None = None,
+        residual: bool = False,
+    ) -> None:
+        check = _Check("Linear")
+        values: dict[str, object] = {
+            "in_features": check.positive("in_features", in_features),
+            "out_features": check.positive("out_features", out_features),
+            "bias": check.flag("bias", bias),
+            "batch_size": check.positive("batch_size", batch_size),
+            "activation": check.activation(activation),
+            "residual": check.flag("residual", residual),
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def as_conv2d(self) -> Conv2d:
+        """The 1x1 convolution on a 1x1 map that computes the same."""
+        return Conv2d(
+            self.C, self.M, 1, bias=self.bias, input_size=1, batch_size=self.N,
+            activation=self.activation, residual=self.residual,
+        )  # fmt: skip
+
+    @property
+    def N(self) -> int:
+        """Rows in a batch."""
+        return self.batch_size
+
+    @property
+    def C(self) -> int:
+        """Input features."""
+        return self.in_features
+
+    @property
+    def M(self) -> int:
+        """Output features."""
+        return self.out_features
+
+    @property
+    def input_shape(self) -> tuple[int, int]:
+        """(N, C)."""
+        return (self.N, self.C)
+
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        """(M, C)."""
+        return (self.M, self.C)
+
+    @property
+    def bias_shape(self) -> tuple[int]:
+        """(M,)."""
+        return (self.M,)
+
+    @property
+    def output_shape(self) -> tuple[int, int]:
+        """(N, M); the residual's shape, too."""
+        return (self.N, self.M)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates: N M C."""
+        return self.N * self.weights
+
+    @property
+    def flops(self) -> int:
+        """2 for each multiply-accumulate; the epilogue is not counted."""
+        return 2 * self.macs
+
+    @property
+    def weights(self) -> int:
+        """Weight elements, without the bias."""
+        return self.M * self.C
+
+    @property
+    def parameters(self) -> int:
+        """Weight elements and bias."""
+        return self.weights + self.bias * self.M
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of float32 input, weights, bias, residual and output, each touched once."""
+        return _BYTES * (self.N * self.C + self.parameters + (1 + self.residual) * self.N * self.M)
+
+    @property
+    def text(self) -> str:
+        """The canonical one-line text; what is at its default is left out, but for the bias."""
+        return " ".join([f"linear c={self.C} m={self.M}", *_common_words(self)])
+
+    def __str__(self) -> str:
+        return self.text
+
+
+Problem: TypeAlias = Conv2d | Linear
+
+
+def parse_problem(text: str) -> Problem:
+    """Read a problem back from its text: parse_problem(p.text) == p. Raises ProblemError.
+
+    >>> parse_problem("conv2d c=8 m=16 k=3x3 in=14x14 pad=same act=clip(0.0,6.0)").padding
+    (1, 1, 1, 1)
+    """
+    kind, *words = text.split() or [""]
+    if kind not in _KEYS:
+        raise ProblemError("parse_problem", "text", text, "starts with neither conv2d nor linear")
+    keys = _KEYS[kind]
+    arguments: dict[str, object] = {"bias": False}
+    seen: set[str] = set()
+    for word in words:
+        key, equals, value = word.partition("=")
+        if key in seen:
+            raise ProblemError("parse_problem", "text", text, f"{key} is given twice")
+        seen.add(key)
+        if key in ("bias", "residual") and not equals:
+            arguments[key] = True
+        elif key in keys and value:
+            arguments[keys[key]] = _value(text, word, key, value)
+        else:
+            known = " ".join(f"{name}=" for name in keys)
+            raise ProblemError("parse_problem", "text", text, f"{word!r} is not one of {known} bias residual")
+    if missing := [f"{key}=" for key in _REQUIRED[kind] if key not in seen]:
+        raise ProblemError("parse_problem", "text", text, f"{' '.join(missing)} is missing")
+    return Conv2d(**arguments) if kind == "conv2d" else Linear(**arguments)  # type: ignore[arg-type]
+
+
+_COMMON_KEYS = {"n": "batch_size", "act": "activation"}
+_KEYS = {
+    "conv2d": {
+        "c": "in_channels", "m": "out_channels", "k": "kernel_size", "in": "input_size", "stride": "stride",
+        "pad": "padding", "dil": "dilation", "g": "groups", **_COMMON_KEYS,
+    },
+    "linear": {"c": "in_features", "m": "out_features", **_COMMON_KEYS},
+}  # fmt: skip
+_REQUIRED = {"conv2d": ("c", "m", "k", "in"), "linear": ("c", "m")}
+
+
+def _value(text: str, word: str, key: str, value: str) -> object:
+    """The value of one word of a problem's text, its rules still unchecked."""
+    try:
+        if key in ("k", "in", "stride", "dil"):
+            return tuple(int(side) for side in value.split("x"))
+        if key == "pad":
+            return value if value in ("same", "valid") else tuple(int(side) for side in value.split(","))
+        if key == "act":
+            name, *parameters = re.split(r"[(),]+", value.removesuffix(")"))
+            return (name, *map(float, parameters)) if parameters else name
+        return int(value)
+    except ValueError:
+        raise ProblemError("parse_problem", "text", text, f"{word!r} does not hold numbers") from None
+
+
+def _common_words(problem: Problem) -> list[str]:
+    """The words of a problem's text that both kinds share."""
+    words = [] if problem.N == 1 else [f"n={problem.N}"]
+    if problem.bias: words.append("bias")
+    match problem.activation:
+        case None:
+            pass
+        case str(name):
+            words.append(f"act={name}")
+        case (name, *parameters):
+            words.append(f"act={name}({','.join(map(repr, parameters))})")
+    if problem.residual: words.append("residual")
+    return words
+
+
+def _by(pair: tuple[int, int]) -> str:
+    return f"{pair[0]}x{pair[1]}"
+
+
+@dataclass(frozen=True)
+class _Check:
+    """The rules of the parameters; every method returns the normalised value or raises ProblemError."""
+
+    problem: str
+
+    def fail(self, parameter: str, value: object, rule: str) -> ProblemError:
+        return ProblemError(self.problem, parameter, value, rule)
+
+    def integer(self, parameter: str, value: object, whole: object, least: int) -> int:
+        """An int of at least `least`; `whole` is the parameter as the user gave it, for the message."""
+        try:
+            if isinstance(value, bool | np.bool_):
+                raise TypeError
+            number = operator.index(value)  # type: ignore[arg-type]
+        except TypeError:
+            kind = type(value).__name__
+            raise self.fail(parameter, whole, f"must be an integer, not {kind}") from None
+        if number < least:
+            raise self.fail(parameter, whole, f"must be at least {least}")
+        return number
+
+    def positive(self, parameter: str, value: object) -> int:
+        return self.integer(parameter, value, value, 1)
+
+    def sides(self, parameter: str, value: object, least: int, lengths: tuple[int, ...]) -> tuple[int, ...]:
+        """A tuple of ints from a sequence of one of the lengths."""
+        listed = isinstance(value, Sequence | np.ndarray) and not isinstance(value, str)
+        if not listed or len(value) not in lengths:  # type: ignore[arg-type]
+            allowed = "(height, width)" + " or (top, left, bottom, right)" * (4 in lengths)
+            raise self.fail(parameter, value, f"must be an integer or {allowed}")
+        return tuple(self.integer(parameter, side, value, least) for side in value)  # type: ignore[attr-defined]
+
+    def pair(self, parameter: str, value: object) -> tuple[int, int]:
+        if _is_number(value):
+            side = self.positive(parameter, value)
+            return (side, side)
+        height, width = self.sides(parameter, value, 1, (2,))
+        return (height, width)
+
+    def padding(
+        self, value: object, size: tuple[int, int], extent: tuple[int, int], stride: tuple[int, int]
+    ) -> tuple[int, int, int, int]:
+        """(top, left, bottom, right); `extent` is the size of the dilated filter."""
+        if value == "valid" and isinstance(value, str):
+            return (0, 0, 0, 0)
+        if value == "same" and isinstance(value, str):
+            top, bottom = _same(size[0], extent[0], stride[0])
+            left, right = _same(size[1], extent[1], stride[1])
+            return (top, left, bottom, right)
+        if isinstance(value, str):
+            raise self.fail("padding", value, 'a string must be "same" or "valid"')
+        if _is_number(value):
+            side = self.integer("padding", value, value, 0)
+            return (side, side, side, side)
+        sides = self.sides("padding", value, 0, (2, 4))
+        top, left, bottom, right = sides * 2 if len(sides) == 2 else sides
+        return (top, left, bottom, right)
+
+    def flag(self, parameter: str, value: object) -> bool:
+        if not isinstance(value, bool | np.bool_):
+            raise self.fail(parameter, value, "must be True or False")
+        return bool(value)
+
+    def activation(self, value: object) -> Activation:
+        if value is None:
+            return None
+        listed = isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0
+        words: list[object] = list(value) if listed else [value]  # type: ignore[call-overload]
+        name, parameters = words[0], words[1:]
+        if not isinstance(name, str) or name not in ACTIVATIONS:
+            raise self.fail("activation", value, f"must be None or one of {', '.join(ACTIVATIONS)}")
+        names = ACTIVATIONS[name]
+        if len(parameters) != len(names):
+            usage = f'("{name}", {", ".join(names)})' if names else f'"{name}"'
+            raise self.fail("activation", value, f"must be given as {usage}")
+        numbers = [self.real(value, parameter, infinite=name == "clip") for parameter in parameters]
+        if not numbers:
+            return name
+        if len(numbers) == 1:
+            return (name, numbers[0])
+        lo, hi = numbers
+        if lo > hi or lo == math.inf or hi == -math.inf:
+            raise self.fail("activation", value, "must have lo <= hi, lo below inf and hi above -inf")
+        return (name, lo, hi)
+
+    def real(self, whole: object, value: object, infinite: bool) -> float:
+        """A float that float32 can hold; -0.0 becomes 0.0, so that equal problems print alike."""
+        if isinstance(value, bool | np.bool_ | str):
+            raise self.fail("activation", whole, "its parameters must be numbers")
+        try:
+            number = float(value) + 0.0  # type: ignore[arg-type]
+        except (TypeError, ValueError):
+            raise self.fail("activation", whole, "its parameters must be numbers") from None
+        if not (abs(number) <= _FLOAT32_MAX or (infinite and abs(number) == math.inf)):
+            raise self.fail("activation", whole, "its parameters must be in the range of float32, not NaN")
+        return number
+
+    def groups(self, groups: int, in_channels: int, out_channels: int) -> None:
+        for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
+            if channels % groups:
+                legal = _list(_divisors(math.gcd(in_channels, out_channels)))
+                rule = f"{name}={channels} is not a multiple of groups; use one of {legal}"
+                raise self.fail("groups", groups, rule)
+
+    def output(
+        self, size: tuple[int, int], padding: tuple[int, int, int, int], extent: tuple[int, int]
+    ) -> None:
+        padded = (size[0] + padding[0] + padding[2], size[1] + padding[1] + padding[3])
+        if padded[0] < extent[0] or padded[1] < extent[1]:
+            sizes = f"the padded input {_by(padded)} is smaller than the dilated filter {_by(extent)}"
+            fix = "pad more, or use a smaller filter"
+            raise self.fail("input_size", size, f"{sizes}, so the output is empty; {fix}")
+
+
+def _is_number(value: object) -> bool:
+    """Whether a value is meant as one number, of whatever type, rather than as a sequence."""
+    return not isinstance(value, str) and (not hasattr(value, "__len__") or np.ndim(value) == 0)  # type: ignore[arg-type]
+
+
+def _same(size: int, extent: int, stride: int) -> tuple[int, int]:
+    """The zeros before and after one axis for which the output has ceil(size / stride) elements."""
+    total = max(0, (-(-size // stride) - 1) * stride + extent - size)
+    return (total // 2, total - total // 2)
+
+
+def _divisors(number: int) -> list[int]:
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return small + [number // d for d in reversed(small) if d * d != number]
+
+
+def _list(numbers: list[int], most: int = 8) -> str:
+    return ", ".join(map(str, numbers[:most])) + (", ..." if len(numbers) > most else "")

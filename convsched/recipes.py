@@ -1,0 +1,235 @@
+"""Recipes: named compositions of steps, with the parameters that the analytic default and a search choose.
+
+``channels``   vectors of output channels by a tile of pixels; each input element is broadcast. Dense layers.
+``pixels``     vectors of neighbouring output pixels; each weight is broadcast. Depthwise and thin layers.
+``depthwise``  vectors of channels, one filter a lane, for layouts that keep channels together.
+
+A recipe is a frozen dataclass; ``recipe.schedule(problem, layout)`` writes its steps. Register accumulators
+are ``stage t``, packing is ``stage x`` and ``layout w``; nothing here is known to the emitter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from convsched.problem import Conv2d, Linear, Problem
+from convsched.schedule import (
+    Attach,
+    Fuse,
+    Layout,
+    Parallel,
+    Peel,
+    Reorder,
+    Schedule,
+    Split,
+    StageAt,
+    Step,
+    Unroll,
+    Vectorize,
+)
+
+
+def is_flat(problem: Problem) -> bool:
+    """Whether output pixels can be walked as one row: 1x1, stride 1, no padding."""
+    return (isinstance(problem, Conv2d) and problem.is_pointwise and problem.stride == (1, 1)
+            and not any(problem.padding))
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A loop cut into parts: the parts' names from the outermost in, and the steps that cut it."""
+
+    names: tuple[str, ...]
+    steps: tuple[Step, ...]
+
+    @staticmethod
+    def cut(loop: str, extent: int, *factors: int) -> Axis:
+        """Parts of ``factors`` iterations each, the greatest first: ``cut("m", 256, 32, 16)`` gives the
+        loops m0 (of 32), m1 (of 16) and m2. A remainder is masked, and its last iteration peeled later."""
+        names, steps, rest, size = [], [], loop, extent
+        for level, factor in enumerate(factors):
+            outer, last = f"{loop}{level}", level == len(factors) - 1
+            inner = f"{loop}{level + 1}" if last else f"{loop}_{level + 1}"
+            steps.append(Split(rest, factor, outer, inner, "mask" if size % factor else "none"))
+            names.append(outer)
+            rest, size = inner, factor
+        return Axis((*names, rest), tuple(steps))
+
+    def peels(self, extent: int, *factors: int) -> tuple[Step, ...]:
+        """A peel of each part whose last iteration is ragged."""
+        return tuple(Peel(self.names[level]) for level, factor in enumerate(factors) if extent % factor)
+
+
+@dataclass(frozen=True)
+class Channels:
+    """Register tile of ``vectors`` vectors of output channels by ``rows`` x ``pixels`` output pixels.
+
+    ``lanes`` of a vector; ``block`` tiles (rows of tiles, or tiles where pixels are flat) share a packed
+    piece of the input; ``depth`` input channels are summed before the next filter tap; ``unroll`` of them
+    are written out.
+    """
+
+    lanes: int
+    vectors: int
+    rows: int
+    pixels: int
+    block: int
+    depth: int
+    unroll: int
+    pack: Literal["none", "window", "packed"]
+    parallel: Literal["pixels", "channels"] = "pixels"
+    name = "channels"
+
+    def schedule(self, problem: Problem, layout: str = "nchw") -> Schedule:
+        """The steps for a problem."""
+        return Schedule(tuple(_channels(self, problem, layout)))
+
+
+def _channels(p: Channels, problem: Problem, layout: str) -> list[Step]:
+    conv = problem if isinstance(problem, Conv2d) else None
+    groups = conv.groups if conv else 1
+    m_extent, c_extent = problem.M // groups, problem.C // groups
+    flat = is_flat(problem)
+    steps: list[Step] = [Fuse("e", "f", "p")] if flat else []
+    m = Axis.cut("m", m_extent, p.vectors * p.lanes, p.lanes)
+    depth = min(p.depth, c_extent)
+    c = Axis.cut("c", c_extent, depth, p.unroll)
+    head = (["n"] if conv else []) + (["g"] if groups > 1 else [])
+    if conv is None or flat:
+        loop, extent = ("p", conv.E * conv.F) if conv else ("n", problem.N)
+        pixel = Axis.cut(loop, extent, p.block * p.pixels, p.pixels)
+        outer, tiles, inner = pixel.names[0], [pixel.names[1]], [pixel.names[2]]
+        cuts = (*pixel.steps,)
+        peels = pixel.peels(extent, p.block * p.pixels, p.pixels)
+    else:
+        row = Axis.cut("e", conv.E, p.block * p.rows, p.rows)
+        column = Axis.cut("f", conv.F, p.pixels)
+        outer, tiles, inner = row.names[0], [row.names[1], column.names[0]], [row.names[2], column.names[1]]
+        cuts = (*row.steps, *column.steps)
+        peels = (*row.peels(conv.E, p.block * p.rows, p.rows), *column.peels(conv.F, p.pixels))
+    taps = ["r", "s"] if conv else []
+    steps += [*m.steps, *cuts, *c.steps]
+    steps.append(Reorder((*head, outer, m.names[0], *tiles, c.names[0], *taps, *c.names[1:], *inner,
+                          *m.names[1:])))
+    steps += [Attach("init", tiles[-1]), Attach("epilogue", tiles[-1]), StageAt("t", tiles[-1], "registers")]
+    steps += _pack_input(p, layout, outer, tiles, inner, c)
+    steps.append(Layout("w", (*(["g"] if groups > 1 else []), m.names[0], c.names[0], *taps, *c.names[1:],
+                              *m.names[1:])))
+    steps += [Unroll((c.names[2], *inner, m.names[1])), Vectorize((m.names[2],))]
+    steps.append(Parallel(outer if p.parallel == "pixels" else m.names[0]))
+    steps += [*m.peels(m_extent, p.vectors * p.lanes), *peels, *c.peels(c_extent, depth, p.unroll)]
+    return steps
+
+
+def _pack_input(p: Channels, layout: str, outer: str, tiles: list[str], inner: list[str],
+                c: Axis) -> list[Step]:
+    """The copy of the input that the tiles of one block share."""
+    if p.pack == "packed":  # flat: [tile][channel][pixel], the order of use
+        pixel, copied = f"x.{inner[0]}", [f"x.{name}" for name in c.names]
+        return [StageAt("x", outer, "packed", (tiles[0], *c.names, inner[0])),
+                Reorder((*copied, f"x.{tiles[0]}", pixel)),
+                Split(pixel, p.lanes, f"{pixel}_0", f"{pixel}_1", "mask" if p.pixels % p.lanes else "none"),
+                Unroll((f"{pixel}_0",)), Vectorize((f"{pixel}_1",))]
+    if p.pack == "window":
+        order = {"nchw": ("n", "h", "c", "w"), "nhwc": ("n", "h", "w", "c"),
+                 "nchw16c": ("n", "c/16", "h", "w", "c%16")}[layout]
+        if layout == "nchw":
+            return [StageAt("x", outer, "window", order), Split("x.w", p.lanes, "x.w0", "x.w1", "mask"),
+                    Vectorize(("x.w1",))]
+        return [StageAt("x", outer, "window", order), Split("x.c", p.lanes, "x.c0", "x.c1", "mask"),
+                Reorder(("x.c0", "x.h", "x.w", "x.c1") if layout == "nchw16c" else
+                        ("x.h", "x.w", "x.c0", "x.c1")), Vectorize(("x.c1",))]
+    return []
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Tile of ``maps`` output channels by ``rows`` rows by ``vectors`` vectors along the row.
+
+    The filter taps are written out, so that an input vector is loaded once for all rows that use it.
+    Borders are masked loads; the first and last tile of rows have copies of their own where
+    ``peel_borders``.
+    """
+
+    lanes: int
+    maps: int
+    rows: int
+    vectors: int
+    unroll_taps: bool
+    peel_borders: bool
+    name = "pixels"
+
+    def schedule(self, problem: Problem, layout: str = "nchw") -> Schedule:
+        """The steps for a problem."""
+        return Schedule(tuple(_pixels(self, problem)))
+
+
+def _pixels(p: Pixels, problem: Problem) -> list[Step]:
+    if isinstance(problem, Linear):
+        return _pixels_linear(p, problem)
+    m = Axis.cut("m", problem.M // problem.groups, p.maps)
+    flat = is_flat(problem)
+    steps: list[Step] = [Fuse("e", "f", "p")] if flat else []
+    loop, extent = ("p", problem.E * problem.F) if flat else ("f", problem.F)
+    column = Axis.cut(loop, extent, p.vectors * p.lanes, p.lanes)
+    row = Axis((), ()) if flat else Axis.cut("e", problem.E, p.rows)
+    head = ["n"] + (["g"] if problem.groups > 1 else [])
+    row_tile, row_inner = list(row.names[:1]), list(row.names[1:])
+    steps += [*m.steps, *row.steps, *column.steps]
+    steps.append(Reorder((*head, m.names[0], *row_tile, column.names[0], "c", "r", "s", m.names[1],
+                          *row_inner, *column.names[1:])))
+    at = column.names[0]
+    steps += [Attach("init", at), Attach("epilogue", at), StageAt("t", at, "registers")]
+    unrolled = [m.names[1], *row_inner, column.names[1]]
+    steps.append(Unroll((*(["r", "s"] if p.unroll_taps else []), *unrolled)))
+    steps.append(Vectorize((column.names[2],)))
+    steps.append(Parallel("g" if problem.groups > 1 else m.names[0]))
+    steps += m.peels(problem.M // problem.groups, p.maps)
+    if not flat:
+        if p.peel_borders and any(problem.padding[0::2]):
+            steps.append(Peel(row.names[0], "first"))
+        if p.peel_borders or problem.E % p.rows:
+            steps.append(Peel(row.names[0]))
+    steps += column.peels(extent, p.vectors * p.lanes)
+    return steps
+
+
+def _pixels_linear(p: Pixels, problem: Linear) -> list[Step]:
+    """A product with few outputs: vectors along the batch."""
+    n = Axis.cut("n", problem.N, p.vectors * p.lanes, p.lanes)
+    return [*n.steps, Reorder((n.names[0], "m", "c", *n.names[1:])), Attach("init", "m"),
+            Attach("epilogue", "m"), StageAt("t", "m", "registers"), Unroll((n.names[1],)),
+            Vectorize((n.names[2],)), Parallel("m"), *n.peels(problem.N, p.vectors * p.lanes)]
+
+
+@dataclass(frozen=True)
+class Depthwise:
+    """Vectors of ``lanes`` channels, a tile of ``rows`` x ``pixels`` output pixels; one filter a channel."""
+
+    lanes: int
+    rows: int
+    pixels: int
+    unroll_taps: bool
+    name = "depthwise"
+
+    def schedule(self, problem: Problem, layout: str = "nchw16c") -> Schedule:
+        """The steps for a problem with as many groups as channels in and out."""
+        assert isinstance(problem, Conv2d)
+        g = Axis.cut("g", problem.groups, self.lanes)
+        row, column = Axis.cut("e", problem.E, self.rows), Axis.cut("f", problem.F, self.pixels)
+        at = column.names[0]
+        steps: list[Step] = [*g.steps, *row.steps, *column.steps]
+        steps.append(Reorder(("n", g.names[0], row.names[0], at, "m", "c", "r", "s", row.names[1],
+                              column.names[1], g.names[1])))
+        steps += [Attach("init", at), Attach("epilogue", at), StageAt("t", at, "registers")]
+        steps.append(Layout("w", (g.names[0], "m", "c", "r", "s", g.names[1])))
+        steps.append(Unroll((*(("r", "s") if self.unroll_taps else ()), row.names[1], column.names[1])))
+        steps += [Vectorize((g.names[1],)), Parallel(g.names[0])]
+        if any(problem.padding):
+            steps += [Peel(row.names[0], "first"), Peel(at, "first")]
+        steps += [Peel(row.names[0]), Peel(at)]
+        return Schedule(tuple(steps))
+
+
+Recipe = Channels | Pixels | Depthwise

@@ -1,0 +1,157 @@
+"""LLVM IR to machine code to an address, with an object cache on disk.
+
+The code generator runs at level 2 without IR passes: the emitter has already chosen what to unroll and keep
+in registers. ORC links the object code and frees it when the last reference to it goes.
+
+A cache entry is ``digest of the rest | length of the header | header (JSON) | object code`` in a file named
+by the key. An entry that does not verify counts as missing. Writers use a temporary file and a rename, so
+that processes can share the folder; a folder that cannot be written means no cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import tempfile
+import threading
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import llvmlite
+import llvmlite.binding as llvm
+
+from convsched.machine import Machine, cache_folder
+
+FORMAT = 1  # of a cache entry
+_LOCK = threading.RLock()
+_NUMBER = itertools.count()
+
+_CPU_OF_ISA = {"avx2": "x86-64-v3", "sse": "x86-64"}  # for an ISA below the host's own
+
+
+@cache
+def _initialize() -> None:
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+
+
+@cache
+def target(machine: Machine) -> tuple[str, str]:
+    """The LLVM CPU name and features for a machine: the host's, or a lower x86-64 level's."""
+    _initialize()
+    if machine.isa != Machine.host().isa and machine.isa in _CPU_OF_ISA:
+        return _CPU_OF_ISA[machine.isa], ""
+    own = {"avx2": "+avx2,+fma,-avx512f", "sse": "-avx,-avx2,-avx512f"}.get(machine.isa)
+    if own is not None:
+        return _CPU_OF_ISA[machine.isa], own
+    return str(llvm.get_host_cpu_name()), str(llvm.get_host_cpu_features().flatten())
+
+
+@cache
+def _target_machine(cpu: str, features: str) -> Any:
+    triple = llvm.Target.from_triple(llvm.get_process_triple())
+    return triple.create_target_machine(cpu=cpu, features=features, opt=2, reloc="pic", codemodel="small")
+
+
+@cache
+def _linker() -> Any:
+    _initialize()
+    return llvm.create_lljit_compiler()
+
+
+def compile_object(text: str, machine: Machine) -> bytes:
+    """The object code of an LLVM module's text."""
+    with _LOCK:
+        return bytes(_target_machine(*target(machine)).emit_object(_parse(text)))
+
+
+def assembly(text: str, machine: Machine) -> str:
+    """The assembly of an LLVM module's text."""
+    with _LOCK:
+        return str(_target_machine(*target(machine)).emit_assembly(_parse(text)))
+
+
+def _parse(text: str) -> Any:
+    _initialize()
+    module = llvm.parse_assembly(text)
+    module.triple = llvm.get_process_triple()
+    return module
+
+
+@dataclass
+class Loaded:
+    """Linked code; the addresses stay valid as long as this object lives."""
+
+    tracker: Any
+
+    def address(self, symbol: str) -> int:
+        """The address of an exported function."""
+        return int(self.tracker[symbol])
+
+
+def link(code: bytes, symbols: tuple[str, ...]) -> Loaded:
+    """Link object code into the process."""
+    with _LOCK:
+        builder = llvm.JITLibraryBuilder().add_object_img(code)
+        for symbol in symbols:
+            builder.export_symbol(symbol)
+        return Loaded(builder.link(_linker(), f"convsched{next(_NUMBER)}"))
+
+
+def load(text: str, symbols: tuple[str, ...], machine: Machine | None = None) -> Loaded:
+    """Compile and link an LLVM module's text."""
+    return link(compile_object(text, machine or Machine.host()), symbols)
+
+
+@cache
+def compiler_digest() -> str:
+    """A digest of the compiler's own sources and of LLVM's version: code made by another is not reused."""
+    digest = hashlib.sha256(f"{llvmlite.__version__} {llvm.llvm_version_info}".encode())
+    package = Path(__file__).parent
+    roots = [package, Path(__import__("convsched").__file__).parent]
+    for path in sorted(p for root in roots for pattern in ("*.py", "lower/*.py") for p in root.glob(pattern)):
+        digest.update(path.name.encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def object_key(parts: tuple[str, ...], machine: Machine) -> str:
+    """The name of the cache entry of a kernel: all that its code depends on."""
+    everything = json.dumps([FORMAT, compiler_digest(), *target(machine), repr(machine), *parts])
+    return hashlib.sha256(everything.encode()).hexdigest()
+
+
+def read_entry(key: str) -> tuple[dict[str, Any], bytes] | None:
+    """The header and object code of a cache entry; None if there is none that verifies."""
+    try:
+        data = (cache_folder() / "objects" / key).read_bytes()
+        if hashlib.sha256(data[32:]).digest() != data[:32]:
+            return None
+        size = int.from_bytes(data[32:40], "little")
+        header = json.loads(data[40:40 + size])
+        return (header, data[40 + size:]) if isinstance(header, dict) else None
+    except (OSError, ValueError):
+        return None
+
+
+def write_entry(key: str, header: dict[str, Any], code: bytes) -> None:
+    """Write a cache entry; a disk that cannot be written is no error."""
+    head = json.dumps(header).encode()
+    payload = len(head).to_bytes(8, "little") + head + code
+    with contextlib.suppress(OSError):
+        folder = cache_folder() / "objects"
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=folder)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(hashlib.sha256(payload).digest() + payload)
+            os.replace(temporary, folder / key)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise

@@ -1,0 +1,291 @@
+"""A scheduled nest as LLVM IR. The emitter decides nothing: it transliterates loops, loads and stores.
+
+One function a run stage: ``void stage_i(ptr tensors, i64 thread, i64 threads)`` where ``tensors`` points to
+the addresses of the program's tensors in the order of ``arguments(program)``. A parallel loop runs the
+iterations ``extent * thread / threads`` up to ``extent * (thread + 1) / threads``. Elements of register
+tensors are SSA values, carried around run-time loops by phis; that needs every index of theirs to be known,
+so a register tensor indexed by a run-time loop lives on the stack instead.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+
+from convsched.ir import (
+    Affine,
+    Body,
+    Const,
+    Leaf,
+    Load,
+    Loop,
+    Op,
+    Program,
+    Reduce,
+    Stage,
+    Tensor,
+    Value,
+    leaves,
+    loads,
+)
+from convsched.kernels.memory import Lanes, Memory, Point
+from convsched.kernels.vectors import (
+    Mask,
+    constant,
+    mask_text,
+    multiply_add,
+    operation,
+    splat,
+    vector_type,
+)
+from convsched.kernels.writer import Writer
+from convsched.machine import Machine
+
+Register = tuple[str, tuple[int, ...], int]  # tensor, index with lane 0, lanes
+
+
+def arguments(program: Program) -> tuple[Tensor, ...]:
+    """The tensors whose addresses a kernel takes, in order: all that run stages touch in memory."""
+    touched = {name for stage in program.stages if stage.when == "run"
+               for _, leaf in leaves(stage.body) for name in _names(leaf)}
+    return tuple(t for t in program.tensors if t.role != "register" and t.name in touched)
+
+
+def symbols(program: Program) -> tuple[str, ...]:
+    """The function of each run stage, in the order they run."""
+    return tuple(f"stage_{i}" for i, s in enumerate(program.stages) if s.when == "run")
+
+
+def emit(program: Program, machine: Machine) -> str:
+    """The LLVM module of a program's run stages; the same program gives the same text."""
+    functions, declarations = [], set()
+    for symbol, stage in zip(symbols(program), (s for s in program.stages if s.when == "run"), strict=True):
+        emitter = _Emitter(program, stage, machine)
+        functions.append(emitter.function(symbol))
+        declarations |= emitter.w.declarations
+    bits = machine.vector_bytes * 8
+    attributes = (f'attributes #0 = {{ nounwind "prefer-vector-width"="{bits}" '
+                  f'"min-legal-vector-width"="{bits}" }}')
+    return "\n".join([*functions, *sorted(declarations), attributes, ""])
+
+
+def _names(leaf: Leaf) -> Iterable[str]:
+    return (leaf.tensor, *(load.tensor for load in loads(leaf.value)))
+
+
+class _Emitter:
+    """Walks one stage."""
+
+    def __init__(self, program: Program, stage: Stage, machine: Machine) -> None:
+        self.program = program
+        self.stage = stage
+        self.fused = machine.isa != "sse"
+        self.w = Writer()
+        self.point = Point()
+        self.memory = Memory(self.w, self.point, machine.lanes)
+        self.registers: dict[Register, str] = {}
+        self.on_stack = _on_stack(program, stage)
+
+    def function(self, symbol: str) -> str:
+        """The text of the stage's function."""
+        used = {name for _, leaf in leaves(self.stage.body) for name in _names(leaf)}
+        prologue = []
+        for position, tensor in enumerate(arguments(self.program)):
+            if tensor.name in used:
+                prologue += [f"  %{tensor.name}.slot = getelementptr ptr, ptr %tensors, i64 {position}",
+                             f"  %{tensor.name} = load ptr, ptr %{tensor.name}.slot, align 8"]
+        prologue += [f"  %{name} = alloca [{self.program.tensor(name).elements} x float], align 64"
+                     for name in sorted(self.on_stack)]
+        self.body(self.stage.body)
+        self.memory.flush()
+        scope = self.w.scopes[0]
+        head = f"define void @{symbol}(ptr %tensors, i64 %thread, i64 %threads) #0 {{"
+        return "\n".join([head, "entry:", *prologue, *scope.hoisted, *scope.lines, "  ret void", "}"])
+
+    # Loops
+
+    def body(self, body: Body) -> None:
+        for statement in body:
+            if isinstance(statement, Loop):
+                self.loop(statement)
+            else:
+                self.leaf(statement, Lanes())
+
+    def loop(self, loop: Loop) -> None:
+        self.point.extents[loop.var] = loop.extent
+        if loop.kind == "vector" and loop.extent > 1:
+            for leaf in loop.body:
+                assert not isinstance(leaf, Loop)
+                self.leaf(leaf, Lanes(loop.var, loop.extent))
+        elif loop.kind == "unroll" or (loop.extent == 1 and loop.kind != "parallel"):
+            self.point.unrolled[loop.var] = loop.extent
+            for value in range(loop.extent):
+                self.point.known[loop.var] = value
+                self.body(loop.body)
+            del self.point.known[loop.var], self.point.unrolled[loop.var]
+        else:
+            self.run_time_loop(loop)
+        del self.point.extents[loop.var]
+
+    def run_time_loop(self, loop: Loop) -> None:
+        """A loop with its test at the bottom; register tensors written inside are phis at its head."""
+        self.memory.flush()
+        self.memory.forget()
+        w = self.w
+        number = w.fresh("")[1:]
+        var, head, done = f"%{loop.var}.{number}", f"head{number}", f"done{number}"
+        first, last = "0", str(loop.extent)
+        if loop.kind == "parallel":
+            first, last = self.share(loop.extent)
+            some = w.let(f"icmp slt i64 {first}, {last}")
+            w.line(f"  br i1 {some}, label %{head}, label %{done}")
+        else:
+            w.line(f"  br label %{head}")
+        before = w.label
+        carried = {r: self.registers.get(r, "zeroinitializer" if r[2] > 1 else "0.0")
+                   for r in self.written(loop.body)}
+        phis = {r: w.fresh("a") for r in carried}
+        self.registers.update(phis)
+        self.point.dynamic[loop.var] = var
+        w.scopes.append(type(w.scopes[0])(loop.var))
+        w.label = head
+        self.body(loop.body)
+        self.memory.flush()
+        self.memory.forget()
+        following = w.let(f"add nuw nsw i64 {var}, 1")
+        more = w.let(f"icmp slt i64 {following}, {last}")
+        w.line(f"  br i1 {more}, label %{head}, label %{done}")
+        scope = w.scopes.pop()
+        lines = [f"{head}:", f"  {var} = phi i64 [ {first}, %{before} ], [ {following}, %{w.label} ]"]
+        for register, phi in phis.items():
+            kind = vector_type(register[2])
+            lines.append(f"  {phi} = phi {kind} [ {carried[register]}, %{before} ], "
+                         f"[ {self.registers[register]}, %{w.label} ]")
+        w.scopes[-1].lines += [*lines, *scope.hoisted, *scope.lines]
+        w.start_block(done)
+        del self.point.dynamic[loop.var]
+
+    def share(self, extent: int) -> tuple[str, str]:
+        """This thread's part of a parallel loop."""
+        w = self.w
+        first = w.let(f"udiv i64 {w.let(f'mul i64 {extent}, %thread')}, %threads")
+        following = w.let("add i64 %thread, 1")
+        return first, w.let(f"udiv i64 {w.let(f'mul i64 {extent}, {following}')}, %threads")
+
+    # Registers
+
+    def written(self, body: Body) -> list[Register]:
+        """The register elements that a body may write, in the order it does."""
+        found: dict[Register, None] = {}
+        for around, leaf in leaves(body):
+            if not self.in_registers(leaf.tensor):
+                continue
+            lanes = next((Lanes(lp.var, lp.extent) for lp in around
+                          if lp.kind == "vector" and lp.extent > 1), Lanes())
+            used = {v for a in leaf.index for v in a.variables}
+            free = [lp for lp in around if lp.var in used and lp.var != lanes.var]
+            for values in itertools.product(*(range(lp.extent) for lp in free)):
+                known = dict(zip((lp.var for lp in free), values, strict=True))
+                self.point.known.update(known)
+                found.setdefault(self.register(leaf.tensor, leaf.index, lanes))
+                for name in known:
+                    del self.point.known[name]
+        return list(found)
+
+    def in_registers(self, tensor: str) -> bool:
+        return self.program.tensor(tensor).role == "register" and tensor not in self.on_stack
+
+    def register(self, tensor: str, index: tuple[Affine, ...], lanes: Lanes) -> Register:
+        """The key of a register element: its index with the vector variable at 0."""
+        place = tuple(self.point.split(a, lanes)[0] for a in index)
+        across = any(lanes.var in a.variables for a in index)
+        return tensor, place, lanes.count if across else 1
+
+    # Statements
+
+    def leaf(self, leaf: Leaf, lanes: Lanes) -> None:
+        mask = self.memory.guard(leaf.where, lanes)
+        if isinstance(mask, tuple) and not any(mask):
+            return
+        tensor = self.program.tensor(leaf.tensor)
+        if self.in_registers(leaf.tensor):
+            self.to_register(leaf, lanes, mask)
+        elif isinstance(mask, str) and lanes.count == 1:
+            self.branch(leaf, tensor, mask)
+        else:
+            self.to_memory(leaf, tensor, lanes, mask)
+
+    def branch(self, leaf: Leaf, tensor: Tensor, condition: str) -> None:
+        """A scalar statement under a run-time guard."""
+        self.memory.flush()
+        self.memory.forget()
+        number = self.w.fresh("")[1:]
+        self.w.line(f"  br i1 {condition}, label %then{number}, label %join{number}")
+        self.w.start_block(f"then{number}")
+        self.to_memory(leaf, tensor, Lanes(), None)
+        self.memory.forget()
+        self.w.line(f"  br label %join{number}")
+        self.w.start_block(f"join{number}")
+
+    def to_memory(self, leaf: Leaf, tensor: Tensor, lanes: Lanes, mask: Mask | None) -> None:
+        value = self.value(leaf.value, lanes)
+        if isinstance(leaf, Reduce):
+            old = self.memory.load(tensor, leaf.index, lanes)
+            value = operation(self.w, "add", (old, value), lanes.count)
+        self.memory.store(tensor, leaf.index, value, lanes, mask)
+
+    def to_register(self, leaf: Leaf, lanes: Lanes, mask: Mask | None) -> None:
+        """A guard that selects elements (its variables index the register) needs no test: elements it
+        excludes are never read. One that selects contributions keeps the old value."""
+        register = self.register(leaf.tensor, leaf.index, lanes)
+        old = self.registers.get(register, "zeroinitializer" if register[2] > 1 else "0.0")
+        new = self.sum(old, leaf.value, lanes) if isinstance(leaf, Reduce) else self.value(leaf.value, lanes)
+        own = {v for a in leaf.index for v in a.variables}
+        outer = {v for w in leaf.where for v in w.variables} - own
+        inside = any(v in self.point.dynamic or v in self.point.known for v in outer)
+        if mask is not None and inside and not self.selects_elements(leaf):
+            kind, bits = vector_type(lanes.count), vector_type(lanes.count, "i1")
+            new = self.w.let(f"select {bits} {mask_text(mask, lanes.count)}, {kind} {new}, {kind} {old}")
+        self.registers[register] = new
+
+    def selects_elements(self, leaf: Leaf) -> bool:
+        """Whether each guard has a variable of the register's index: 14 f0 + f1 < F for acc[f1]."""
+        own = {v for a in leaf.index for v in a.variables}
+        return all(w.variables & own for w in leaf.where)
+
+    def sum(self, old: str, value: Value, lanes: Lanes) -> str:
+        if isinstance(value, Op) and value.name == "mul":
+            a, b = (self.value(v, lanes) for v in value.values)
+            return multiply_add(self.w, a, b, old, lanes.count, self.fused)
+        return operation(self.w, "add", (old, self.value(value, lanes)), lanes.count)
+
+    def value(self, value: Value, lanes: Lanes) -> str:
+        match value:
+            case Const(number):
+                return constant(number, lanes.count)
+            case Load(name, index):
+                if not self.in_registers(name):
+                    return self.memory.load(self.program.tensor(name), index, lanes)
+                register = self.register(name, index, lanes)
+                held = self.registers.get(register, "zeroinitializer" if register[2] > 1 else "0.0")
+                return splat(self.w, held, lanes.count) if register[2] < lanes.count else held
+            case Op(name, operands):
+                return operation(self.w, name, [self.value(v, lanes) for v in operands], lanes.count)
+        raise AssertionError(value)
+
+
+def _on_stack(program: Program, stage: Stage) -> set[str]:
+    """Register tensors that a run-time loop indexes, or that are seen as vectors and as scalars."""
+    stacked, seen = set(), dict[str, int]()
+    for around, leaf in leaves(stage.body):
+        kinds = {lp.var: lp for lp in around}
+        for name, index in ((leaf.tensor, leaf.index), *((ld.tensor, ld.index) for ld in loads(leaf.value))):
+            if program.tensor(name).role != "register":
+                continue
+            used = [kinds[v] for a in index for v in a.variables]
+            if any(lp.kind in ("serial", "parallel") and lp.extent > 1 for lp in used):
+                stacked.add(name)
+            width = next((lp.extent for lp in used if lp.kind == "vector"), 1)
+            if seen.setdefault(name, width) != width:
+                stacked.add(name)
+    return stacked

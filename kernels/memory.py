@@ -1,0 +1,356 @@
+"""Loads and stores of a scheduled nest as LLVM IR: addresses, masks, strides, reuse.
+
+A vector access whose lanes are one element apart is a vector load or store; lanes that share an element are
+one scalar, broadcast; lanes a constant distance apart, in a run of neighbouring elements, are rows moved
+whole and transposed in registers; anything else is a gather or scatter. Loads are remembered by address
+until a loop begins or ends, or their tensor is written: the reuse that unrolling exposes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from convsched.address import offset
+from convsched.ir import Affine, Index, Tensor
+from convsched.kernels.vectors import (
+    Mask,
+    both,
+    mask_text,
+    shuffle,
+    splat,
+    suffix,
+    transpose,
+    vector_type,
+)
+from convsched.kernels.writer import Writer
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """The vector loop around a statement: its variable and extent; extent 1 outside vector loops."""
+
+    var: str = ""
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an access lies: ``pointer + constant + stride * lane``, or one offset a lane in ``scattered``."""
+
+    pointer: str
+    constant: int
+    stride: int
+    scattered: str | None = None
+
+
+@dataclass
+class Point:
+    """Where the walk stands: values of loop variables, known or run-time, and extents of all loops."""
+
+    known: dict[str, int] = field(default_factory=dict)
+    dynamic: dict[str, str] = field(default_factory=dict)
+    extents: dict[str, int] = field(default_factory=dict)
+    unrolled: dict[str, int] = field(default_factory=dict)
+
+    def split(self, a: Affine, lanes: Lanes) -> tuple[int, list[tuple[str, str, int]], int]:
+        """The known part, the run-time terms (var, SSA value, coefficient) and the lanes' stride."""
+        total, terms, stride = a.constant, [], 0
+        for var, coefficient in a.terms:
+            if var in self.known:
+                total += coefficient * self.known[var]
+            elif var == lanes.var:
+                stride = coefficient
+            else:
+                terms.append((var, self.dynamic[var], coefficient))
+        return total, terms, stride
+
+    def bounds(self, a: Affine) -> tuple[int, int]:
+        """The range of an expression at this point."""
+        low = high = a.constant
+        for var, coefficient in a.terms:
+            if var in self.known:
+                low += coefficient * self.known[var]
+                high += coefficient * self.known[var]
+            else:
+                reach = coefficient * (self.extents[var] - 1)
+                low += min(0, reach)
+                high += max(0, reach)
+        return low, high
+
+
+class Memory:
+    """Emits the accesses of one function."""
+
+    def __init__(self, writer: Writer, point: Point, width: int) -> None:
+        self.w = writer
+        self.point = point
+        self.width = width
+        self.loaded: dict[tuple[object, ...], str] = {}
+        self.pending: dict[tuple[str, str, int, int], dict[int, tuple[str, Mask | None]]] = {}
+
+    # Addresses
+
+    def place(self, tensor: Tensor, index: Index, lanes: Lanes) -> Place:
+        """The address of an access at this point."""
+        found = offset(tensor, index, self.point.extents)
+        constant, terms, stride = self.point.split(found.affine, lanes)
+        pointer = self.w.pointer(f"%{tensor.name}", terms)
+        if not found.rest:
+            return Place(pointer, constant, stride)
+        across = lanes if any(lanes.var in a.variables for a, *_ in found.rest) else Lanes()
+        extra = "0"
+        for a, step, size, scale in found.rest:
+            value = self.value(a, across)
+            value = self._integer("udiv", value, step, across.count)
+            value = self._integer("urem", value, size, across.count)
+            value = self._integer("mul", value, scale, across.count)
+            extra = value if extra == "0" else self.w.let(
+                f"add {vector_type(across.count, 'i64')} {extra}, {value}")
+        if across.count == 1:
+            return Place(self.w.let(f"getelementptr float, ptr {pointer}, i64 {extra}"), constant, stride)
+        return Place(pointer, constant, stride, extra)
+
+    def value(self, a: Affine, lanes: Lanes) -> str:
+        """An affine expression as an i64, or one a lane."""
+        constant, terms, stride = self.point.split(a, lanes)
+        total = str(constant)
+        for _, name, coefficient in terms:
+            total = self.w.let(f"add i64 {self.w.let(f'mul i64 {name}, {coefficient}')}, {total}")
+        if lanes.count == 1:
+            return total
+        steps = ", ".join(f"i64 {stride * lane}" for lane in range(lanes.count))
+        kind = vector_type(lanes.count, "i64")
+        return self.w.let(f"add {kind} {splat(self.w, total, lanes.count, 'i64')}, <{steps}>")
+
+    def _integer(self, operation: str, value: str, by: int, count: int) -> str:
+        if by == 1 and operation in ("udiv", "mul"):
+            return value
+        literal = str(by) if count == 1 else f"splat (i64 {by})"
+        return self.w.let(f"{operation} {vector_type(count, 'i64')} {value}, {literal}")
+
+    # Masks
+
+    def negative(self, a: Affine, lanes: Lanes) -> Mask | None:
+        """The lanes where ``a < 0``; None where it surely holds in all."""
+        if self.point.bounds(a)[1] < 0:
+            return None
+        constant, terms, stride = self.point.split(a, lanes)
+        if not terms:
+            return tuple(constant + stride * lane < 0 for lane in range(lanes.count))
+        if stride == 0 and lanes.count > 1:
+            one = self.w.let(f"icmp slt i64 {self.value(a, Lanes())}, 0")
+            return splat(self.w, one, lanes.count, "i1")
+        zero = "0" if lanes.count == 1 else "zeroinitializer"
+        return self.w.let(f"icmp slt {vector_type(lanes.count, 'i64')} {self.value(a, lanes)}, {zero}")
+
+    def guard(self, where: tuple[Affine, ...], lanes: Lanes) -> Mask | None:
+        """The lanes where all guards hold."""
+        mask: Mask | None = None
+        for a in where:
+            mask = both(self.w, mask, self.negative(a, lanes), lanes.count)
+        return mask
+
+    def within(self, tensor: Tensor, index: Index, lanes: Lanes) -> Mask | None:
+        """The lanes whose index lies inside the tensor; None where that is sure."""
+        mask: Mask | None = None
+        for axis, a in enumerate(index):
+            low, high = self.point.bounds(a)
+            if low < 0:
+                mask = both(self.w, mask, self.negative(a * -1 - 1, lanes), lanes.count)
+            if high >= tensor.shape[axis]:
+                mask = both(self.w, mask, self.negative(a - tensor.shape[axis], lanes), lanes.count)
+        return mask
+
+    # Loads
+
+    def forget(self, tensor: str | None = None) -> None:
+        """Drop remembered loads of a tensor, or all."""
+        self.loaded = {k: v for k, v in self.loaded.items() if tensor is not None and k[0] != tensor}
+
+    def load(self, tensor: Tensor, index: Index, lanes: Lanes) -> str:
+        """An element a lane; elements outside the tensor are zero."""
+        if any(key[0] == tensor.name for key in self.pending):
+            self.flush()
+        mask = self.within(tensor, index, lanes)
+        place = self.place(tensor, index, lanes)
+        if lanes.count > 1 and place.stride == 0 and place.scattered is None and not _by_lane(mask):
+            return self._broadcast(tensor, place, lanes, index)
+        key = (tensor.name, place.pointer, place.constant, place.stride, lanes.count, mask, place.scattered)
+        if key not in self.loaded:
+            self.loaded[key] = self._load(tensor, index, place, lanes, mask)
+        return self.loaded[key]
+
+    def _broadcast(self, tensor: Tensor, place: Place, lanes: Lanes, index: Index) -> str:
+        key = (tensor.name, place.pointer, place.constant, "broadcast", lanes.count)
+        if key not in self.loaded:
+            self.loaded[key] = splat(self.w, self.load(tensor, index, Lanes()), lanes.count)
+        return self.loaded[key]
+
+    def _load(self, tensor: Tensor, index: Index, place: Place, lanes: Lanes, mask: Mask | None) -> str:
+        if isinstance(mask, tuple) and not any(mask):
+            return "zeroinitializer" if lanes.count > 1 else "0.0"
+        if isinstance(mask, tuple) and all(mask):
+            mask = None
+        if lanes.count == 1:
+            return self._scalar(tensor, place, mask)
+        if place.scattered is None:
+            if place.stride == 1:
+                return self.contiguous(place.pointer, place.constant, lanes.count, mask)
+            if mask is None and (rows := self._transposed(tensor, place, index, lanes)) is not None:
+                return rows
+            if 2 <= place.stride <= 4 and not isinstance(mask, str):
+                return self._deinterleaved(place, lanes.count, mask)
+        return self._gather(place, lanes.count, mask)
+
+    def _scalar(self, tensor: Tensor, place: Place, mask: Mask | None) -> str:
+        pointer = self.w.displaced(place.pointer, place.constant)
+        if mask is None:
+            return self.w.let(f"load float, ptr {pointer}, align 4")
+        safe = self.w.let(f"select i1 {mask_text(mask, 1)}, ptr {pointer}, ptr %{tensor.name}")
+        value = self.w.let(f"load float, ptr {safe}, align 4")
+        return self.w.let(f"select i1 {mask_text(mask, 1)}, float {value}, float 0.0")
+
+    def contiguous(self, pointer: str, constant: int, lanes: int, mask: Mask | None) -> str:
+        """Neighbouring elements; those outside the mask are not touched and give zero."""
+        kind = vector_type(lanes)
+        at = self.w.displaced(pointer, constant)
+        if mask is None:
+            return self.w.let(f"load {kind}, ptr {at}, align 4")
+        name, bits = f"@llvm.masked.load.{suffix(lanes)}.p0", vector_type(lanes, "i1")
+        self.w.declare(f"{kind} {name}(ptr, i32, {bits}, {kind})")
+        return self.w.let(f"call {kind} {name}(ptr {at}, i32 4, {bits} {mask_text(mask, lanes)}, "
+                          f"{kind} zeroinitializer)")
+
+    def _deinterleaved(self, place: Place, lanes: int, mask: Mask | None) -> str:
+        """Every ``stride``-th element of ``stride`` vectors, reading nothing past the last one wanted."""
+        wanted = mask if isinstance(mask, tuple) else (True,) * lanes
+        value = "poison"
+        for part in range(place.stride):
+            touched = tuple((part * lanes + i) % place.stride == 0 and wanted[(part * lanes + i) // place.stride]
+                            for i in range(lanes))
+            if not any(touched):
+                continue
+            last = max(i for i, t in enumerate(touched) if t)
+            first = min(i for i, t in enumerate(touched) if t)
+            reach = tuple(first <= i <= last for i in range(lanes))
+            piece = self.contiguous(place.pointer, place.constant + part * lanes, lanes,
+                                    None if all(reach) else reach)
+            picks = []
+            for lane in range(lanes):
+                source = lane * place.stride - part * lanes
+                picks.append(lanes + source if 0 <= source < lanes else lane)
+            value = shuffle(self.w, "zeroinitializer" if value == "poison" else value, piece, lanes, picks)
+        if mask is None:
+            return value
+        return self.w.let(f"select {vector_type(lanes, 'i1')} {mask_text(mask, lanes)}, {vector_type(lanes)} "
+                          f"{value}, {vector_type(lanes)} zeroinitializer")
+
+    def _transposed(self, tensor: Tensor, place: Place, index: Index, lanes: Lanes) -> str | None:
+        """Rows of a whole unrolled loop, transposed; the other iterations find theirs remembered."""
+        affine = offset(tensor, index, self.point.extents).affine
+        runs = [(var, self.point.unrolled[var]) for var, c in affine.terms if c == 1 and
+                self.point.unrolled.get(var, 1) > 1]
+        if len(runs) != 1 or lanes.count not in (4, 8, 16) or lanes.count != self.width:
+            return None
+        var, extent = runs[0]
+        value = self.point.known[var]
+        chunk = value // lanes.count * lanes.count
+        length = min(lanes.count, extent - chunk)
+        first = place.constant - value + chunk
+        reach = None if length == lanes.count else tuple(i < length for i in range(lanes.count))
+        rows = [self.contiguous(place.pointer, first + lane * place.stride, lanes.count, reach)
+                for lane in range(lanes.count)]
+        for i, column in enumerate(transpose(self.w, rows, lanes.count)[:length]):
+            key = (tensor.name, place.pointer, first + i, place.stride, lanes.count, None, None)
+            self.loaded[key] = column
+        return self.loaded[(tensor.name, place.pointer, place.constant, place.stride, lanes.count, None, None)]
+
+    def _addresses(self, place: Place, lanes: int) -> str:
+        steps = ", ".join(f"i64 {place.constant + place.stride * lane}" for lane in range(lanes))
+        offsets, kind = f"<{steps}>", vector_type(lanes, "i64")
+        if place.scattered is not None:
+            offsets = self.w.let(f"add {kind} {place.scattered}, {offsets}")
+        return self.w.let(f"getelementptr float, ptr {place.pointer}, {kind} {offsets}")
+
+    def _gather(self, place: Place, lanes: int, mask: Mask | None) -> str:
+        kind, bits, pointers = vector_type(lanes), vector_type(lanes, "i1"), vector_type(lanes, "ptr")
+        name = f"@llvm.masked.gather.{suffix(lanes)}.v{lanes}p0"
+        self.w.declare(f"{kind} {name}({pointers}, i32, {bits}, {kind})")
+        return self.w.let(
+            f"call {kind} {name}({pointers} {self._addresses(place, lanes)}, i32 4, "
+            f"{bits} {mask_text(mask or (True,) * lanes, lanes)}, {kind} zeroinitializer)")
+
+    # Stores
+
+    def store(self, tensor: Tensor, index: Index, value: str, lanes: Lanes, mask: Mask | None) -> None:
+        """Store an element a lane, in the lanes of the mask (never a run-time mask of one lane)."""
+        place = self.place(tensor, index, lanes)
+        self.forget(tensor.name)
+        if isinstance(mask, tuple) and not any(mask):
+            return
+        if isinstance(mask, tuple) and all(mask):
+            mask = None
+        if lanes.count == 1:
+            pointer = self.w.displaced(place.pointer, place.constant)
+            self.w.line(f"  store float {value}, ptr {pointer}, align 4")
+        elif place.scattered is None and place.stride == 1:
+            self._store_contiguous(place.pointer, place.constant, value, lanes.count, mask)
+        elif place.scattered is None and place.stride > 1 and self._may_wait(lanes, mask):
+            key = (tensor.name, place.pointer, place.stride, lanes.count)
+            self.pending.setdefault(key, {})[place.constant] = (value, mask)
+        else:
+            self._scatter(place, value, lanes.count, mask)
+
+    def _may_wait(self, lanes: Lanes, mask: Mask | None) -> bool:
+        return lanes.count in (4, 8, 16) and lanes.count == self.width and not isinstance(mask, str)
+
+    def _store_contiguous(self, pointer: str, constant: int, value: str, lanes: int, mask: Mask | None) -> None:
+        kind = vector_type(lanes)
+        at = self.w.displaced(pointer, constant)
+        if mask is None:
+            self.w.line(f"  store {kind} {value}, ptr {at}, align 4")
+            return
+        name, bits = f"@llvm.masked.store.{suffix(lanes)}.p0", vector_type(lanes, "i1")
+        self.w.declare(f"void {name}({kind}, ptr, i32, {bits})")
+        self.w.line(f"  call void {name}({kind} {value}, ptr {at}, i32 4, {bits} {mask_text(mask, lanes)})")
+
+    def _scatter(self, place: Place, value: str, lanes: int, mask: Mask | None) -> None:
+        kind, bits, pointers = vector_type(lanes), vector_type(lanes, "i1"), vector_type(lanes, "ptr")
+        name = f"@llvm.masked.scatter.{suffix(lanes)}.v{lanes}p0"
+        self.w.declare(f"void {name}({kind}, {pointers}, i32, {bits})")
+        self.w.line(f"  call void {name}({kind} {value}, {pointers} {self._addresses(place, lanes)}, i32 4, "
+                    f"{bits} {mask_text(mask or (True,) * lanes, lanes)})")
+
+    def flush(self) -> None:
+        """Store what waits: runs of neighbouring elements as transposed rows."""
+        waiting, self.pending = self.pending, {}
+        for (_, pointer, stride, lanes), columns in waiting.items():
+            for first, run in _runs(columns, lanes):
+                mask = run[0][1]
+                if len(run) == 1:
+                    self._scatter(Place(pointer, first, stride), run[0][0], lanes, mask)
+                    continue
+                reach = None if len(run) == lanes else tuple(i < len(run) for i in range(lanes))
+                for lane, row in enumerate(transpose(self.w, [value for value, _ in run], lanes)):
+                    if mask is None or mask[lane]:
+                        self._store_contiguous(pointer, first + lane * stride, row, lanes, reach)
+
+
+def _by_lane(mask: Mask | None) -> bool:
+    """Whether a mask may differ between lanes (a splat condition is tested again by the scalar load)."""
+    return isinstance(mask, tuple) and len(set(mask)) > 1
+
+
+def _runs(columns: Mapping[int, tuple[str, Mask | None]],
+          longest: int) -> list[tuple[int, list[tuple[str, Mask | None]]]]:
+    """Maximal runs of neighbouring offsets with one mask, cut at ``longest``."""
+    runs: list[tuple[int, list[tuple[str, Mask | None]]]] = []
+    for constant, column in sorted(columns.items()):
+        if runs:
+            first, run = runs[-1]
+            if constant == first + len(run) and len(run) < longest and run[0][1] == column[1]:
+                run.append(column)
+                continue
+        runs.append((constant, [column]))
+    return runs

@@ -1,0 +1,82 @@
+"""LLVM IR as text: fresh names, blocks, scopes with hoisted pointers, declarations.
+
+A scope is the body of one run-time loop. A pointer that depends on the loops down to some scope is computed
+once at the start of that scope's body, so that the innermost loop only adds constants to it.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Scope:
+    """The body of a run-time loop; ``hoisted`` lines stand at its start."""
+
+    var: str
+    hoisted: list[str] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
+    pointers: dict[tuple[str, str, int], str] = field(default_factory=dict)
+
+
+def float_literal(number: float) -> str:
+    """A float32 as LLVM writes it: the bits of the equal double.
+
+    >>> float_literal(1.0)
+    '0x3FF0000000000000'
+    """
+    single = struct.unpack("f", struct.pack("f", number))[0]
+    return f"0x{struct.unpack('>Q', struct.pack('>d', single))[0]:016X}"
+
+
+class Writer:
+    """Builds one function's text."""
+
+    def __init__(self) -> None:
+        self.counter = 0
+        self.scopes = [Scope("")]
+        self.label = "entry"
+        self.declarations: set[str] = set()
+
+    def fresh(self, stem: str = "v") -> str:
+        """A new SSA name."""
+        self.counter += 1
+        return f"%{stem}{self.counter}"
+
+    def line(self, text: str) -> None:
+        """Append a line to the innermost scope."""
+        self.scopes[-1].lines.append(text)
+
+    def let(self, expression: str) -> str:
+        """``%new = expression``."""
+        name = self.fresh()
+        self.scopes[-1].lines.append(f"  {name} = {expression}")
+        return name
+
+    def start_block(self, label: str) -> None:
+        """Begin a basic block in the innermost scope."""
+        self.line(f"{label}:")
+        self.label = label
+
+    def declare(self, text: str) -> None:
+        """Declare an intrinsic."""
+        self.declarations.add(f"declare {text}")
+
+    def pointer(self, base: str, terms: list[tuple[str, str, int]]) -> str:
+        """``base + sum(coefficient * value)`` floats, each term (var, SSA value, coefficient) in its scope."""
+        depth = {scope.var: i for i, scope in enumerate(self.scopes)}
+        for var, value, coefficient in sorted(terms, key=lambda t: depth[t[0]]):
+            scope = self.scopes[depth[var]]
+            key = (base, value, coefficient)
+            if key not in scope.pointers:
+                offset, moved = self.fresh("o"), self.fresh("p")
+                scope.hoisted.append(f"  {offset} = mul i64 {value}, {coefficient}")
+                scope.hoisted.append(f"  {moved} = getelementptr float, ptr {base}, i64 {offset}")
+                scope.pointers[key] = moved
+            base = scope.pointers[key]
+        return base
+
+    def displaced(self, base: str, offset: int) -> str:
+        """``base`` plus a constant number of floats."""
+        return self.let(f"getelementptr float, ptr {base}, i64 {offset}") if offset else base
