@@ -39,6 +39,9 @@ from convsched.problem import Conv2d
 from convsched.reference import convolve
 
 OURS = "convsched"
+ALL = ",".join(peer.name for peer in peers.PEERS)
+LAYOUTS = ("nchw", "nhwc", "nchw16c")
+PATH = click.Path(path_type=Path, dir_okay=False)
 MAJOR = ("onnxruntime", "OpenVINO", "PyTorch")  # the best of these is the one to beat; ncnn is shown apart
 ERROR_LIMIT = 2e-4  # of max |error| / rms(output): the loosest accuracy class, since ncnn runs Winograd
 
@@ -70,14 +73,14 @@ class Result:
 
 
 @click.command()
-@click.option("--set", "layer_set", default="dense", show_default=True, help="dense, blocked, or networks: a,b,c.")
+@click.option("--set", "layer_set", default="dense", show_default=True, help="dense, blocked or networks a,b.")
 @click.option("--layer", "wanted", default="", help="Only layers with this in their text.")
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--repeats", type=click.IntRange(min=1), default=15, show_default=True, help="Rounds.")
 @click.option("--sample", default=5.0, show_default=True, help="Milliseconds of one library in one round.")
-@click.option("--ours-layout", type=click.Choice(["nchw", "nhwc", "nchw16c"]), default="nchw", show_default=True)
-@click.option("--peers", "chosen", default=",".join(peer.name for peer in peers.PEERS), show_default=True)
-@click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write results here.")
+@click.option("--ours-layout", type=click.Choice(LAYOUTS), default="nchw", show_default=True)
+@click.option("--peers", "chosen", default=ALL, show_default=True)
+@click.option("--json", "json_file", type=PATH, help="Write results here.")
 def main(
     layer_set: str,
     wanted: str,

@@ -197,6 +197,8 @@ def _merging_axis(tensor: Tensor, index: Index, outer: Affine, inner: Affine,
                   extents: Mapping[str, int]) -> int:
     """The axis that ``outer`` walks with ``inner`` on the next; -1 if neither is used, -2 if not so."""
     names = outer.variables | inner.variables
+    index = tuple(a.substitute({v: Affine() for v in a.variables if extents[v] == 1 and v not in names})
+                  for a in index)
     used = [axis for axis, a in enumerate(index) if a.variables & names]
     if not used:
         return -1

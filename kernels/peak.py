@@ -47,16 +47,18 @@ def peak_kernel(machine: Machine) -> PeakKernel:
     """The loop for this machine's vectors, with two registers kept for the operands and two to spare."""
     accumulators = machine.registers - 4
     ir_text = fma_loop(machine.lanes, accumulators)
-    return PeakKernel(load(ir_text, (SYMBOL,)), machine.lanes, accumulators)
+    return PeakKernel(load(ir_text, (SYMBOL,), machine), machine.lanes, accumulators)
 
 
 def fma_loop(lanes: int, accumulators: int) -> str:
     """LLVM IR of `convsched_peak(iterations, operands[2 lanes], sums[lanes])`.
 
-    for i < iterations: for a < accumulators: sum[a] = fma(x, y, sum[a])
+    for i < iterations: for a < accumulators: sum[a] = fmuladd(x, y, sum[a])
+
+    `fmuladd` is one instruction where the machine has it, and a multiplication and an addition where not.
     """
     vector = f"<{lanes} x float>"
-    fma = f"@llvm.fma.v{lanes}f32"
+    fma = f"@llvm.fmuladd.v{lanes}f32"
     every = range(accumulators)
     phis = [f"  %s{a} = phi {vector} [zeroinitializer, %entry], [%t{a}, %loop]" for a in every]
     fmas = [f"  %t{a} = call {vector} {fma}({vector} %x, {vector} %y, {vector} %s{a})" for a in every]
