@@ -73,7 +73,7 @@ class Result:
 
 
 @click.command()
-@click.option("--set", "layer_set", default="dense", show_default=True, help="dense, blocked or networks a,b.")
+@click.option("--set", "layer_set", default="dense", show_default=True, help="Or blocked, or networks a,b.")
 @click.option("--layer", "wanted", default="", help="Only layers with this in their text.")
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--repeats", type=click.IntRange(min=1), default=15, show_default=True, help="Rounds.")

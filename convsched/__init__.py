@@ -1,0 +1,21 @@
+"""convsched: a convolution compiler for CPUs. ``compile(layer)`` gives a kernel; see the README."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from convsched.api import compile
+from convsched.errors import ConvschedError
+from convsched.machine import Machine
+from convsched.problem import Conv2d, Linear
+from convsched.schedule import Schedule, parse_schedule
+
+__all__ = ["Conv2d", "ConvschedError", "Linear", "Machine", "Schedule", "call", "compile", "parse_schedule"]
+
+
+def __getattr__(name: str) -> Any:
+    """``call`` needs Numba, which takes longer to import than everything else together."""
+    if name == "call":
+        from convsched.kernels.call import call
+        return call
+    raise AttributeError(f"module 'convsched' has no attribute {name!r}")

@@ -413,8 +413,8 @@ def _value(text: str, word: str, key: str, value: str) -> object:
         if key == "pad":
             return value if value in ("same", "valid") else tuple(int(side) for side in value.split(","))
         if key == "act":
-            name, *parameters = re.split(r"[(),]+", value.removesuffix(")"))
-            return (name, *map(float, parameters)) if parameters else name
+            call = re.fullmatch(r"(\w+)\((.*)\)", value)
+            return (call[1], *map(float, call[2].split(","))) if call else value
         return int(value)
     except ValueError:
         raise ProblemError("parse_problem", "text", text, f"{word!r} does not hold numbers") from None
@@ -531,6 +531,8 @@ class _Check:
             raise self.fail("activation", whole, "its parameters must be numbers")
         try:
             number = float(value) + 0.0  # type: ignore[arg-type]
+        except OverflowError:  # an int beyond float64
+            number = math.nan
         except (TypeError, ValueError):
             raise self.fail("activation", whole, "its parameters must be numbers") from None
         if not (abs(number) <= _FLOAT32_MAX or (infinite and abs(number) == math.inf)):
@@ -556,7 +558,7 @@ class _Check:
 
 def _is_number(value: object) -> bool:
     """Whether a value is meant as one number, of whatever type, rather than as a sequence."""
-    return not isinstance(value, str) and (not hasattr(value, "__len__") or np.ndim(value) == 0)  # type: ignore[arg-type]
+    return value.ndim == 0 if isinstance(value, np.ndarray) else not hasattr(value, "__len__")
 
 
 def _same(size: int, extent: int, stride: int) -> tuple[int, int]:

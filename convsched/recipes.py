@@ -113,7 +113,7 @@ def _channels(p: Channels, problem: Problem, layout: str) -> list[Step]:
     steps.append(Reorder((*head, outer, m.names[0], *tiles, c.names[0], *taps, *c.names[1:], *inner,
                           *m.names[1:])))
     steps += [Attach("init", tiles[-1]), Attach("epilogue", tiles[-1]), StageAt("t", tiles[-1], "registers")]
-    steps += _pack_input(p, layout, outer, tiles, inner, c)
+    steps += _pack_input(p, layout, outer, tiles, [c.names[0], *([] if flat else taps), *c.names[1:]], inner)
     steps.append(Layout("w", (*(["g"] if groups > 1 else []), m.names[0], c.names[0], *taps, *c.names[1:],
                               *m.names[1:])))
     steps += [Unroll((c.names[2], *inner, m.names[1])), Vectorize((m.names[2],))]
@@ -122,13 +122,12 @@ def _channels(p: Channels, problem: Problem, layout: str) -> list[Step]:
     return steps
 
 
-def _pack_input(p: Channels, layout: str, outer: str, tiles: list[str], inner: list[str],
-                c: Axis) -> list[Step]:
+def _pack_input(p: Channels, layout: str, outer: str, tiles: list[str], sums: list[str],
+                inner: list[str]) -> list[Step]:
     """The copy of the input that the tiles of one block share."""
-    if p.pack == "packed":  # flat: [tile][channel][pixel], the order of use
-        pixel, copied = f"x.{inner[0]}", [f"x.{name}" for name in c.names]
-        return [StageAt("x", outer, "packed", (tiles[0], *c.names, inner[0])),
-                Reorder((*copied, f"x.{tiles[0]}", pixel)),
+    if p.pack == "packed":  # in the order of use: [tile][channel, tap][pixel]
+        pixel, copied = f"x.{inner[-1]}", [f"x.{name}" for name in (*sums, *tiles, *inner[:-1])]
+        return [StageAt("x", outer, "packed", (*tiles, *sums, *inner)), Reorder((*copied, pixel)),
                 Split(pixel, p.lanes, f"{pixel}_0", f"{pixel}_1", "mask" if p.pixels % p.lanes else "none"),
                 Unroll((f"{pixel}_0",)), Vectorize((f"{pixel}_1",))]
     if p.pack == "window":

@@ -120,7 +120,7 @@ def _silu(v: Floats) -> Floats:
 
 def _hardswish(v: Floats) -> Floats:
     v = np.maximum(v, -3)  # 0 from -3 down, at -inf too
-    return v * np.clip(v + 3, 0, 6) / 6
+    return v * (np.clip(v + 3, 0, 6) / 6)  # divided first: 1e308 * 6 overflows
 
 
 _FUNCTIONS: dict[str, Callable[..., Floats]] = {

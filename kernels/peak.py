@@ -51,7 +51,7 @@ def peak_kernel(machine: Machine) -> PeakKernel:
 
 
 def fma_loop(lanes: int, accumulators: int) -> str:
-    """LLVM IR of `convsched_peak(iterations, operands[2 lanes], sums[lanes])`.
+    """LLVM IR of `convsched_peak(iterations, operands[2 lanes], sums[lanes])`, with at least 2 accumulators.
 
     for i < iterations: for a < accumulators: sum[a] = fmuladd(x, y, sum[a])
 

@@ -1,0 +1,131 @@
+"""The default schedule: parameters from the machine's description, nothing measured.
+
+As in Low et al., "Analytical Modeling Is Enough for High-Performance BLIS" (ACM TOMS 43, 2016), adapted to
+convolution: the register tile minimises the cycles that issue FMAs and loads, remainders included; the
+packed piece of input is sized to a share of L2; sums run over as many channels as keep their rows in L1.
+"""
+
+from __future__ import annotations
+
+from convsched.machine import Machine
+from convsched.problem import Conv2d, Linear, Problem
+from convsched.recipes import Channels, Depthwise, Pixels, Recipe, is_flat
+
+LATENCY = 8  # FMAs in flight that keep two pipes of four cycles busy
+LOAD_WEIGHT = 0.1  # of a load beside an FMA where neither is the bottleneck
+COPY_PENALTY = 0.01  # of an own copy of the nest for a remainder: code to compile and to fetch
+
+
+def default_recipe(problem: Problem, machine: Machine, layout: str = "nchw", threads: int = 1) -> Recipe:
+    """The recipe and parameters for a problem on a machine, in microseconds and without measuring."""
+    if isinstance(problem, Linear):
+        return _channels(problem, machine, layout, threads)
+    channels, maps = problem.C // problem.groups, problem.M // problem.groups
+    if problem.groups > 1 and channels == maps == 1 and layout != "nchw":
+        return _depthwise(problem, machine)
+    if maps >= machine.lanes or (maps >= machine.lanes // 2 and problem.groups == 1):
+        return _channels(problem, machine, layout, threads)
+    return _pixels(problem, machine)
+
+
+def _tiles(extent: int, size: int) -> list[tuple[int, int]]:
+    """(how many, how large) of the full tiles and of the remainder."""
+    full, rest = divmod(extent, size)
+    return [(count, part) for count, part in ((full, size), (1, rest)) if count and part]
+
+
+def tile_cost(vectors: int, pixels: int) -> float:
+    """Cycles, in units of one FMA, that a register tile takes for one channel and tap."""
+    loads = vectors + pixels
+    return max(vectors * pixels, loads, LATENCY) + LOAD_WEIGHT * loads
+
+
+def _register_tile(maps: int, rows: int, columns: int, machine: Machine) -> tuple[int, int, int]:
+    """(vectors, rows, pixels) of the cheapest tile over all tiles of the layer, remainders included."""
+    best: tuple[float, tuple[int, int, int]] | None = None
+    whole = -(-maps // machine.lanes)
+    for vectors in range(1, min(whole, 12) + 1):
+        pixels_most = (machine.registers - 1 - vectors) // vectors
+        for height in range(1, min(rows, 4) + 1):
+            for width in range(1, min(columns, pixels_most // height) + 1):
+                if height > 1 and width < columns:
+                    continue  # tall tiles only where they span the row
+                cost = sum(
+                    a * b * c * tile_cost(v, h * w)
+                    for a, v in _tiles(whole, vectors) for b, h in _tiles(rows, height)
+                    for c, w in _tiles(columns, width))
+                copies = sum(map(bool, (whole % vectors, rows % height, columns % width)))
+                cost *= 1 + COPY_PENALTY * copies
+                if best is None or cost < best[0]:
+                    best = (cost, (vectors, height, width))
+    assert best is not None
+    return best[1]
+
+
+def _near_divisor(extent: int, limit: int) -> int:
+    """The greatest divisor of ``extent`` up to ``limit`` if it is not below half of it; else even parts."""
+    limit = max(1, min(limit, extent))
+    divisor = max(d for d in range(1, limit + 1) if extent % d == 0)
+    return divisor if 2 * divisor >= limit else -(-extent // -(-extent // limit))
+
+
+def _sum_blocks(channels: int, most: int) -> tuple[int, int]:
+    """(depth, unroll): channels summed before the next tap, and how many are written out."""
+    unroll = next((u for u in (4, 3, 2, 5, 7) if channels % u == 0), 4 if channels >= 16 else channels)
+    if channels <= most:
+        return channels, unroll
+    depths = [d for d in range(most, most // 4, -1) if channels % d == 0 and d % unroll == 0]
+    return (depths[0] if depths else most // unroll * unroll), unroll
+
+
+def _channels(problem: Problem, machine: Machine, layout: str, threads: int) -> Channels:
+    maps, channels = problem.M, problem.C
+    if isinstance(problem, Linear):
+        rows, columns = 1, problem.N
+    else:
+        maps, channels = maps // problem.groups, channels // problem.groups
+        rows, columns = (1, problem.E * problem.F) if is_flat(problem) else (problem.E, problem.F)
+    vectors, height, width = _register_tile(maps, rows, columns, machine)
+    flat = isinstance(problem, Linear) or is_flat(problem)
+    depth, unroll = _sum_blocks(channels, channels if flat else 64)
+    if isinstance(problem, Linear):
+        block = _near_divisor(-(-columns // width), machine.l2 // 4 // (4 * channels * width))
+        pack = "none"
+    elif flat:
+        block = _near_divisor(-(-columns // width), machine.l2 // 4 // (4 * channels * width))
+        pack = "packed" if layout == "nchw" else "none"
+    else:
+        assert isinstance(problem, Conv2d)
+        row_bytes = 4 * channels * (problem.W + problem.padding[1] + problem.padding[3])
+        fit = machine.l2 // 2 // row_bytes - (problem.R - 1) * problem.dilation[0]
+        block = _near_divisor(-(-rows // height), max(fit, 4) // (problem.stride[0] * height))
+        pack = "window" if any(problem.padding) or (layout == "nchw" and problem.R * problem.S > 1) else "none"
+        if layout == "nchw" and problem.R * problem.S == 1 and pack == "none":
+            pack = "packed"
+    blocks = -(-columns // (block * width)) if flat else -(-rows // (block * height))
+    split_channels = blocks < threads or 4 * problem.weights > problem.bytes // 2
+    return Channels(
+        lanes=machine.lanes, vectors=vectors, rows=height, pixels=width, block=block, depth=depth,
+        unroll=unroll, pack=pack, parallel="channels" if split_channels else "pixels")
+
+
+def _pixels(problem: Conv2d, machine: Machine) -> Pixels:
+    maps = problem.M // problem.groups
+    columns = problem.E * problem.F if is_flat(problem) else problem.F
+    accumulators = 20 if machine.registers >= 32 else 8
+    whole = -(-columns // machine.lanes)
+    vectors = whole if whole <= accumulators else _near_divisor(whole, accumulators // 2)
+    tile = min(maps, 4, max(1, accumulators // vectors))
+    rows = 1 if is_flat(problem) else max(1, min(4, problem.E, accumulators // (vectors * tile)))
+    taps = problem.R * problem.S
+    return Pixels(
+        lanes=machine.lanes, maps=tile, rows=rows, vectors=vectors,
+        unroll_taps=taps * tile * rows * vectors <= 400 and taps <= 49,
+        peel_borders=-(-problem.E // rows) >= 3 and taps * tile * rows * vectors <= 250)
+
+
+def _depthwise(problem: Conv2d, machine: Machine) -> Depthwise:
+    accumulators = 16 if machine.registers >= 32 else 6
+    pixels = _near_divisor(problem.F, min(accumulators, 8))
+    rows = max(1, min(problem.E, accumulators // pixels, 2))
+    return Depthwise(machine.lanes, rows, pixels, problem.R * problem.S * rows * pixels <= 400)

@@ -1,0 +1,88 @@
+"""The arrays that users pass: shapes by layout, checks with errors that say what to do."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from convsched.errors import ArrayError
+from convsched.problem import Conv2d, Problem
+
+Array = npt.NDArray[np.float32]
+
+
+def activation_shape(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
+    """The shape of an (N, C, H, W) array in a layout; (N, C) of fully connected layers stays."""
+    if len(shape) != 4 or layout == "nchw":
+        return shape
+    n, c, h, w = shape
+    return (n, h, w, c) if layout == "nhwc" else (n, -(-c // 16), h, w, 16)
+
+
+def to_layout(array: Array, layout: str) -> Array:
+    """An (N, C, H, W) array in a layout, channel tails of ``nchw16c`` zero."""
+    if array.ndim != 4 or layout == "nchw":
+        return np.ascontiguousarray(array)
+    if layout == "nhwc":
+        return np.ascontiguousarray(array.transpose(0, 2, 3, 1))
+    n, c, h, w = array.shape
+    padded = np.pad(array, ((0, 0), (0, -c % 16), (0, 0), (0, 0)))
+    return np.ascontiguousarray(padded.reshape(n, -1, 16, h, w).transpose(0, 1, 3, 4, 2))
+
+
+def from_layout(array: Array, shape: tuple[int, ...], layout: str) -> Array:
+    """The inverse of ``to_layout`` for an (N, C, H, W) ``shape``."""
+    if len(shape) != 4 or layout == "nchw":
+        return array
+    if layout == "nhwc":
+        return np.ascontiguousarray(array.transpose(0, 3, 1, 2))
+    n, c, h, w = shape
+    return np.ascontiguousarray(array.transpose(0, 1, 4, 2, 3).reshape(n, -1, h, w)[:, :c])
+
+
+def check_input(name: str, value: object, shape: tuple[int, ...]) -> Array:
+    """A float32 C-contiguous array of that shape; strided input is copied."""
+    if not isinstance(value, np.ndarray):
+        raise ArrayError(f"{name} is a {type(value).__name__}; give a NumPy array of shape {shape}, float32")
+    if value.shape != shape:
+        raise ArrayError(f"{name} has shape {value.shape}; this kernel takes {shape}")
+    if value.dtype != np.float32:
+        raise ArrayError(f"{name} has dtype {value.dtype}; this kernel takes float32: {name}.astype('float32')")
+    return np.ascontiguousarray(value)
+
+
+def check_output(value: object, shape: tuple[int, ...], inputs: dict[str, Array]) -> Array:
+    """An array to write into: exact shape, dtype and order, apart from the inputs.
+
+    ``out`` may be the residual itself: each element is read before it is written.
+    """
+    if not isinstance(value, np.ndarray):
+        raise ArrayError(f"out is a {type(value).__name__}; give a NumPy array of shape {shape}, float32")
+    if value.shape != shape or value.dtype != np.float32:
+        raise ArrayError(f"out has shape {value.shape} and dtype {value.dtype}; "
+                         f"this kernel writes {shape} float32")
+    if not value.flags.c_contiguous or not value.flags.writeable:
+        raise ArrayError("out must be C-contiguous and writeable: np.empty(shape, 'float32')")
+    for name, other in inputs.items():
+        same = name == "residual" and other.ctypes.data == value.ctypes.data
+        if not same and np.may_share_memory(other, value):
+            raise ArrayError(f"out overlaps {name}; give it memory of its own")
+    return value
+
+
+def check_weights(problem: Problem, weight: object, bias: object) -> dict[str, Array]:
+    """The weight arrays by tensor name."""
+    arrays = {"w": check_input("weight", weight, problem.weight_shape)}
+    if problem.bias:
+        if bias is None:
+            raise ArrayError(f"bias is missing; the layer has bias=True: give shape {problem.bias_shape}")
+        arrays["b"] = check_input("bias", bias, problem.bias_shape)
+    elif bias is not None:
+        raise ArrayError("bias is given but the layer has bias=False")
+    return arrays
+
+
+def clear_tail(problem: Problem, layout: str, out: Array) -> None:
+    """Zero the channels of a blocked output that no map owns."""
+    if layout == "nchw16c" and isinstance(problem, Conv2d) and problem.M % 16:
+        out[:, -1, :, :, problem.M % 16:] = 0.0

@@ -1,0 +1,290 @@
+"""The callable: a compiled program with its buffers, weights packed when they are bound.
+
+``Kernel`` is compiled code for a problem; ``BoundKernel`` adds weights. A call takes the addresses of x, y
+and z, fills the table of tensors and runs the stages. Local tensors live in a workspace that the call
+borrows from the kernel: concurrent calls get one each, and a warm call allocates nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from convsched.errors import ArrayError
+from convsched.ir import Program, leaves
+from convsched.kernels import jit
+from convsched.kernels.arrays import (
+    Array,
+    activation_shape,
+    check_input,
+    check_output,
+    check_weights,
+    clear_tail,
+)
+from convsched.kernels.llvm import arguments, emit, symbols
+from convsched.kernels.packing import Copy, aligned_zeros, copies
+from convsched.kernels.pool import run_all
+from convsched.lower.direct import lower_direct
+from convsched.machine import Machine
+from convsched.problem import Problem
+from convsched.schedule import Schedule, apply
+from convsched.text import print_nest
+
+if TYPE_CHECKING:
+    from convsched.recipes import Recipe
+
+_StageFunction = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+
+
+@dataclass(frozen=True)
+class Interface:
+    """What a caller must know of compiled code: its tensors, its stages and how weights are packed."""
+
+    names: tuple[str, ...]
+    local_elements: Mapping[str, int]
+    stages: tuple[str, ...]
+    is_parallel: tuple[bool, ...]
+    shared: frozenset[str]
+    copies: tuple[Copy, ...]
+
+    @staticmethod
+    def of(program: Program) -> Interface:
+        """The interface of a scheduled program."""
+        tensors = arguments(program)
+        packed = {copy.target for copy in copies(program)}
+        run = [s for s in program.stages if s.when == "run"]
+        parallel = [any(lp.kind == "parallel" for around, _ in leaves(s.body) for lp in around) for s in run]
+        touched = [{n for _, leaf in leaves(s.body) for n in (leaf.tensor,)} for s in run]
+        used = [{t.name for t in tensors if _reads(program, i, t.name)} for i in range(len(run))]
+        local = {t.name: t.elements for t in tensors if t.role == "local" and t.name not in packed}
+        crossing = {n for n in local if sum(n in a | b for a, b in zip(touched, used, strict=True)) > 1}
+        return Interface(tuple(t.name for t in tensors), local, symbols(program), tuple(parallel),
+                         frozenset(crossing), copies(program))
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON value; ``from_json`` is its inverse."""
+        return {"names": self.names, "local": self.local_elements, "stages": self.stages,
+                "parallel": self.is_parallel, "shared": sorted(self.shared),
+                "copies": [copy.to_json() for copy in self.copies]}
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> Interface:
+        """The interface of a JSON value."""
+        return Interface(tuple(value["names"]), dict(value["local"]), tuple(value["stages"]),
+                         tuple(value["parallel"]), frozenset(value["shared"]),
+                         tuple(Copy.from_json(c) for c in value["copies"]))
+
+
+def _reads(program: Program, stage: int, name: str) -> bool:
+    from convsched.ir import loads
+    run = [s for s in program.stages if s.when == "run"]
+    return any(load.tensor == name for _, leaf in leaves(run[stage].body) for load in loads(leaf.value))
+
+
+class Workspace:
+    """Local tensors of one call, and the table of tensor addresses of each thread."""
+
+    def __init__(self, interface: Interface, threads: int) -> None:
+        shared = {n: aligned_zeros(interface.local_elements[n]) for n in interface.shared}
+        self.buffers = [shared]
+        self.tables: list[Any] = []
+        for _ in range(threads):
+            own = {n: aligned_zeros(size) for n, size in interface.local_elements.items() if n not in shared}
+            self.buffers.append(own)
+            locals_ = {**shared, **own}
+            self.tables.append((ctypes.c_void_p * len(interface.names))(
+                *(locals_[n].ctypes.data if n in locals_ else None for n in interface.names)))
+
+
+class Native(NamedTuple):
+    """A bound kernel as plain data, for ``convsched.call`` inside ``@numba.njit`` functions."""
+
+    stages: Any
+    table: Any
+    x_shape: tuple[int, ...]
+    y_shape: tuple[int, ...]
+    x_slot: int
+    y_slot: int
+    z_slot: int
+
+
+class Kernel:
+    """Compiled code for one problem, layout and number of threads.
+
+    ``kernel(x, weight, bias)`` packs the weights at each call; ``kernel.bind(weight, bias)`` packs them
+    once. Arrays are float32 in the kernel's layout; weights are (M, C/groups, R, S). Raises ArrayError for
+    arrays that do not fit.
+    """
+
+    algorithm = "direct"
+
+    def __init__(self, problem: Problem, schedule: Schedule, *, layout: str, threads: int, machine: Machine,
+                 recipe: Recipe | None = None, accuracy: str = "normal") -> None:
+        self.problem = problem
+        self.schedule = schedule
+        self.layout = layout
+        self.threads = threads
+        self.machine = machine
+        self.recipe = recipe
+        self.accuracy = accuracy
+        self.x_shape = activation_shape(problem.input_shape, layout)
+        self.y_shape = activation_shape(problem.output_shape, layout)
+        self.interface, code = self._build()
+        self.loaded = jit.link(code, self.interface.stages)
+        self.stages = tuple(_StageFunction(self.loaded.address(s)) for s in self.interface.stages)
+
+    def _build(self) -> tuple[Interface, bytes]:
+        """From the object cache, or compiled and put there."""
+        key = jit.object_key((repr(self.problem), self.schedule.text, self.layout), self.machine)
+        entry = jit.read_entry(key)
+        if entry is not None:
+            header, code = entry
+            return Interface.from_json(header), code
+        interface = Interface.of(self.program)
+        code = jit.compile_object(self.llvm, self.machine)
+        jit.write_entry(key, interface.to_json(), code)
+        return interface, code
+
+    @cached_property
+    def program(self) -> Program:
+        """The scheduled program."""
+        return apply(lower_direct(self.problem, self.layout), self.schedule)
+
+    @property
+    def nest(self) -> str:
+        """The scheduled loop nest, as text."""
+        return print_nest(self.program)
+
+    @property
+    def llvm(self) -> str:
+        """The LLVM IR."""
+        return emit(self.program, self.machine)
+
+    @property
+    def assembly(self) -> str:
+        """The machine code, as the assembler would read it."""
+        return jit.assembly(self.llvm, self.machine)
+
+    @property
+    def source(self) -> str:
+        """The scheduled nest as Python source that Numba compiles."""
+        from convsched.kernels.source import source
+        return source(self.program)
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Memory that a call uses beside its arrays and the packed weights."""
+        sizes = self.interface.local_elements
+        return 4 * sum(size * (1 if n in self.interface.shared else self.threads) for n, size in sizes.items())
+
+    def explain(self) -> str:
+        """Why this kernel: the problem, its size, the recipe, the schedule and the nest."""
+        p = self.problem
+        lines = [
+            f"problem    {p.text}",
+            f"work       {p.macs / 1e6:.1f} M multiply-adds, {p.bytes / 1e6:.2f} MB moved at least, "
+            f"{p.flops / p.bytes:.1f} flop a byte",
+            f"machine    {self.machine.text}",
+            f"algorithm  {self.algorithm}, layout {self.layout}, {self.threads} threads, "
+            f"workspace {self.workspace_bytes / 1024:.0f} KiB",
+            f"recipe     {self.recipe if self.recipe is not None else 'written by hand'}",
+            f"schedule   {self.schedule.text or 'none: the loops as they stand'}",
+            "", self.nest]
+        return "\n".join(lines)
+
+    def bind(self, weight: Array, bias: Array | None = None) -> BoundKernel:
+        """Pack the weights: (M, C/groups, R, S) float32, bias (M,). Denormals in the weights become zero."""
+        return BoundKernel(self, check_weights(self.problem, weight, bias))
+
+    def __call__(self, x: Array, weight: Array, bias: Array | None = None, *, out: Array | None = None,
+                 residual: Array | None = None) -> Array:
+        """The layer's output for unbound weights."""
+        return self.bind(weight, bias)(x, out=out, residual=residual)
+
+    def __repr__(self) -> str:
+        return f"Kernel({self.problem.text!r}, {self.algorithm}, {self.layout}, threads={self.threads})"
+
+
+class BoundKernel:
+    """A kernel with its weights: ``y = conv(x)``, ``conv(x, out=y)``, ``conv(x, residual=r)``."""
+
+    def __init__(self, kernel: Kernel, weights: Mapping[str, Array]) -> None:
+        self.kernel = kernel
+        interface = kernel.interface
+        packed = {c.target: c.run(weights[c.source]) for c in interface.copies}
+        plain = {n: Copy(n, n, a.shape, _identity(a.ndim), (0,) * a.ndim).run(a)
+                 for n, a in weights.items() if n in interface.names}
+        self._weights = {**packed, **plain}
+        self._slots = {n: i for i, n in enumerate(interface.names)}
+        self._idle: list[Workspace] = []
+
+    def __call__(self, x: Array, *, out: Array | None = None, residual: Array | None = None) -> Array:
+        """The layer's output for ``x``; written into ``out`` if given. Safe to call from several threads."""
+        kernel, problem = self.kernel, self.kernel.problem
+        inputs = {"x": check_input("x", x, kernel.x_shape)}
+        if problem.residual:
+            if residual is None:
+                raise ArrayError(f"residual is missing; the layer has residual=True: give {kernel.y_shape}")
+            inputs["residual"] = check_input("residual", residual, kernel.y_shape)
+        elif residual is not None:
+            raise ArrayError("residual is given but the layer has residual=False")
+        y = np.empty(kernel.y_shape, np.float32) if out is None else check_output(out, kernel.y_shape, inputs)
+        workspace = self._borrow()
+        try:
+            self._run(workspace, inputs, y)
+        finally:
+            self._idle.append(workspace)
+        clear_tail(problem, kernel.layout, y)
+        return y
+
+    def _borrow(self) -> Workspace:
+        try:
+            return self._idle.pop()
+        except IndexError:
+            workspace = Workspace(self.kernel.interface, self.kernel.threads)
+            for table in workspace.tables:
+                for name, array in self._weights.items():
+                    table[self._slots[name]] = array.ctypes.data
+            return workspace
+
+    def _run(self, workspace: Workspace, inputs: Mapping[str, Array], y: Array) -> None:
+        slots, threads = self._slots, self.kernel.threads
+        for table in workspace.tables:
+            table[slots["x"]] = inputs["x"].ctypes.data
+            table[slots["y"]] = y.ctypes.data
+            if "residual" in inputs:
+                table[slots["z"]] = inputs["residual"].ctypes.data
+        for function, parallel in zip(self.kernel.stages, self.kernel.interface.is_parallel, strict=True):
+            if threads == 1 or not parallel:
+                function(workspace.tables[0], 0, 1)
+            else:
+                run_all([_share(function, workspace.tables[i], i, threads) for i in range(threads)])
+
+    @cached_property
+    def native(self) -> Native:
+        """Addresses and shapes for ``convsched.call(conv.native, x, y)`` in ``@numba.njit`` code.
+
+        The workspace in it belongs to one caller at a time. Valid as long as this object lives.
+        """
+        workspace = self._borrow()
+        self._native_workspace = workspace
+        table = np.array([address or 0 for address in workspace.tables[0]], np.int64)
+        stages = np.array([ctypes.cast(f, ctypes.c_void_p).value for f in self.kernel.stages], np.int64)
+        return Native(stages, table, self.kernel.x_shape, self.kernel.y_shape, self._slots["x"],
+                      self._slots["y"], self._slots.get("z", -1))
+
+    def __repr__(self) -> str:
+        return f"BoundKernel({self.kernel!r})"
+
+
+def _share(function: Callable[..., None], table: Any, thread: int, threads: int) -> Callable[[], None]:
+    return lambda: function(table, thread, threads)
+
+
+def _identity(rank: int) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(int(i == j) for j in range(rank)) for i in range(rank))

@@ -1,0 +1,206 @@
+"""Machines as read from fake /proc and /sys trees, the environment, and this host."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from convsched.errors import MachineError
+from convsched.machine import Machine, available_cores, cache_folder, default_threads, detect
+
+AVX2 = "fpu sse2 avx fma avx2"
+AVX512 = f"{AVX2} avx512f avx512dq avx512bw avx512vl"
+
+
+def write(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+def cpu(flags: str) -> dict[str, str]:
+    """Two CPUs, of which only the first counts."""
+    return {
+        "proc/cpuinfo": f"processor\t: 0\nmodel name\t: Some CPU: 3 GHz\nflags\t\t: {flags}\n\n"
+        "processor\t: 1\nmodel name\t: Other\nflags\t\t: fpu\n"
+    }
+
+
+def caches(*entries: tuple[str, str, str]) -> dict[str, str]:
+    folder = "sys/devices/system/cpu/cpu0/cache"
+    return {
+        f"{folder}/index{i}/{name}": f"{value}\n"
+        for i, entry in enumerate(entries)
+        for name, value in zip(("level", "type", "size", "coherency_line_size"), (*entry, "128"), strict=True)
+    }
+
+
+@pytest.fixture
+def four_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 4, 5}, raising=False)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "flags", "isa", "vector_bytes", "registers"),
+    [
+        ("x86_64", AVX512, "avx512", 64, 32),
+        ("x86_64", AVX512.replace("avx512vl", ""), "avx2", 32, 16),
+        ("x86_64", AVX2, "avx2", 32, 16),
+        ("AMD64", "fpu sse2 avx avx2", "sse", 16, 16),  # AVX2 without FMA
+        ("aarch64", "", "neon", 16, 32),
+        ("arm64", "", "neon", 16, 32),
+        ("riscv64", "", "generic", 16, 16),
+        ("", "", "generic", 16, 16),
+    ],
+)
+def test_instruction_set(
+    tmp_path: Path, architecture: str, flags: str, isa: str, vector_bytes: int, registers: int
+) -> None:
+    machine = detect(write(tmp_path, cpu(flags)), architecture, {})
+    assert (machine.isa, machine.vector_bytes, machine.registers) == (isa, vector_bytes, registers)
+    assert machine.lanes == vector_bytes // 4
+    assert machine.name == "Some CPU: 3 GHz"
+
+
+def test_caches(tmp_path: Path) -> None:
+    first = (("1", "Data", "48K"), ("1", "Instruction", "64K"))
+    entries = caches(*first, ("2", "Unified", "1M"), ("3", "Unified", "32768K"))
+    machine = detect(write(tmp_path, entries), "x86_64", {})
+    assert (machine.l1, machine.l2, machine.l3, machine.line) == (48 << 10, 1 << 20, 32 << 20, 128)
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, (32 << 10, 512 << 10, 8 << 20, 64)),
+        (caches(("1", "Data", "")), (32 << 10, 512 << 10, 8 << 20, 64)),
+        (caches(("one", "Data", "48K")), (32 << 10, 512 << 10, 8 << 20, 64)),
+        (caches(("1", "Data", "many K")), (32 << 10, 512 << 10, 8 << 20, 64)),
+        (caches(("1", "Data", "64K"), ("2", "Unified", "2M")), (64 << 10, 2 << 20, 2 << 20, 128)),  # no L3
+    ],
+)
+def test_missing_or_garbled_caches_fall_back(
+    tmp_path: Path, files: dict[str, str], expected: tuple[int, ...]
+) -> None:
+    machine = detect(write(tmp_path, files), "x86_64", {})
+    assert (machine.l1, machine.l2, machine.l3, machine.line) == expected
+    assert machine.name == "x86_64"
+
+
+@pytest.mark.usefixtures("four_cores")
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({}, 4),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "max 100000\n"}, 4),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "250000 100000\n"}, 2),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "50000 100000\n"}, 1),
+        ({"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/cpu.max": "300000 100000\n"}, 3),  # a parent's
+        (
+            {
+                "proc/self/cgroup": "0::/a/b\n",
+                "sys/fs/cgroup/a/b/cpu.max": "300000 100000\n",
+                "sys/fs/cgroup/a/cpu.max": "200000 100000\n",
+            },
+            2,
+        ),
+        (
+            {
+                "proc/self/cgroup": "4:memory:/x\n3:cpu,cpuacct:/docker/1\n",
+                "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "200000\n",
+                "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+            },
+            2,
+        ),
+        (
+            {
+                "proc/self/cgroup": "3:cpu:/\n",
+                "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n",
+                "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+            },
+            4,
+        ),
+        ({"proc/self/cgroup": "garbage\n\n", "sys/fs/cgroup/cpu.max": "x y z"}, 4),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "100000 0\n"}, 4),
+    ],
+)
+def test_cores_are_the_least_of_affinity_and_quota(tmp_path: Path, files: dict[str, str], cores: int) -> None:
+    assert available_cores(write(tmp_path, files)) == cores
+
+
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "sse", "generic"])
+def test_a_lower_instruction_set_can_be_forced(tmp_path: Path, isa: str) -> None:
+    assert detect(write(tmp_path, cpu(AVX512)), "x86_64", {"CONVSCHED_ISA": isa}).isa == isa
+
+
+@pytest.mark.parametrize(
+    ("architecture", "isa", "message"),
+    [
+        ("x86_64", "avx512", r"CONVSCHED_ISA=avx512: this CPU \(avx2\) can run one of avx2, sse, generic"),
+        ("x86_64", "neon", "CONVSCHED_ISA=neon"),
+        ("x86_64", "AVX2", "CONVSCHED_ISA=AVX2"),
+        ("aarch64", "sse", r"this CPU \(neon\) can run one of neon, generic"),
+    ],
+)
+def test_an_instruction_set_the_host_lacks_is_refused(
+    tmp_path: Path, architecture: str, isa: str, message: str
+) -> None:
+    with pytest.raises(MachineError, match=message):
+        detect(write(tmp_path, cpu(AVX2)), architecture, {"CONVSCHED_ISA": isa})
+
+
+def test_host_is_cached_and_sane() -> None:
+    host = Machine.host()
+    assert Machine.host() is host
+    assert 0 < host.line <= host.l1 <= host.l2 <= host.l3
+    assert 1 <= host.cores <= (os.cpu_count() or 1)
+    assert host.isa in host.text
+
+
+def test_examples() -> None:
+    assert [Machine.example(isa).lanes for isa in ("avx512", "avx2", "sse", "neon")] == [16, 8, 4, 4]
+    with pytest.raises(MachineError, match="use one of avx512, avx2, sse, neon"):
+        Machine.example("sve")  # type: ignore[arg-type]
+
+
+def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CONVSCHED_THREADS", raising=False)
+    cores = default_threads()
+    assert cores >= 1
+    monkeypatch.setenv("CONVSCHED_THREADS", "1")
+    assert default_threads() == 1
+    monkeypatch.setenv("CONVSCHED_THREADS", "1000000")
+    assert default_threads() == cores
+
+
+@pytest.mark.parametrize("setting", ["0", "-1", "two", "1.5", "²"])
+def test_bad_threads_are_named(monkeypatch: pytest.MonkeyPatch, setting: str) -> None:
+    monkeypatch.setenv("CONVSCHED_THREADS", setting)
+    with pytest.raises(MachineError, match=f"CONVSCHED_THREADS={setting}: must be a positive integer"):
+        default_threads()
+
+
+def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CONVSCHED_CACHE", str(tmp_path / "own"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert cache_folder() == tmp_path / "own"
+    monkeypatch.delenv("CONVSCHED_CACHE")
+    assert cache_folder() == tmp_path / "xdg" / "convsched"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert cache_folder() == tmp_path / "home" / ".cache" / "convsched"
+    assert not any(tmp_path.iterdir())  # asking creates nothing
+
+
+def test_no_home_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError
+
+    monkeypatch.delenv("CONVSCHED_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    with pytest.raises(MachineError, match="set CONVSCHED_CACHE"):
+        cache_folder()

@@ -1,0 +1,491 @@
+"""Layers read from ONNX files equal what ONNX's reference evaluator computes for the same file."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+from convsched.errors import ModelError
+from convsched.graph.onnx_layers import ModelLayer, read_layers, read_model
+from convsched.problem import Activation, Conv2d, Linear
+from convsched.reference import convolve
+
+INPUT = ("x", (1, 4, 9, 11))
+
+
+def integers(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(-4, 5, shape).astype(np.float32)
+
+
+def save(
+    folder: Path,
+    nodes: list[Any],
+    weights: dict[str, np.ndarray],
+    *,
+    inputs: tuple[tuple[str, tuple[int | str | None, ...]], ...] = (INPUT,),
+    outputs: tuple[str, ...] = ("y",),
+    opset: int = 17,
+) -> Path:
+    """Writes a model whose outputs have no declared shape."""
+    graph = helper.make_graph(
+        nodes,
+        "test",
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in inputs],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs],
+        [numpy_helper.from_array(value, name) for name, value in weights.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+    path = folder / "model.onnx"
+    onnx.save(model, path)
+    return path
+
+
+def only(path: Path, **options: Any) -> ModelLayer:
+    (layer,) = read_layers(path, **options)
+    return layer
+
+
+def check(path: Path, layer: ModelLayer, shape: tuple[int, ...] = INPUT[1]) -> None:
+    """The layer computes the model's first output."""
+    x = integers(*shape, seed=1)
+    with np.errstate(over="ignore", invalid="ignore"):  # the evaluator's sigmoid
+        expected = ReferenceEvaluator(str(path)).run(None, {"x": x})[0]
+    y = convolve(layer.problem, x.reshape(layer.problem.input_shape), layer.weight, layer.bias)
+    np.testing.assert_allclose(y.reshape(expected.shape), expected, rtol=1e-5, atol=1e-4)
+    assert layer.weight.dtype == np.float32
+    assert layer.weight.shape == layer.problem.weight_shape
+    assert (layer.bias is not None) == layer.problem.bias
+
+
+def conv(output: str = "y", *, bias: bool = False, **attributes: Any) -> Any:
+    return helper.make_node("Conv", ["x", "w", "b"] if bias else ["x", "w"], [output], **attributes)
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {},
+        {"kernel_shape": [3, 2], "pads": [1, 0, 1, 1]},
+        {"strides": [2, 1], "pads": [0, 1, 2, 3]},
+        {"dilations": [2, 3], "pads": [2, 2, 2, 2]},
+        {"group": 2},
+        {"auto_pad": "VALID", "strides": [2, 2]},
+        {"auto_pad": "SAME_UPPER"},
+        {"auto_pad": "SAME_LOWER"},
+        {"auto_pad": "SAME_UPPER", "strides": [2, 3]},
+        {"auto_pad": "SAME_LOWER", "strides": [2, 3]},
+        {"auto_pad": "NOTSET"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("bias", [False, True])
+def test_conv(tmp_path: Path, attributes: dict[str, Any], bias: bool) -> None:
+    weights = {"w": integers(6, 4 // attributes.get("group", 1), 3, 2), "b": integers(6)}
+    path = save(tmp_path, [conv(bias=bias, **attributes)], weights)
+    layer = only(path)
+    assert isinstance(layer.problem, Conv2d)
+    assert layer.problem.bias == bias
+    check(path, layer)
+
+
+def test_same_padding_counts_the_dilation(tmp_path: Path) -> None:
+    path = save(tmp_path, [conv(auto_pad="SAME_UPPER", dilations=[2, 3])], {"w": integers(6, 4, 3, 2)})
+    problem = only(path).problem
+    assert problem == Conv2d(4, 6, (3, 2), 1, (2, 1, 2, 2), (2, 3), bias=False, input_size=(9, 11))
+
+
+def test_a_1d_convolution_is_one_of_height_1(tmp_path: Path) -> None:
+    node = conv(strides=[2], pads=[1, 3], dilations=[2], bias=True)
+    weights = {"w": integers(6, 4, 3), "b": integers(6)}
+    path = save(tmp_path, [node], weights, inputs=(("x", (1, 4, 17)),))
+    layer = only(path)
+    assert layer.problem == Conv2d(4, 6, (1, 3), (1, 2), (0, 1, 0, 3), (1, 2), input_size=(1, 17))
+    check(path, layer, (1, 4, 17))
+
+
+def batch_norm(source: str, target: str) -> tuple[Any, dict[str, np.ndarray]]:
+    random = np.random.default_rng(5)
+    names = ["gamma", "beta", "mean", "variance"]
+    values = {name: random.uniform(0.5, 2, 6).astype(np.float32) for name in names}
+    return helper.make_node("BatchNormalization", [source, *names], [target], epsilon=1e-3), values
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_batch_normalisation_is_folded(tmp_path: Path, bias: bool) -> None:
+    node, values = batch_norm("t", "y")
+    weights = {"w": integers(6, 4, 3, 3), "b": integers(6), **values}
+    path = save(tmp_path, [conv("t", bias=bias), node], weights)
+    layer = only(path)
+    assert layer.problem.bias
+    check(path, layer)
+
+
+def test_a_chain_of_scales_and_shifts_is_folded(tmp_path: Path) -> None:
+    norm, values = batch_norm("t1", "t2")
+    nodes = [
+        conv("t0", bias=True),
+        helper.make_node("Identity", ["t0"], ["t1"]),
+        norm,
+        helper.make_node("Mul", ["t2", "scalar"], ["t3"]),
+        helper.make_node("Add", ["channels", "t3"], ["t4"]),
+        helper.make_node("Sub", ["channels", "t4"], ["t5"]),
+        helper.make_node("Div", ["t5", "scalar"], ["t6"]),
+        helper.make_node("Relu", ["t6"], ["y"]),
+    ]
+    weights = {"w": integers(6, 4, 3, 3), "b": integers(6), **values}
+    weights |= {"scalar": np.float32([2.5]), "channels": integers(6, 1, 1, seed=3)}
+    path = save(tmp_path, nodes, weights)
+    layer = only(path)
+    assert layer.problem.activation == "relu"
+    check(path, layer)
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        [helper.make_node("Div", ["constant", "t"], ["y"])],
+        [helper.make_node("Add", ["t", "rows"], ["y"])],
+        [helper.make_node("Add", ["t", "t"], ["y"])],
+        [helper.make_node("Softmax", ["t"], ["y"])],
+        [helper.make_node("Clip", ["t", "", "computed"], ["y"])],
+    ],
+    ids=["constant / y", "a constant for each row", "y + y", "softmax", "a computed bound"],
+)
+def test_what_cannot_be_folded_is_left(tmp_path: Path, nodes: list[Any]) -> None:
+    weights = {"w": integers(6, 4, 3, 3), "constant": np.float32([2]), "rows": integers(7, 1)}
+    inputs = (INPUT, ("computed", ()))
+    path = save(tmp_path, [conv("t"), *nodes], weights, inputs=inputs)
+    layer = only(path)
+    assert (layer.problem.bias, layer.problem.activation) == (False, None)
+    np.testing.assert_array_equal(layer.weight, weights["w"])
+
+
+ACTIVATIONS: list[tuple[str, dict[str, float], Activation]] = [
+    ("Relu", {}, "relu"),
+    ("Sigmoid", {}, "sigmoid"),
+    ("Tanh", {}, "tanh"),
+    ("HardSwish", {}, "hardswish"),
+    ("HardSigmoid", {"alpha": 1 / 6}, "hardsigmoid"),
+    ("HardSigmoid", {}, ("clip", 0.0, 1.0)),
+    ("HardSigmoid", {"alpha": 0.3, "beta": 0.1}, ("clip", 0.0, 1.0)),
+    ("LeakyRelu", {}, ("leaky_relu", pytest.approx(0.01))),
+    ("LeakyRelu", {"alpha": 0.25}, ("leaky_relu", 0.25)),
+    ("Elu", {"alpha": 0.5}, ("elu", 0.5)),
+    ("Softplus", {}, None),
+]
+
+
+@pytest.mark.parametrize(("op", "attributes", "expected"), ACTIVATIONS, ids=str)
+def test_activation(tmp_path: Path, op: str, attributes: dict[str, float], expected: Activation) -> None:
+    nodes = [conv("t"), helper.make_node(op, ["t"], ["y"], **attributes)]
+    path = save(tmp_path, nodes, {"w": integers(6, 4, 3, 3)})
+    layer = only(path)
+    assert layer.problem.activation == expected
+    if expected is not None:
+        check(path, layer)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "expected"),
+    [
+        ({"min": 0.0, "max": 6.0}, "relu6"),
+        ({"min": 0.0}, "relu"),
+        ({"min": 0.0, "max": 3.4028234663852886e38}, "relu"),
+        ({"min": -1.0, "max": 2.0}, ("clip", -1.0, 2.0)),
+        ({"max": 2.0}, ("clip", -float("inf"), 2.0)),
+        ({}, None),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("opset", [6, 17])
+def test_clip(tmp_path: Path, bounds: dict[str, float], expected: Activation, opset: int) -> None:
+    weights = {"w": integers(6, 4, 3, 3), **{name: np.float32(value) for name, value in bounds.items()}}
+    if opset == 6:
+        node = helper.make_node("Clip", ["t"], ["y"], **bounds)
+    else:
+        names = [name if name in bounds else "" for name in ("min", "max")]
+        node = helper.make_node("Clip", ["t", *names], ["y"])
+    path = save(tmp_path, [conv("t"), node], weights, opset=opset)
+    assert only(path).problem.activation == expected
+
+
+def gate(*steps: tuple[str, list[str]]) -> list[Any]:
+    return [helper.make_node(step[0], step[1][:-1], [step[1][-1]]) for step in steps]
+
+
+GATES = {
+    "x clip(x + 3) / 6": (
+        "hardswish",
+        gate(
+            ("Add", ["t", "3", "a"]),
+            ("Clip", ["a", "0", "6", "b"]),
+            ("Mul", ["t", "b", "c"]),
+            ("Div", ["c", "6", "y"]),
+        ),
+    ),
+    "x (clip(3 + x) / 6)": (
+        "hardswish",
+        gate(
+            ("Add", ["3", "t", "a"]),
+            ("Clip", ["a", "0", "6", "b"]),
+            ("Div", ["b", "6", "c"]),
+            ("Mul", ["c", "t", "y"]),
+        ),
+    ),
+    "x sigmoid(x)": ("silu", gate(("Sigmoid", ["t", "a"]), ("Mul", ["t", "a", "y"]))),
+    "x sigmoid(1 x)": (
+        "silu",
+        gate(("Mul", ["t", "1", "a"]), ("Sigmoid", ["a", "b"]), ("Mul", ["t", "b", "y"])),
+    ),
+    "x sigmoid(3 x)": (
+        None,
+        gate(("Mul", ["t", "3", "a"]), ("Sigmoid", ["a", "b"]), ("Mul", ["t", "b", "y"])),
+    ),
+    "x (x + 3)": (None, gate(("Add", ["t", "3", "a"]), ("Mul", ["t", "a", "y"]))),
+}
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_gated_activations_are_known_by_their_values(tmp_path: Path, name: str) -> None:
+    expected, nodes = GATES[name]
+    constants = {text: np.float32(text) for text in ("0", "1", "3", "6")}
+    path = save(tmp_path, [conv("t"), *nodes], {"w": integers(6, 4, 3, 3), **constants})
+    layer = only(path)
+    assert layer.problem.activation == expected
+    if expected is not None:
+        check(path, layer)
+
+
+def test_a_gate_whose_inside_is_read_elsewhere_is_left(tmp_path: Path) -> None:
+    nodes = gate(("Sigmoid", ["t", "a"]), ("Mul", ["t", "a", "y"]))
+    path = save(tmp_path, [conv("t"), *nodes], {"w": integers(6, 4, 3, 3)}, outputs=("y", "a"))
+    assert only(path).problem.activation is None
+
+
+@pytest.mark.parametrize("outputs", [("y", "t"), ("y", "z")], ids=["an output", "another node"])
+def test_an_activation_is_left_where_something_else_reads_the_layer(
+    tmp_path: Path, outputs: tuple[str, ...]
+) -> None:
+    nodes = [conv("t"), helper.make_node("Relu", ["t"], ["y"]), helper.make_node("Neg", ["t"], ["z"])]
+    nodes = nodes[: 3 if "z" in outputs else 2]
+    path = save(tmp_path, nodes, {"w": integers(6, 4, 3, 3)}, outputs=outputs)
+    assert only(path).problem.activation is None
+
+
+def test_a_subgraph_is_a_reader_too(tmp_path: Path) -> None:
+    branch = helper.make_graph(
+        [helper.make_node("Neg", ["t"], ["inner"])],
+        "branch",
+        [],
+        [helper.make_tensor_value_info("inner", TensorProto.FLOAT, None)],
+    )
+    nodes = [
+        conv("t"),
+        helper.make_node("Relu", ["t"], ["y"]),
+        helper.make_node("If", ["flag"], ["z"], then_branch=branch, else_branch=branch),
+    ]
+    weights = {"w": integers(6, 4, 3, 3), "flag": np.array(True)}
+    model = read_model(save(tmp_path, nodes, weights, outputs=("y", "z")))
+    assert model.layers[0].problem.activation is None
+    assert model.skipped == ("If z: layers in branches are not read",)
+
+
+@pytest.mark.parametrize("transposed", [0, 1])
+def test_gemm(tmp_path: Path, transposed: int) -> None:
+    matrix = integers(10, 7)
+    node = helper.make_node("Gemm", ["x", "w", "b"], ["t"], transB=transposed, alpha=0.5, beta=2.0)
+    weights = {"w": matrix.T if transposed else matrix, "b": integers(7)}
+    nodes = [node, helper.make_node("Relu", ["t"], ["y"])]
+    path = save(tmp_path, nodes, weights, inputs=(("x", (3, 10)),))
+    layer = only(path)
+    assert layer.problem == Linear(10, 7, batch_size=3, activation="relu")
+    check(path, layer, (3, 10))
+
+
+@pytest.mark.parametrize("shape", [(3, 10), (2, 5, 10)])
+def test_matmul_with_an_addition(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["t"]), helper.make_node("Add", ["t", "b"], ["y"])]
+    path = save(tmp_path, nodes, {"w": integers(10, 7), "b": integers(7)}, inputs=(("x", shape),))
+    layer = only(path)
+    assert layer.problem == Linear(10, 7, batch_size=int(np.prod(shape[:-1])))
+    check(path, layer, shape)
+
+
+def test_weights_may_be_constant_nodes_of_float16_in_another_order(tmp_path: Path) -> None:
+    value = integers(4, 6, 3, 3).astype(np.float16)
+    nodes = [
+        helper.make_node("Constant", [], ["half"], value=numpy_helper.from_array(value)),
+        helper.make_node("Cast", ["half"], ["single"], to=TensorProto.FLOAT),
+        helper.make_node("Transpose", ["single"], ["w"], perm=[1, 0, 2, 3]),
+        conv(),
+    ]
+    path = save(tmp_path, nodes, {})
+    layer = only(path)
+    np.testing.assert_array_equal(layer.weight, value.transpose(1, 0, 2, 3).astype(np.float32))
+    check(path, layer)
+
+
+def test_float16_initializers(tmp_path: Path) -> None:
+    path = save(tmp_path, [conv()], {"w": integers(6, 4, 3, 3).astype(np.float16)})
+    assert only(path).weight.dtype == np.float32
+
+
+def test_dequantised_weights(tmp_path: Path) -> None:
+    weights = {"q": integers(6, 4, 3, 3).astype(np.int8), "scale": np.float32(0.25), "zero": np.int8(1)}
+    node = helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["w"])
+    path = save(tmp_path, [node, conv()], weights)
+    layer = only(path)
+    np.testing.assert_array_equal(layer.weight, (weights["q"].astype(np.float32) - 1) / 4)
+
+
+def test_equal_problems_are_one_layer(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Conv", ["x", "first"], ["t"], name="one", pads=[1] * 4),
+        helper.make_node("Conv", ["t", "second"], ["u"], name="two", pads=[1] * 4),
+        helper.make_node("Conv", ["u", "other"], ["y"], name="three"),
+    ]
+    weights = {"first": integers(4, 4, 3, 3), "second": integers(4, 4, 3, 3, seed=9)}
+    weights["other"] = integers(4, 4, 1, 1)
+    layers = read_layers(save(tmp_path, nodes, weights))
+    assert [(layer.name, layer.count) for layer in layers] == [("one", 2), ("three", 1)]
+    assert [layer.reads_input for layer in layers] == [True, False]
+    np.testing.assert_array_equal(layers[0].weight, weights["first"])
+
+
+def test_the_network_s_input_is_known_behind_scaling_and_transposition(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Sub", ["x", "mean"], ["a"]),
+        helper.make_node("Transpose", ["a"], ["b"], perm=[0, 3, 1, 2]),
+        helper.make_node("Conv", ["b", "w"], ["y"]),
+    ]
+    weights = {"mean": np.float32([1, 2, 3]), "w": integers(6, 3, 3, 3)}
+    path = save(tmp_path, nodes, weights, inputs=(("x", (None, "h", None, 3)),))
+    layer = only(path, input_size=(9, 11))
+    assert layer.reads_input
+    assert layer.problem.input_shape == (1, 3, 9, 11)
+
+
+SKIPPED = {
+    "w is computed": ([helper.make_node("Conv", ["x", "other"], ["s"])], "Conv s: 'other' is computed"),
+    "3-dimensional": ([helper.make_node("Conv", ["cube", "w3"], ["s"])], "Conv s: it is 3-dimensional"),
+    "transposed": ([helper.make_node("ConvTranspose", ["x", "wt"], ["s"])], "ConvTranspose s: transposed"),
+    "two inputs": ([helper.make_node("MatMul", ["x", "x"], ["s"])], "MatMul s: 'x' is computed"),
+    "a cube of weights": (
+        [helper.make_node("MatMul", ["x", "cubes"], ["s"])],
+        "MatMul s: its constant has shape (2, 11, 5)",
+    ),
+    "transA": (
+        [helper.make_node("Gemm", ["flat", "m"], ["s"], transA=1)],
+        "Gemm s: its input is transposed",
+    ),
+    "an addend for each row": (
+        [helper.make_node("Gemm", ["flat", "m", "rows"], ["s"])],
+        "Gemm s: its addend (3, 1) is not one number for each output",
+    ),
+    "unknown shape": (
+        [
+            helper.make_node("NonZero", ["flat"], ["n"]),
+            helper.make_node("Cast", ["n"], ["c"], to=TensorProto.FLOAT),
+            helper.make_node("MatMul", ["c", "m"], ["s"]),
+        ],
+        "MatMul s: the shape of its input 'c' is not known",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SKIPPED)
+def test_what_is_passed_over_is_told(tmp_path: Path, name: str) -> None:
+    nodes, reason = SKIPPED[name]
+    inputs = (INPUT, ("other", (6, 4, 3, 3)), ("cube", (1, 2, 5, 5, 5)), ("flat", (3, 10)))
+    weights = {"w": integers(6, 4, 3, 3), "w3": integers(2, 2, 3, 3, 3), "wt": integers(4, 2, 3, 3)}
+    weights |= {"m": integers(10, 7), "cubes": integers(2, 11, 5), "rows": integers(3, 1)}
+    model = read_model(save(tmp_path, [conv(), *nodes], weights, inputs=inputs, outputs=("y", "s")))
+    assert len(model.layers) == 1
+    (line,) = model.skipped
+    assert line.startswith(reason)
+
+
+def test_a_layer_that_breaks_a_rule_is_passed_over(tmp_path: Path) -> None:
+    nodes = [conv(), helper.make_node("Conv", ["x", "w"], ["s"], group=3)]
+    model = read_model(save(tmp_path, nodes, {"w": integers(6, 4, 3, 3)}, outputs=("y", "s")))
+    assert len(model.layers) == 1
+    assert "groups" in model.skipped[0]
+
+
+def test_a_model_without_layers(tmp_path: Path) -> None:
+    path = save(tmp_path, [helper.make_node("Relu", ["x"], ["y"])], {})
+    with pytest.raises(ModelError, match="no layer to read: it has no convolution or matrix product"):
+        read_layers(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"not a model", bytes(range(256)) * 10, b'{"format": "json"}'],
+    ids=["empty", "text", "bytes", "json"],
+)
+def test_a_file_that_is_no_model(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "broken.onnx"
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match="cannot be read as an ONNX model") as caught:
+        read_layers(path)
+    assert str(caught.value).startswith(str(path))
+
+
+def test_a_truncated_model(tmp_path: Path) -> None:
+    path = save(tmp_path, [conv()], {"w": integers(6, 4, 3, 3)})
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ModelError, match="cannot be read as an ONNX model"):
+        read_layers(path)
+
+
+def test_a_model_whose_weights_file_is_missing(tmp_path: Path) -> None:
+    path = save(tmp_path, [conv()], {"w": integers(6, 4, 3, 3)})
+    onnx.save(onnx.load(path), path, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    (tmp_path / "weights.bin").unlink()
+    with pytest.raises(ModelError, match="cannot be read as an ONNX model"):
+        read_layers(path)
+
+
+def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"none\.onnx: there is no such file"):
+        read_layers(tmp_path / "none.onnx")
+    with pytest.raises(ModelError, match="is a folder, not a file"):
+        read_layers(tmp_path)
+
+
+def test_shapes_that_do_not_fit_together(tmp_path: Path) -> None:
+    path = save(tmp_path, [conv()], {"w": integers(6, 5, 3, 3)})
+    with pytest.raises(ModelError, match="5"):
+        read_layers(path)
+
+
+def test_an_open_input_size_must_be_given(tmp_path: Path) -> None:
+    inputs = (("x", ("batch", 4, None, "width")),)
+    path = save(tmp_path, [conv()], {"w": integers(6, 4, 3, 3)}, inputs=inputs)
+    with pytest.raises(ModelError, match=r"'x' has the open shape \(\?, 4, \?, \?\): give --input-size"):
+        read_layers(path)
+    assert only(path, input_size=(9, 11)).problem.input_shape == (1, 4, 9, 11)
+
+
+def test_a_fixed_input_size_cannot_be_changed(tmp_path: Path) -> None:
+    path = save(tmp_path, [conv()], {"w": integers(6, 4, 3, 3)})
+    assert only(path, input_size=(9, 11)).problem.input_shape == (1, 4, 9, 11)
+    with pytest.raises(ModelError, match=r"fixed shape \(1, 4, 9, 11\), which \(8, 8\) does not fit"):
+        read_layers(path, input_size=(8, 8))
+
+
+def test_without_the_onnx_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(name: str) -> Any:
+        raise ModuleNotFoundError(f"No module named {name!r}")
+
+    path = save(tmp_path, [conv()], {"w": integers(6, 4, 3, 3)})
+    monkeypatch.setattr(importlib, "import_module", fail)
+    with pytest.raises(ModelError, match=r"pip install 'convsched\[onnx\]'"):
+        read_layers(path)
