@@ -7,12 +7,15 @@ packed piece of input is sized to a share of L2; sums run over as many channels 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from convsched.machine import Machine
 from convsched.problem import Conv2d, Linear, Problem
 from convsched.recipes import Channels, Depthwise, Pixels, Recipe, is_flat
 
 LATENCY = 8  # FMAs in flight that keep two pipes of four cycles busy
-LOAD_WEIGHT = 0.1  # of a load beside an FMA where neither is the bottleneck
+VECTOR_LOAD = 0.5  # of a weight vector, which comes from L2, beside an FMA
+BROADCAST = 0.1  # of an input element from L1
 COPY_PENALTY = 0.01  # of an own copy of the nest for a remainder: code to compile and to fetch
 
 
@@ -34,28 +37,46 @@ def _tiles(extent: int, size: int) -> list[tuple[int, int]]:
     return [(count, part) for count, part in ((full, size), (1, rest)) if count and part]
 
 
-def tile_cost(vectors: int, pixels: int) -> float:
-    """Cycles, in units of one FMA, that a register tile takes for one channel and tap."""
-    loads = vectors + pixels
-    return max(vectors * pixels, loads, LATENCY) + LOAD_WEIGHT * loads
+@dataclass(frozen=True)
+class _Tiling:
+    """What a register tile is chosen for. ``sums``: products an output element sums. ``transposed``: the
+    output keeps pixels together, so a tile is transposed on its way out; ``packed``: the input is copied."""
+
+    maps: int
+    rows: int
+    columns: int
+    sums: int
+    transposed: bool
+    packed: bool
+
+    def cycles(self, machine: Machine, vectors: int, height: int, width: int) -> float:
+        """Cycles, in units of one FMA, of the whole layer, remainders included."""
+        whole = -(-self.maps // machine.lanes)
+        parts = [(a * b * c, v, h, w) for a, v in _tiles(whole, vectors)
+                 for b, h in _tiles(self.rows, height) for c, w in _tiles(self.columns, width)]
+        return sum(count * self._tile(machine, v, h, w, -(-whole // vectors)) for count, v, h, w in parts)
+
+    def _tile(self, machine: Machine, vectors: int, height: int, width: int, sharers: int) -> float:
+        pixels = height * width
+        step = max(vectors * pixels, vectors + pixels, LATENCY) + VECTOR_LOAD * vectors + BROADCAST * pixels
+        chunks = height * -(-width // machine.lanes)
+        shuffles = (4 + 1) * machine.lanes * vectors * chunks if self.transposed else vectors * pixels
+        copied = 2 * chunks * self.sums / sharers if self.packed else 0
+        return self.sums * step + shuffles + copied
 
 
-def _register_tile(maps: int, rows: int, columns: int, machine: Machine) -> tuple[int, int, int]:
-    """(vectors, rows, pixels) of the cheapest tile over all tiles of the layer, remainders included."""
+def _register_tile(tiling: _Tiling, machine: Machine) -> tuple[int, int, int]:
+    """(vectors, rows, pixels) of the tile that takes the fewest cycles."""
     best: tuple[float, tuple[int, int, int]] | None = None
-    whole = -(-maps // machine.lanes)
+    whole = -(-tiling.maps // machine.lanes)
     for vectors in range(1, min(whole, 12) + 1):
-        pixels_most = (machine.registers - 1 - vectors) // vectors
-        for height in range(1, min(rows, 4) + 1):
-            for width in range(1, min(columns, pixels_most // height) + 1):
-                if height > 1 and width < columns:
+        most = (machine.registers - 1 - vectors) // vectors
+        for height in range(1, min(tiling.rows, 4) + 1):
+            for width in range(1, min(tiling.columns, most // height) + 1):
+                if height > 1 and width < tiling.columns:
                     continue  # tall tiles only where they span the row
-                cost = sum(
-                    a * b * c * tile_cost(v, h * w)
-                    for a, v in _tiles(whole, vectors) for b, h in _tiles(rows, height)
-                    for c, w in _tiles(columns, width))
-                copies = sum(map(bool, (whole % vectors, rows % height, columns % width)))
-                cost *= 1 + COPY_PENALTY * copies
+                copies = (whole % vectors > 0) + (tiling.rows % height > 0) + (tiling.columns % width > 0)
+                cost = tiling.cycles(machine, vectors, height, width) * (1 + COPY_PENALTY * copies)
                 if best is None or cost < best[0]:
                     best = (cost, (vectors, height, width))
     assert best is not None
@@ -85,14 +106,17 @@ def _channels(problem: Problem, machine: Machine, layout: str, threads: int) -> 
     else:
         maps, channels = maps // problem.groups, channels // problem.groups
         rows, columns = (1, problem.E * problem.F) if is_flat(problem) else (problem.E, problem.F)
-    vectors, height, width = _register_tile(maps, rows, columns, machine)
+    taps = problem.R * problem.S if isinstance(problem, Conv2d) else 1
+    tiling = _Tiling(maps, rows, columns, channels * taps, transposed=layout == "nchw" and rows * columns > 1,
+                     packed=layout == "nchw" and taps == 1 and isinstance(problem, Conv2d))
+    vectors, height, width = _register_tile(tiling, machine)
     flat = isinstance(problem, Linear) or is_flat(problem)
     depth, unroll = _sum_blocks(channels, channels if flat else 64)
     if isinstance(problem, Linear):
-        block = _near_divisor(-(-columns // width), machine.l2 // 4 // (4 * channels * width))
+        block = _near_divisor(-(-columns // width), machine.l2 // 2 // (4 * channels * width))
         pack = "none"
     elif flat:
-        block = _near_divisor(-(-columns // width), machine.l2 // 4 // (4 * channels * width))
+        block = _near_divisor(-(-columns // width), machine.l2 // 2 // (4 * channels * width))
         pack = "packed" if layout == "nchw" else "none"
     else:
         assert isinstance(problem, Conv2d)
