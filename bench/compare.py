@@ -229,7 +229,7 @@ def line(result: Result) -> str:
     """A layer's result in plain text, as it comes."""
     rates = "  ".join(f"{name} {result.rate(name):.0f}" for name in result.timings)
     notes = "".join(f"\n  {note}" for note in result.notes)
-    return f"{result.layer.text}: {rates} GFLOP/s; ours/best {result.ratio(*MAJOR):.2f}{notes}"
+    return f"{result.layer.text}: {rates} GFLOP/s; ours/best {_number(result.ratio(*MAJOR), 2)}{notes}"
 
 
 def table(results: list[Result], libraries: list[peers.Peer], run: Run) -> Table:

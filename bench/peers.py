@@ -106,12 +106,8 @@ def openvino(problem: Conv2d, arrays: Arrays, threads: int) -> Prepared:
     output = np.full(problem.output_shape, np.nan, np.float32)
     request.set_input_tensor(ov.Tensor(arrays.x, shared_memory=True))
     request.set_output_tensor(ov.Tensor(output, shared_memory=True))
-
-    def call() -> None:
-        request.start_async()  # `infer` would wrap the outputs in a dictionary
-        request.wait()
-
-    return Prepared(call, lambda: output, (core, compiled, request, arrays.x))
+    # Without share_outputs the output is copied; start_async and wait take 40 us more than infer.
+    return Prepared(lambda: request.infer(share_outputs=True), lambda: output, (core, compiled, arrays.x))
 
 
 def pytorch(problem: Conv2d, arrays: Arrays, threads: int) -> Prepared:

@@ -140,12 +140,11 @@ def _pixels(problem: Conv2d, machine: Machine) -> Pixels:
     whole = -(-columns // machine.lanes)
     vectors = whole if whole <= accumulators else _near_divisor(whole, accumulators // 2)
     tile = min(maps, 4, max(1, accumulators // vectors))
-    rows = 1 if is_flat(problem) else max(1, min(4, problem.E, accumulators // (vectors * tile)))
-    taps = problem.R * problem.S
-    return Pixels(
-        lanes=machine.lanes, maps=tile, rows=rows, vectors=vectors,
-        unroll_taps=taps * tile * rows * vectors <= 400 and taps <= 49,
-        peel_borders=-(-problem.E // rows) >= 3 and taps * tile * rows * vectors <= 250)
+    rows = 1 if is_flat(problem) else min(max(2, 8 // (vectors * tile)), 7, problem.E)
+    products = problem.R * problem.S * tile * rows * vectors  # vector FMAs of a tile and input channel
+    copies = min(3, -(-problem.E // rows))  # of the nest, with the first and last rows peeled
+    return Pixels(lanes=machine.lanes, maps=tile, rows=rows, vectors=vectors, unroll_taps=products <= 400,
+                  peel_borders=products * copies <= 800)
 
 
 def _depthwise(problem: Conv2d, machine: Machine) -> Depthwise:

@@ -89,11 +89,9 @@ def _broken_tensor(tensor: Tensor) -> str | None:
     """The rule that a tensor's description breaks."""
     rank = len(tensor.shape)
     if len(tensor.letters) != rank or len(tensor.border) not in (0, rank):
-        return f"letters, shape and border differ in length: {tensor.letters}, {tensor.shape}, {tensor.border}"
+        return f"letters {tensor.letters}, shape {tensor.shape} and border {tensor.border} differ in length"
     if any(size < 1 for size in tensor.shape):
         return f"the shape {tensor.shape} must be positive"
-    if tensor.border and tensor.role != "input":
-        return f"only an input has a border, not a {tensor.role} tensor"
     for axis, size in enumerate(tensor.shape):
         reach = 1
         for stored in sorted((s for s in tensor.storage if s.axis == axis), key=lambda s: s.step):

@@ -197,10 +197,10 @@ class Memory:
         if place.scattered is None:
             if place.stride == 1:
                 return self.contiguous(place.pointer, place.constant, lanes.count, mask)
-            if mask is None and (rows := self._transposed(tensor, place, index, lanes)) is not None:
-                return rows
             if 2 <= place.stride <= 4 and not isinstance(mask, str):
-                return self._deinterleaved(place, lanes.count, mask)
+                return self._deinterleaved(tensor, index, place, lanes.count, mask)
+            if mask is None and (column := self._transposed(tensor, place, index, lanes)) is not None:
+                return column
         return self._gather(place, lanes.count, mask)
 
     def _scalar(self, tensor: Tensor, place: Place, mask: Mask | None) -> str:
@@ -222,29 +222,45 @@ class Memory:
         return self.w.let(f"call {kind} {name}(ptr {at}, i32 4, {bits} {mask_text(mask, lanes)}, "
                           f"{kind} zeroinitializer)")
 
-    def _deinterleaved(self, place: Place, lanes: int, mask: Mask | None) -> str:
-        """Every ``stride``-th element of ``stride`` vectors, reading nothing past the last one wanted."""
+    def _deinterleaved(self, tensor: Tensor, index: Index, place: Place, lanes: int,
+                       mask: Mask | None) -> str:
+        """Every ``stride``-th element of a run of vectors, which accesses a few elements apart share.
+
+        The run starts at a multiple of the stride; where it may leave the tensor's memory, the pieces are
+        masked to the elements that are wanted.
+        """
+        stride = place.stride
+        skip = place.constant % stride
+        first = place.constant - skip
+        low, high = self.point.bounds(offset(tensor, index, self.point.extents).affine)
+        inside = low >= stride and high + stride <= tensor.elements
         wanted = mask if isinstance(mask, tuple) else (True,) * lanes
-        value = "poison"
-        for part in range(place.stride):
-            touched = tuple((part * lanes + i) % place.stride == 0 and wanted[(part * lanes + i) // place.stride]
-                            for i in range(lanes))
-            if not any(touched):
-                continue
-            last = max(i for i, t in enumerate(touched) if t)
-            first = min(i for i, t in enumerate(touched) if t)
-            reach = tuple(first <= i <= last for i in range(lanes))
-            piece = self.contiguous(place.pointer, place.constant + part * lanes, lanes,
-                                    None if all(reach) else reach)
-            picks = []
-            for lane in range(lanes):
-                source = lane * place.stride - part * lanes
-                picks.append(lanes + source if 0 <= source < lanes else lane)
-            value = shuffle(self.w, "zeroinitializer" if value == "poison" else value, piece, lanes, picks)
+        sources = [skip + lane * stride for lane in range(lanes)]
+        pieces: dict[int, str] = {}
+        for part in sorted({source // lanes for source, want in zip(sources, wanted, strict=True) if want}):
+            touched = [s % lanes for s, want in zip(sources, wanted, strict=True) if want and s // lanes == part]
+            reach = None if inside else tuple(touched[0] <= i <= touched[-1] for i in range(lanes))
+            pieces[part] = self._piece(tensor, place.pointer, first + part * lanes, lanes, reach)
+        value, done = "poison", set[int]()
+        for part, piece in pieces.items():
+            picks = [lanes + s % lanes if s // lanes == part else (s % lanes if len(done) == 1 and
+                     s // lanes in done and value in pieces.values() else lane)
+                     for lane, s in enumerate(sources)]
+            if value == "poison" and len(pieces) > 1:
+                value = piece
+            else:
+                value = shuffle(self.w, value, piece, lanes, picks)
+            done.add(part)
         if mask is None:
             return value
         return self.w.let(f"select {vector_type(lanes, 'i1')} {mask_text(mask, lanes)}, {vector_type(lanes)} "
                           f"{value}, {vector_type(lanes)} zeroinitializer")
+
+    def _piece(self, tensor: Tensor, pointer: str, constant: int, lanes: int, reach: Mask | None) -> str:
+        key = (tensor.name, pointer, constant, "piece", lanes, reach)
+        if key not in self.loaded:
+            self.loaded[key] = self.contiguous(pointer, constant, lanes, reach)
+        return self.loaded[key]
 
     def _transposed(self, tensor: Tensor, place: Place, index: Index, lanes: Lanes) -> str | None:
         """Rows of a whole unrolled loop, transposed; the other iterations find theirs remembered."""

@@ -21,7 +21,7 @@ from convsched.explain.cases import ERROR_BOUND, relative_error
 from convsched.graph.onnx_layers import ModelLayers, read_model
 from convsched.reference import convolve
 
-FIRST_NODES = 8  # up to the ReLU of the third layer's 3x3 convolution
+FIRST_NODES = 9  # up to the ReLU of the third layer's 3x3 convolution
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def max_pool(x: np.ndarray) -> np.ndarray:
 
 
 def chain(model: ModelLayers, x: np.ndarray, threads: int = 1) -> Iterator[tuple[str, np.ndarray, float]]:
-    """Runs the first four layers; gives each one's name, output and error against the oracle."""
+    """Runs the first layers of the main branch; gives their names, outputs and errors."""
     for layer in (model.layers[0], *model.layers[2:4]):
         conv = cs.compile(layer.problem, threads=threads).bind(layer.weight, layer.bias)
         y = conv(x)
@@ -71,7 +71,7 @@ def test_all_layers_are_read(model: ModelLayers) -> None:
     assert first.text == "conv2d c=3 m=64 k=7x7 in=224x224 stride=2x2 pad=3,3,3,3 bias act=relu"
 
 
-def test_the_first_layers_on_a_photograph_equal_the_oracle(model: ModelLayers, photograph: np.ndarray) -> None:
+def test_the_first_layers_on_a_photograph(model: ModelLayers, photograph: np.ndarray) -> None:
     for name, _, error in chain(model, photograph):
         assert error <= ERROR_BOUND, name
 

@@ -8,6 +8,7 @@ that read the network's own input: N(0, 1), or a photograph.
 from __future__ import annotations
 
 import importlib
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,6 @@ def _read_pixels(path: Path) -> NDArray[Any]:
     except ImportError as error:
         raise ModelError("reading an image file needs scikit-image; a .npy array needs nothing") from error
     try:
-        return np.asarray(reader.imread(path))
+        return np.asarray(reader.imread(io.BytesIO(path.read_bytes())))  # by itself it leaves files open
     except Exception as error:  # each image format's reader raises errors of its own
         raise ModelError(f"{path}: cannot be read as an image: {error}") from error
