@@ -11,6 +11,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import math
+import os
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -41,6 +42,7 @@ from convsched.reference import convolve
 OURS = "convsched"
 ALL = ",".join(peer.name for peer in peers.PEERS)
 LAYOUTS = ("nchw", "nhwc", "nchw16c")
+SETTLE = 0.025  # seconds after which other libraries' threads no longer spin: 20 ms in ncnn, less elsewhere
 PATH = click.Path(path_type=Path, dir_okay=False)
 MAJOR = ("onnxruntime", "OpenVINO", "PyTorch")  # the best of these is the one to beat; ncnn is shown apart
 ERROR_LIMIT = 2e-4  # of max |error| / rms(output): the loosest accuracy class, since ncnn runs Winograd
@@ -54,8 +56,6 @@ class Result:
     """One layer: seconds a call in each library, errors against the oracle, notes on those that failed."""
 
     layer: Conv2d
-    algorithm: str
-    schedule: str
     timings: Mapping[str, Timing]
     errors: Mapping[str, float]
     notes: tuple[str, ...]
@@ -97,6 +97,7 @@ def main(
     if not layers:
         raise click.UsageError(f"no layer of {layer_set} has {wanted!r} in its text")
     libraries = installed(chosen.split(",") if chosen else [])
+    warn_of_load()
     run = Run(libraries, threads, repeats, sample * 1e-3, ours_layout)
     results: list[Result] = []
     try:
@@ -110,6 +111,13 @@ def main(
     if json_file is not None:
         json_file.write_text(json.dumps(to_json(results, libraries, run), indent=1) + "\n")
     sys.exit(1 if any(OURS not in result.timings for result in results) else 0)
+
+
+def warn_of_load() -> None:
+    """Other processes on the same cores spoil a comparison, and one of OpenMP's barriers most of all."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load > 0.5:
+        click.echo(f"load average {load:.1f}: other processes run, so do not trust these times", err=True)
 
 
 def layers_of(layer_set: str) -> list[Conv2d]:
@@ -183,29 +191,27 @@ class Run:
         """Prepares, checks and times one layer everywhere."""
         arrays = make_arrays(Case("", layer))
         expected = convolve(layer, arrays.x, arrays.weight, arrays.bias)
-        kernel = convsched.compile(layer, threads=self.threads, layout=self.layout)
-        prepared = {OURS: self._ours(kernel, layer, arrays)}
+        ready: dict[str, peers.Prepared] = {}  # whole, since a call may use memory that `output` holds
+        errors: dict[str, float] = {}
         notes = []
-        for peer in self.libraries:
+        for name, prepare in {OURS: self._ours, **{p.name: p.prepare for p in self.libraries}}.items():
             try:
-                prepared[peer.name] = peer.prepare(layer, arrays, self.threads)
-                prepared[peer.name].call()
+                prepared = prepare(layer, arrays, self.threads)
+                prepared.call()
+                prepared.call()  # the second call finds what the first one left behind
+                errors[name] = relative_error(prepared.output(), expected)
             except Exception as error:  # whatever a library does, the others are still compared
-                notes.append(f"{peer.name} crashed: {type(error).__name__}: {error}")
-                prepared.pop(peer.name, None)
-        errors = {}
-        for name in list(prepared):
-            prepared[name].call()
-            errors[name] = relative_error(prepared[name].output(), expected)
-            if not errors[name] <= ERROR_LIMIT:
+                notes.append(f"{name} crashed: {type(error).__name__}: {error}")
+                continue
+            if errors[name] <= ERROR_LIMIT:
+                ready[name] = prepared
+            else:
                 notes.append(f"{name} is wrong: error {errors[name]:.1e}")
-                del prepared[name]
-        timings, peak = self._time({name: entry.call for name, entry in prepared.items()})
-        return Result(
-            layer, str(kernel.algorithm), str(kernel.schedule), timings, errors, tuple(notes), peak
-        )
+        timings, peak = self._time({name: prepared.call for name, prepared in ready.items()})
+        return Result(layer, timings, errors, tuple(notes), peak)
 
-    def _ours(self, kernel: Any, layer: Conv2d, arrays: Arrays) -> peers.Prepared:
+    def _ours(self, layer: Conv2d, arrays: Arrays, threads: int) -> peers.Prepared:
+        kernel = convsched.compile(layer, threads=threads, layout=self.layout)
         call, output = bound_call(kernel, layer, arrays, self.layout)
         return peers.Prepared(call, lambda: from_layout(output, self.layout, layer.M))
 
@@ -213,14 +219,14 @@ class Run:
         """Times in interleaved rounds, and the peak of one core measured in the same rounds.
 
         With several threads, a pause and a call that does not count come before each sample: the threads
-        of the library before may spin for some milliseconds, and the own ones be asleep.
+        of the library before may still spin, and the own ones be asleep.
         """
         peak, flops = peak_call()
         timings = interleave(
             {**calls, "peak": peak},
             repeats=self.repeats,
             min_seconds=self.sample,
-            settle=0.01 if self.threads > 1 else 0.0,
+            settle=SETTLE if self.threads > 1 else 0.0,
         )
         return {name: timings[name] for name in calls}, flops / timings["peak"].minimum
 
@@ -289,10 +295,8 @@ def to_json(results: list[Result], libraries: list[peers.Peer], run: Run) -> dic
         "layers": [
             {
                 "layer": result.layer.text,
-                "algorithm": result.algorithm,
-                "schedule": result.schedule,
                 "peak_flops_per_second": result.peak,
-                "errors": dict(result.errors),
+                "errors": {name: _finite(error) for name, error in result.errors.items()},
                 "notes": list(result.notes),
                 "seconds": {
                     name: {"minimum": timing.minimum, "median": timing.median, "spread": timing.spread}
@@ -301,13 +305,17 @@ def to_json(results: list[Result], libraries: list[peers.Peer], run: Run) -> dic
             }
             for result in results
         ],
-        "geometric_means": summary(results, libraries, run),
+        "geometric_means": {name: _finite(mean) for name, mean in summary(results, libraries, run).items()},
     }
 
 
 def _mean(values: Iterable[float]) -> float:
     finite = [value for value in values if math.isfinite(value)]
     return statistics.geometric_mean(finite) if finite else math.nan
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _number(value: float, digits: int) -> str:

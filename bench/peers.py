@@ -27,7 +27,7 @@ from convsched.problem import Conv2d
 
 @dataclass(frozen=True)
 class Prepared:
-    """A layer made ready in one library. `keep` holds what the call needs alive."""
+    """A layer made ready in one library. The call is valid as long as this object lives: see `keep`."""
 
     call: Callable[[], object]
     output: Callable[[], np.ndarray]

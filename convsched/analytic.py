@@ -8,6 +8,7 @@ packed piece of input is sized to a share of L2; sums run over as many channels 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from convsched.machine import Machine
 from convsched.problem import Conv2d, Linear, Problem
@@ -112,14 +113,11 @@ def _channels(problem: Problem, machine: Machine, layout: str, threads: int) -> 
     vectors, height, width = _register_tile(tiling, machine)
     flat = isinstance(problem, Linear) or is_flat(problem)
     depth, unroll = _sum_blocks(channels, channels if flat else 64)
-    if isinstance(problem, Linear):
+    pack: Literal["none", "window", "packed"]
+    if isinstance(problem, Linear) or flat:
         block = _near_divisor(-(-columns // width), machine.l2 // 2 // (4 * channels * width))
-        pack = "none"
-    elif flat:
-        block = _near_divisor(-(-columns // width), machine.l2 // 2 // (4 * channels * width))
-        pack = "packed" if layout == "nchw" else "none"
+        pack = "packed" if layout == "nchw" and isinstance(problem, Conv2d) else "none"
     else:
-        assert isinstance(problem, Conv2d)
         row_bytes = 4 * channels * (problem.W + problem.padding[1] + problem.padding[3])
         fit = machine.l2 // 2 // row_bytes - (problem.R - 1) * problem.dilation[0]
         block = _near_divisor(-(-rows // height), max(fit, 4) // (problem.stride[0] * height))

@@ -262,6 +262,6 @@ def _in_reach(request: _Request, read: Index, inner: Mapping[str, int]) -> tuple
 
 def _nest(loops: Mapping[str, int], leaf: Store | Reduce) -> Body:
     body: tuple[Statement, ...] = (leaf,)
-    for var, extent in reversed(loops.items()):
+    for var, extent in reversed(list(loops.items())):
         body = (Loop(var, extent, body),)
     return body

@@ -12,7 +12,7 @@ from numba.extending import intrinsic
 from convsched.kernels.kernel import Native
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _call_stage(typing_context: Any, address: Any, table: Any) -> Any:
     """``((void (*)(void **, int64, int64)) address)(table, 0, 1)``."""
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -25,7 +25,7 @@ def _call_stage(typing_context: Any, address: Any, table: Any) -> Any:
     return types.void(types.int64, types.int64), generate
 
 
-@numba.njit(nogil=True)  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True)
 def call(native: Native, x: Any, out: Any) -> None:
     """Run ``conv.native`` of a bound kernel on C-contiguous float32 arrays of its shapes, on one thread.
 
@@ -39,4 +39,4 @@ def call(native: Native, x: Any, out: Any) -> None:
     native.table[native.x_slot] = x.ctypes.data
     native.table[native.y_slot] = out.ctypes.data
     for address in native.stages:
-        _call_stage(address, native.table.ctypes.data)
+        _call_stage(address, native.table.ctypes.data)  # type: ignore[call-arg]

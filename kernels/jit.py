@@ -25,6 +25,7 @@ from typing import Any
 import llvmlite
 import llvmlite.binding as llvm
 
+import convsched.errors
 from convsched.machine import Machine, cache_folder
 
 FORMAT = 1  # of a cache entry
@@ -113,7 +114,7 @@ def compiler_digest() -> str:
     """A digest of the compiler's own sources and of LLVM's version: code made by another is not reused."""
     digest = hashlib.sha256(f"{llvmlite.__version__} {llvm.llvm_version_info}".encode())
     package = Path(__file__).parent
-    roots = [package, Path(__import__("convsched").__file__).parent]
+    roots = [package, Path(convsched.errors.__file__).parent]
     for path in sorted(p for root in roots for pattern in ("*.py", "lower/*.py") for p in root.glob(pattern)):
         digest.update(path.name.encode())
         digest.update(path.read_bytes())

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from convsched.address import offset
+from convsched.address import Offset, offset
 from convsched.ir import Affine, Index, Tensor
 from convsched.kernels.vectors import (
     Mask,
@@ -88,12 +88,21 @@ class Memory:
         self.width = width
         self.loaded: dict[tuple[object, ...], str] = {}
         self.pending: dict[tuple[str, str, int, int], dict[int, tuple[str, Mask | None]]] = {}
+        self.offsets: dict[tuple[str, int], tuple[Offset, tuple[int, ...], Index]] = {}
 
     # Addresses
 
+    def offset(self, tensor: Tensor, index: Index) -> Offset:
+        """The storage offset of an access, remembered: unrolled iterations ask for it again and again."""
+        key = (tensor.name, id(index))  # the entry holds the index, so that its id stays taken
+        extents = tuple(self.point.extents[v] for a in index for v, _ in a.terms)
+        if key not in self.offsets or self.offsets[key][1] != extents:
+            self.offsets[key] = offset(tensor, index, self.point.extents), extents, index
+        return self.offsets[key][0]
+
     def place(self, tensor: Tensor, index: Index, lanes: Lanes) -> Place:
         """The address of an access at this point."""
-        found = offset(tensor, index, self.point.extents)
+        found = self.offset(tensor, index)
         constant, terms, stride = self.point.split(found.affine, lanes)
         pointer = self.w.pointer(f"%{tensor.name}", terms)
         if not found.rest:
@@ -232,7 +241,7 @@ class Memory:
         stride = place.stride
         skip = place.constant % stride
         first = place.constant - skip
-        low, high = self.point.bounds(offset(tensor, index, self.point.extents).affine)
+        low, high = self.point.bounds(self.offset(tensor, index).affine)
         inside = low >= stride and high + stride <= tensor.elements
         wanted = mask if isinstance(mask, tuple) else (True,) * lanes
         sources = [skip + lane * stride for lane in range(lanes)]
@@ -264,7 +273,7 @@ class Memory:
 
     def _transposed(self, tensor: Tensor, place: Place, index: Index, lanes: Lanes) -> str | None:
         """Rows of a whole unrolled loop, transposed; the other iterations find theirs remembered."""
-        affine = offset(tensor, index, self.point.extents).affine
+        affine = self.offset(tensor, index).affine
         runs = [(var, self.point.unrolled[var]) for var, c in affine.terms if c == 1 and
                 self.point.unrolled.get(var, 1) > 1]
         if len(runs) != 1 or lanes.count not in (4, 8, 16) or lanes.count != self.width:

@@ -1,9 +1,9 @@
 """A scheduled nest as Python source: the second backend, for reading, for other machines, as a check.
 
-One function, ``run(*buffers, thread, threads)``, over flat float32 arrays in physical storage, in the order of
-``arguments(program)``. It runs un-jitted and under ``numba.njit`` with the same result: every operation is a
-float32 one, in the order of the program. A parallel loop runs the iterations ``extent * thread // threads``
-up to ``extent * (thread + 1) // threads``; what lies outside of parallel loops runs in every thread.
+One function, ``run(*buffers, thread, threads)``, over flat float32 arrays in physical storage, in the order
+of ``arguments(program)``. It runs un-jitted and under ``numba.njit`` with the same result: every operation
+is a float32 one, in the order of the program. A parallel loop runs the iterations ``extent * thread //
+threads`` up to ``extent * (thread + 1) // threads``; what lies outside parallel loops runs in every thread.
 """
 
 from __future__ import annotations
@@ -156,7 +156,10 @@ class _Printer:
     def statement(self, leaf: Leaf, extents: Mapping[str, int]) -> str:
         target = self.element(self.program.tensor(leaf.tensor), leaf.index, extents)
         sign = "+=" if isinstance(leaf, Reduce) else "="
-        return f"{target} {sign} {self.value(leaf.value, leaf.where, extents)}"
+        value = self.value(leaf.value, leaf.where, extents)
+        if isinstance(leaf.value, Op) and leaf.value.name in _INFIX:
+            value = value[1:-1]  # the brackets of the outermost operation
+        return f"{target} {sign} {value}"
 
     def value(self, value: Value, where: Index, extents: Mapping[str, int]) -> str:
         """A value in brackets, unless it is a single term."""

@@ -98,11 +98,12 @@ def _exchange_blocks(w: Writer, rows: list[str], lanes: int) -> list[str]:
     if len(rows) == 1:
         return rows
     if len(rows) == 2:
-        return [pick(*rows, (0, 2)), pick(*rows, (1, 3))]
-    even = [pick(rows[0], rows[1], (0, 2, 4, 6)), pick(rows[2], rows[3], (0, 2, 4, 6))]
-    odd = [pick(rows[0], rows[1], (1, 3, 5, 7)), pick(rows[2], rows[3], (1, 3, 5, 7))]
-    return [pick(*even, (0, 2, 4, 6)), pick(*odd, (0, 2, 4, 6)),
-            pick(*even, (1, 3, 5, 7)), pick(*odd, (1, 3, 5, 7))]
+        a, b = rows
+        return [pick(a, b, (0, 2)), pick(a, b, (1, 3))]
+    a, b, c, d = rows
+    even, odd = (0, 2, 4, 6), (1, 3, 5, 7)
+    ab, cd, ab_odd, cd_odd = pick(a, b, even), pick(c, d, even), pick(a, b, odd), pick(c, d, odd)
+    return [pick(ab, cd, even), pick(ab_odd, cd_odd, even), pick(ab, cd, odd), pick(ab_odd, cd_odd, odd)]
 
 
 def multiply_add(w: Writer, a: str, b: str, c: str, lanes: int, fused: bool) -> str:

@@ -64,7 +64,7 @@ class Writer:
         self.declarations.add(f"declare {text}")
 
     def pointer(self, base: str, terms: list[tuple[str, str, int]]) -> str:
-        """``base + sum(coefficient * value)`` floats, each term (var, SSA value, coefficient) in its scope."""
+        """``base + sum(coefficient * value)`` floats, each term (var, value, coefficient) in its scope."""
         depth = {scope.var: i for i, scope in enumerate(self.scopes)}
         for var, value, coefficient in sorted(terms, key=lambda t: depth[t[0]]):
             scope = self.scopes[depth[var]]

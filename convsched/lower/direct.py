@@ -9,8 +9,22 @@ adds the products, ``epilogue`` writes the output. Padding is the border of ``x`
 
 from __future__ import annotations
 
-from convsched.ir import Affine, Body, Const, Load, Loop, Op, Program, Reduce, Role, Stage, Store, Tensor
-from convsched.ir import Value, storage_of
+from convsched.ir import (
+    Affine,
+    Body,
+    Const,
+    Load,
+    Loop,
+    Op,
+    Program,
+    Reduce,
+    Role,
+    Stage,
+    Store,
+    Tensor,
+    Value,
+    storage_of,
+)
 from convsched.lower.epilogue import activation
 from convsched.problem import Conv2d, Linear, Problem
 
