@@ -26,7 +26,7 @@ from convsched.kernels.arrays import (
     check_weights,
     clear_tail,
 )
-from convsched.kernels.llvm import arguments, emit, symbols
+from convsched.kernels.llvm import arguments, emit, names, symbols
 from convsched.kernels.packing import Copy, aligned_zeros, copies
 from convsched.kernels.pool import run_all
 from convsched.lower.direct import lower_direct
@@ -43,7 +43,11 @@ _StageFunction = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.
 
 @dataclass(frozen=True)
 class Interface:
-    """What a caller must know of compiled code: its tensors, its stages and how weights are packed."""
+    """What a caller must know of compiled code: its tensors, its stages and how weights are packed.
+
+    ``local_elements`` are the sizes of local tensors; those in ``shared`` carry values from stage to stage
+    and are one for all threads, the others are private to a thread.
+    """
 
     names: tuple[str, ...]
     local_elements: Mapping[str, int]
@@ -59,10 +63,9 @@ class Interface:
         packed = {copy.target for copy in copies(program)}
         run = [s for s in program.stages if s.when == "run"]
         parallel = [any(lp.kind == "parallel" for around, _ in leaves(s.body) for lp in around) for s in run]
-        touched = [{n for _, leaf in leaves(s.body) for n in (leaf.tensor,)} for s in run]
-        used = [{t.name for t in tensors if _reads(program, i, t.name)} for i in range(len(run))]
+        touched = [{n for _, leaf in leaves(s.body) for n in names(leaf)} for s in run]
         local = {t.name: t.elements for t in tensors if t.role == "local" and t.name not in packed}
-        crossing = {n for n in local if sum(n in a | b for a, b in zip(touched, used, strict=True)) > 1}
+        crossing = {n for n in local if sum(n in used for used in touched) > 1}
         return Interface(tuple(t.name for t in tensors), local, symbols(program), tuple(parallel),
                          frozenset(crossing), copies(program))
 
@@ -78,12 +81,6 @@ class Interface:
         return Interface(tuple(value["names"]), dict(value["local"]), tuple(value["stages"]),
                          tuple(value["parallel"]), frozenset(value["shared"]),
                          tuple(Copy.from_json(c) for c in value["copies"]))
-
-
-def _reads(program: Program, stage: int, name: str) -> bool:
-    from convsched.ir import loads
-    run = [s for s in program.stages if s.when == "run"]
-    return any(load.tensor == name for _, leaf in leaves(run[stage].body) for load in loads(leaf.value))
 
 
 class Workspace:
@@ -134,9 +131,13 @@ class Kernel:
         self.accuracy = accuracy
         self.x_shape = activation_shape(problem.input_shape, layout)
         self.y_shape = activation_shape(problem.output_shape, layout)
-        self.interface, code = self._build()
-        self.loaded = jit.link(code, self.interface.stages)
-        self.stages = tuple(_StageFunction(self.loaded.address(s)) for s in self.interface.stages)
+        self.interface, self.stages = self._load()
+
+    def _load(self) -> tuple[Interface, tuple[Callable[..., None], ...]]:
+        """The interface, and one callable(table of tensor addresses, thread, threads) a stage."""
+        interface, code = self._build()
+        self._code = jit.link(code, interface.stages)  # held: the addresses are valid as long as it lives
+        return interface, tuple(_StageFunction(self._code.address(s)) for s in interface.stages)
 
     def _build(self) -> tuple[Interface, bytes]:
         """From the object cache, or compiled and put there."""
@@ -199,7 +200,11 @@ class Kernel:
 
     def bind(self, weight: Array, bias: Array | None = None) -> BoundKernel:
         """Pack the weights: (M, C/groups, R, S) float32, bias (M,). Denormals in the weights become zero."""
-        return BoundKernel(self, check_weights(self.problem, weight, bias))
+        weights = check_weights(self.problem, weight, bias)
+        packed = {c.target: c.run(weights[c.source]) for c in self.interface.copies}
+        plain = {n: Copy(n, n, a.shape, _identity(a.ndim), (0,) * a.ndim).run(a)
+                 for n, a in weights.items() if n in self.interface.names}
+        return BoundKernel(self, {**packed, **plain})
 
     def __call__(self, x: Array, weight: Array, bias: Array | None = None, *, out: Array | None = None,
                  residual: Array | None = None) -> Array:
@@ -211,16 +216,12 @@ class Kernel:
 
 
 class BoundKernel:
-    """A kernel with its weights: ``y = conv(x)``, ``conv(x, out=y)``, ``conv(x, residual=r)``."""
+    """A kernel with its packed ``weights``: ``y = conv(x)``, ``conv(x, out=y)``, ``conv(x, residual=r)``."""
 
     def __init__(self, kernel: Kernel, weights: Mapping[str, Array]) -> None:
         self.kernel = kernel
-        interface = kernel.interface
-        packed = {c.target: c.run(weights[c.source]) for c in interface.copies}
-        plain = {n: Copy(n, n, a.shape, _identity(a.ndim), (0,) * a.ndim).run(a)
-                 for n, a in weights.items() if n in interface.names}
-        self._weights = {**packed, **plain}
-        self._slots = {n: i for i, n in enumerate(interface.names)}
+        self.weights = weights
+        self._slots = {n: i for i, n in enumerate(kernel.interface.names)}
         self._idle: list[Workspace] = []
 
     def __call__(self, x: Array, *, out: Array | None = None, residual: Array | None = None) -> Array:
@@ -248,7 +249,7 @@ class BoundKernel:
         except IndexError:
             workspace = Workspace(self.kernel.interface, self.kernel.threads)
             for table in workspace.tables:
-                for name, array in self._weights.items():
+                for name, array in self.weights.items():
                     table[self._slots[name]] = array.ctypes.data
             return workspace
 

@@ -10,8 +10,6 @@ so a register tensor indexed by a run-time loop lives on the stack instead.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
-
 from convsched.ir import (
     Affine,
     Body,
@@ -47,7 +45,7 @@ Register = tuple[str, tuple[int, ...], int]  # tensor, index with lane 0, lanes
 def arguments(program: Program) -> tuple[Tensor, ...]:
     """The tensors whose addresses a kernel takes, in order: all that run stages touch in memory."""
     touched = {name for stage in program.stages if stage.when == "run"
-               for _, leaf in leaves(stage.body) for name in _names(leaf)}
+               for _, leaf in leaves(stage.body) for name in names(leaf)}
     return tuple(t for t in program.tensors if t.role != "register" and t.name in touched)
 
 
@@ -69,7 +67,8 @@ def emit(program: Program, machine: Machine) -> str:
     return "\n".join([*functions, *sorted(declarations), attributes, ""])
 
 
-def _names(leaf: Leaf) -> Iterable[str]:
+def names(leaf: Leaf) -> tuple[str, ...]:
+    """The tensors a statement touches."""
     return (leaf.tensor, *(load.tensor for load in loads(leaf.value)))
 
 
@@ -88,7 +87,7 @@ class _Emitter:
 
     def function(self, symbol: str) -> str:
         """The text of the stage's function."""
-        used = {name for _, leaf in leaves(self.stage.body) for name in _names(leaf)}
+        used = {name for _, leaf in leaves(self.stage.body) for name in names(leaf)}
         prologue = []
         for position, tensor in enumerate(arguments(self.program)):
             if tensor.name in used:
