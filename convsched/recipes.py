@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from convsched.lower.direct import taps
 from convsched.problem import Conv2d, Linear, Problem
 from convsched.schedule import (
     Attach,
@@ -91,35 +92,32 @@ def _channels(p: Channels, problem: Problem, layout: str) -> list[Step]:
     groups = conv.groups if conv else 1
     m_extent, c_extent = problem.M // groups, problem.C // groups
     flat = is_flat(problem)
-    steps: list[Step] = [Fuse("e", "f", "p")] if flat else []
     m = Axis.cut("m", m_extent, p.vectors * p.lanes, p.lanes)
     depth = min(p.depth, c_extent)
-    c = Axis.cut("c", c_extent, depth, p.unroll)
-    head = (["n"] if conv else []) + (["g"] if groups > 1 else [])
+    c_factors = (depth, p.unroll) if depth < c_extent else (p.unroll,)
+    c = Axis.cut("c", c_extent, *c_factors)
+    head = [*(["n"] if conv else []), *(["g"] if groups > 1 else [])]
     if conv is None or flat:
         loop, extent = ("p", conv.E * conv.F) if conv else ("n", problem.N)
-        pixel = Axis.cut(loop, extent, p.block * p.pixels, p.pixels)
-        outer, tiles, inner = pixel.names[0], [pixel.names[1]], [pixel.names[2]]
-        cuts = (*pixel.steps,)
-        peels = pixel.peels(extent, p.block * p.pixels, p.pixels)
+        column = Axis.cut(loop, extent, p.block * p.pixels, p.pixels)
+        row = Axis((), ())
+        outer, tiles, inner = column.names[0], [column.names[1]], [column.names[2]]
+        pixel_peels = column.peels(extent, p.block * p.pixels, p.pixels)
     else:
-        row = Axis.cut("e", conv.E, p.block * p.rows, p.rows)
-        column = Axis.cut("f", conv.F, p.pixels)
-        outer, tiles, inner = row.names[0], [row.names[1], column.names[0]], [row.names[2], column.names[1]]
-        cuts = (*row.steps, *column.steps)
-        peels = (*row.peels(conv.E, p.block * p.rows, p.rows), *column.peels(conv.F, p.pixels))
-    taps = ["r", "s"] if conv else []
-    steps += [*m.steps, *cuts, *c.steps]
-    steps.append(Reorder((*head, outer, m.names[0], *tiles, c.names[0], *taps, *c.names[1:], *inner,
-                          *m.names[1:])))
-    steps += [Attach("init", tiles[-1]), Attach("epilogue", tiles[-1]), StageAt("t", tiles[-1], "registers")]
-    steps += _pack_input(p, layout, outer, tiles, [c.names[0], *([] if flat else taps), *c.names[1:]], inner)
-    steps.append(Layout("w", (*(["g"] if groups > 1 else []), m.names[0], c.names[0], *taps, *c.names[1:],
-                              *m.names[1:])))
-    steps += [Unroll((c.names[2], *inner, m.names[1])), Vectorize((m.names[2],))]
-    steps.append(Parallel(outer if p.parallel == "pixels" else m.names[0]))
-    steps += [*m.peels(m_extent, p.vectors * p.lanes), *peels, *c.peels(c_extent, depth, p.unroll)]
-    return steps
+        row_factors = (p.block * p.rows, p.rows) if p.rows > 1 else (p.block,)
+        row, column = Axis.cut("e", conv.E, *row_factors), Axis.cut("f", conv.F, p.pixels)
+        outer, tiles, inner = row.names[0], [row.names[1], column.names[0]], [*row.names[2:], column.names[1]]
+        pixel_peels = (*row.peels(conv.E, *row_factors), *column.peels(conv.F, p.pixels))
+    at, sums = tiles[-1], [*c.names[:-2], *taps(problem), *c.names[-2:]]
+    return [
+        *([Fuse("e", "f", "p")] if flat else []), *m.steps, *row.steps, *column.steps, *c.steps,
+        Reorder((*head, outer, m.names[0], *tiles, *sums, *inner, *m.names[1:])),
+        Attach("init", at), Attach("epilogue", at), StageAt("t", at, "registers"),
+        *_pack_input(p, layout, outer, tiles, sums, inner),
+        Layout("w", (*(["g"] if groups > 1 else []), m.names[0], *sums, *m.names[1:])),
+        Unroll((c.names[-1], *inner, m.names[1])), Vectorize((m.names[2],)),
+        Parallel(outer if p.parallel == "pixels" else m.names[0]),
+        *m.peels(m_extent, p.vectors * p.lanes), *pixel_peels, *c.peels(c_extent, *c_factors)]
 
 
 def _pack_input(p: Channels, layout: str, outer: str, tiles: list[str], sums: list[str],
@@ -176,12 +174,12 @@ def _pixels(p: Pixels, problem: Problem) -> list[Step]:
     head = ["n"] + (["g"] if problem.groups > 1 else [])
     row_tile, row_inner = list(row.names[:1]), list(row.names[1:])
     steps += [*m.steps, *row.steps, *column.steps]
-    steps.append(Reorder((*head, m.names[0], *row_tile, column.names[0], "c", "r", "s", m.names[1],
+    steps.append(Reorder((*head, m.names[0], *row_tile, column.names[0], "c", *taps(problem), m.names[1],
                           *row_inner, *column.names[1:])))
     at = column.names[0]
     steps += [Attach("init", at), Attach("epilogue", at), StageAt("t", at, "registers")]
     unrolled = [m.names[1], *row_inner, column.names[1]]
-    steps.append(Unroll((*(["r", "s"] if p.unroll_taps else []), *unrolled)))
+    steps.append(Unroll((*(taps(problem) if p.unroll_taps else []), *unrolled)))
     steps.append(Vectorize((column.names[2],)))
     steps.append(Parallel("g" if problem.groups > 1 else m.names[0]))
     steps += m.peels(problem.M // problem.groups, p.maps)
@@ -219,11 +217,11 @@ class Depthwise:
         row, column = Axis.cut("e", problem.E, self.rows), Axis.cut("f", problem.F, self.pixels)
         at = column.names[0]
         steps: list[Step] = [*g.steps, *row.steps, *column.steps]
-        steps.append(Reorder(("n", g.names[0], row.names[0], at, "m", "c", "r", "s", row.names[1],
+        steps.append(Reorder(("n", g.names[0], row.names[0], at, "m", "c", *taps(problem), row.names[1],
                               column.names[1], g.names[1])))
         steps += [Attach("init", at), Attach("epilogue", at), StageAt("t", at, "registers")]
-        steps.append(Layout("w", (g.names[0], "m", "c", "r", "s", g.names[1])))
-        steps.append(Unroll((*(("r", "s") if self.unroll_taps else ()), row.names[1], column.names[1])))
+        steps.append(Layout("w", (g.names[0], *taps(problem), g.names[1])))
+        steps.append(Unroll((*(taps(problem) if self.unroll_taps else ()), row.names[1], column.names[1])))
         steps += [Vectorize((g.names[1],)), Parallel(g.names[0])]
         if any(problem.padding):
             steps += [Peel(row.names[0], "first"), Peel(at, "first")]

@@ -197,8 +197,6 @@ def _merging_axis(tensor: Tensor, index: Index, outer: Affine, inner: Affine,
                   extents: Mapping[str, int]) -> int:
     """The axis that ``outer`` walks with ``inner`` on the next; -1 if neither is used, -2 if not so."""
     names = outer.variables | inner.variables
-    index = tuple(a.substitute({v: Affine() for v in a.variables if extents[v] == 1 and v not in names})
-                  for a in index)
     used = [axis for axis, a in enumerate(index) if a.variables & names]
     if not used:
         return -1
@@ -380,14 +378,20 @@ def peel(program: Program, loop: str, which: Literal["first", "last", "overlap"]
         rest = found.extent - 1
         if which == "first":
             shifted = substitute(found.body, {loop: Affine.of(loop) + 1})
-            return (*substitute(found.body, {loop: Affine.of(0)}), replace(found, extent=rest, body=shifted))
+            head = _alone(found, substitute(found.body, {loop: Affine.of(0)}))
+            return (*head, replace(found, extent=rest, body=shifted))
         if which == "overlap":
             last = _overlapped(program, step, found)
         else:
             last = substitute(found.body, {loop: Affine.of(rest)})
-        return (replace(found, extent=rest), *last)
+        return (replace(found, extent=rest), *_alone(found, last))
 
     return simplify(program.with_body(lambda body: map_loops(body, loop, change)))
+
+
+def _alone(loop: Loop, iteration: Body) -> Body:
+    """A peeled iteration; of a parallel loop it stays in one, so that one thread runs it."""
+    return (replace(loop, extent=1, body=iteration),) if loop.kind == "parallel" else iteration
 
 
 def _overlapped(program: Program, step: str, loop: Loop) -> Body:

@@ -202,7 +202,7 @@ class Kernel:
         """Pack the weights: (M, C/groups, R, S) float32, bias (M,). Denormals in the weights become zero."""
         weights = check_weights(self.problem, weight, bias)
         packed = {c.target: c.run(weights[c.source]) for c in self.interface.copies}
-        plain = {n: Copy(n, n, a.shape, _identity(a.ndim), (0,) * a.ndim).run(a)
+        plain = {n: Copy(n, n, a.shape, a.shape, _identity(a.ndim), (0,) * a.ndim).run(a)
                  for n, a in weights.items() if n in self.interface.names}
         return BoundKernel(self, {**packed, **plain})
 

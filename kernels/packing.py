@@ -6,6 +6,7 @@ strides ``A^T strides(w)``. Elements outside ``w`` are zero.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -22,10 +23,14 @@ ALIGNMENT = 64  # bytes: a cache line, and the widest vector
 
 @dataclass(frozen=True)
 class Copy:
-    """One packing stage: ``coefficients[axis][i]`` of loop ``i`` in the source's index along ``axis``."""
+    """One packing stage: ``coefficients[axis][i]`` of loop ``i`` in the source's index along ``axis``.
+
+    The target has one axis a loop; ``shape`` exceeds ``extents`` where loops stop short of a zero tail.
+    """
 
     target: str
     source: str
+    shape: tuple[int, ...]
     extents: tuple[int, ...]
     coefficients: tuple[tuple[int, ...], ...]
     constants: tuple[int, ...]
@@ -37,7 +42,7 @@ class Copy:
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> Copy:
         """The copy of a JSON value."""
-        return Copy(value["target"], value["source"], tuple(value["extents"]),
+        return Copy(value["target"], value["source"], tuple(value["shape"]), tuple(value["extents"]),
                     tuple(map(tuple, value["coefficients"])), tuple(value["constants"]))
 
     def run(self, source: Array) -> Array:
@@ -51,18 +56,18 @@ class Copy:
         strides = [sum(row[i] * s for row, s in zip(self.coefficients, source.strides, strict=True))
                    for i in range(len(self.extents))]
         view = np.lib.stride_tricks.as_strided(start, self.extents, strides, writeable=False)
-        packed = aligned_zeros(view.size)
-        packed.reshape(self.extents)[...] = view
+        packed = aligned_zeros(math.prod(self.shape))
+        packed.reshape(self.shape)[tuple(map(slice, self.extents))] = view
         flush_denormals(packed)
         return packed
 
 
 def copies(program: Program) -> tuple[Copy, ...]:
     """The packing stages of a program."""
-    return tuple(_copy(stage.name, stage.body) for stage in program.stages if stage.when == "bind")
+    return tuple(_copy(program, stage.name, stage.body) for stage in program.stages if stage.when == "bind")
 
 
-def _copy(name: str, body: Sequence[object]) -> Copy:
+def _copy(program: Program, name: str, body: Sequence[object]) -> Copy:
     loops: list[Loop] = []
     statement = body[0]
     while isinstance(statement, Loop):
@@ -72,7 +77,7 @@ def _copy(name: str, body: Sequence[object]) -> Copy:
         raise LoweringError(f"stage {name!r} runs when weights are bound but is no plain copy")
     index = statement.value.index
     return Copy(
-        target=statement.tensor, source=statement.value.tensor,
+        target=statement.tensor, source=statement.value.tensor, shape=program.tensor(statement.tensor).shape,
         extents=tuple(loop.extent for loop in loops),
         coefficients=tuple(tuple(a.coefficient(loop.var) for loop in loops) for a in index),
         constants=tuple(a.constant for a in index))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import re
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -59,9 +61,9 @@ def tiled() -> Program:
         tensor("y", "cw", (100, 6), "output"), tensor("w_packed", "mcl", (7, 32, 16), "local"),
         tensor("t", "mf", (16, 6), "register"), tensor("unused", "m", (16,), "local"),
     )
-    return Program("pointwise", tensors, (
-        Stage("pack w", nest((pack,), ("m0", 7, "serial"), ("c", 32, "serial"), ("m1", 16, "serial")), "bind"),
-        Stage("conv", nest(body, ("m0", 7, "parallel")))))
+    packing = nest((pack,), ("m0", 7, "serial"), ("c", 32, "serial"), ("m1", 16, "serial"))
+    conv = nest(body, ("m0", 7, "parallel"))
+    return Program("pointwise", tensors, (Stage("pack w", packing, "bind"), Stage("conv", conv)))
 
 
 TILED = """\
@@ -113,7 +115,8 @@ def test_long_lines_break_at_operators() -> None:
     for _ in range(5):
         value = Op("add", (value, Op("mul", (load, Const(0.25)))))
     names = ["first", "second", "third", "fourth", *(f"loop_number_{i}" for i in range(9))]
-    program = Program("p", (), (Stage("s", nest((Store("y", (), value),), *((n, 2, "serial") for n in names))),))
+    loops: list[tuple[str, int, Kind]] = [(name, 2, "serial") for name in names]
+    program = Program("p", (), (Stage("s", nest((Store("y", (), value),), *loops)),))
     lines = print_nest(program).splitlines()
     assert len(lines) > 5
     assert all(len(line) <= WIDTH and line.count("[") == line.count("]") for line in lines)
@@ -130,14 +133,15 @@ def test_conditions_have_their_constant_on_the_right(where: tuple[Affine, ...], 
 
 def test_a_tensor_shows_border_and_padded_strides() -> None:
     letters, shape = ("c", "h", "w"), (4, 5, 6)
-    x = Tensor("x", letters, shape, "input", storage_of(letters, shape, None, {"c": 32}), ((0, 0), (1, 1), (0, 2)))
+    storage = storage_of(letters, shape, None, {"c": 32})
+    x = Tensor("x", letters, shape, "input", storage, ((0, 0), (1, 1), (0, 2)))
     assert print_tensor(x) == "input x[c < 4, h < 5, w < 6] stored c:32 h w, border h 1 1, w 0 2"
 
 
 def test_all_operations() -> None:
     a, b = Load("a", (affine(i=1),)), Load("b", (affine(-1, e=1, r=1),))
-    assert print_value(Op("select_positive", (Op("sub", (a, b)), Op("exp", (a,)), Op("neg", (Op("add", (a, b)),))))
-                       ) == "select(a[i] - b[e + r - 1] > 0, exp(a[i]), -(a[i] + b[e + r - 1]))"
+    select = Op("select_positive", (Op("sub", (a, b)), Op("exp", (a,)), Op("neg", (Op("add", (a, b)),))))
+    assert print_value(select) == "select(a[i] - b[e + r - 1] > 0, exp(a[i]), -(a[i] + b[e + r - 1]))"
     assert print_value(Op("div", (Const(1.0), Op("min", (a, Const(-0.5)))))) == "1 / min(a[i], -0.5)"
 
 
@@ -155,10 +159,10 @@ def _compute(value: Value) -> float:
     if isinstance(value, Const):
         return value.number
     assert isinstance(value, Op)
-    operands = [_compute(v) for v in value.values]
-    return {"add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b, "max": max,
-            "min": min, "neg": lambda a: -a, "select_positive": lambda a, b, c: b if a > 0 else c,
-            }[value.name](*operands)  # type: ignore[operator,no-any-return]
+    meaning: dict[str, Callable[..., float]] = {
+        "add": operator.add, "sub": operator.sub, "mul": operator.mul, "max": max, "min": min,
+        "neg": operator.neg, "select_positive": lambda a, b, c: b if a > 0 else c}
+    return meaning[value.name](*map(_compute, value.values))
 
 
 @given(st.recursive(_CONSTANTS, _grow, max_leaves=12))

@@ -2,7 +2,7 @@
 
     y[n, m, e, f] = act(b[m] + sum_{c,r,s} x[n, c, sh e + dh r - top, sw f + dw s - left] w[m, c, r, s] + z)
 
-With groups, ``m`` and ``c`` count within a group and ``g`` counts groups. Three stages share the names of
+With groups, ``m`` and ``c`` count within a group and ``g`` counts groups; a filter side of 1 has no loop. Three stages share the names of
 their loops, so that a schedule blocks them together: ``init`` starts the sum ``t`` at the bias, ``conv``
 adds the products, ``epilogue`` writes the output. Padding is the border of ``x``.
 """
@@ -42,6 +42,12 @@ def lower_direct(problem: Problem, layout: str = "nchw") -> Program:
     Source: Sze et al., "Efficient Processing of Deep Neural Networks", 2020, section 2.1.
     """
     return _lower_linear(problem) if isinstance(problem, Linear) else _lower_conv2d(problem, layout)
+
+
+def taps(problem: Problem) -> dict[str, int]:
+    """The loops over filter taps and their extents; a side of one tap has no loop."""
+    sides = {"r": problem.R, "s": problem.S} if isinstance(problem, Conv2d) else {}
+    return {name: extent for name, extent in sides.items() if extent > 1}
 
 
 def _tensor(name: str, letters: str, shape: tuple[int, ...], role: Role,
@@ -86,14 +92,15 @@ def _lower_conv2d(p: Conv2d, layout: str) -> Program:
     border = ((0, 0), (0, 0), (top, bottom), (left, right)) if any(p.padding) else ()
     channels, group = p.C // p.groups, {"g": p.groups} if p.groups > 1 else {}
     outer = {"n": p.N, **group, "m": p.M // p.groups, "e": p.E, "f": p.F}
-    inner = {"c": channels, "r": p.R, "s": p.S}
+    inner = {"c": channels, **taps(p)}
+    r, s = (Affine.of(name) if name in inner else Affine() for name in ("r", "s"))
     base = Affine.of("g") if group else Affine()
     x_index = (
         Affine.of("n"), base * channels + "c",
-        Affine.of("e") * p.stride[0] + Affine.of("r") * p.dilation[0] - top,
-        Affine.of("f") * p.stride[1] + Affine.of("s") * p.dilation[1] - left,
+        Affine.of("e") * p.stride[0] + r * p.dilation[0] - top,
+        Affine.of("f") * p.stride[1] + s * p.dilation[1] - left,
     )
-    w_index = (base * (p.M // p.groups) + "m", Affine.of("c"), Affine.of("r"), Affine.of("s"))
+    w_index = (base * (p.M // p.groups) + "m", Affine.of("c"), r, s)
     tensors = [
         _tensor("x", "nchw", p.input_shape, "input", order, border),
         _tensor("w", "mcrs", p.weight_shape, "weight"),
