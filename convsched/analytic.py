@@ -121,9 +121,10 @@ def _channels(problem: Problem, machine: Machine, layout: str, threads: int) -> 
         row_bytes = 4 * channels * (problem.W + problem.padding[1] + problem.padding[3])
         fit = machine.l2 // 2 // row_bytes - (problem.R - 1) * problem.dilation[0]
         block = _near_divisor(-(-rows // height), max(fit, 4) // (problem.stride[0] * height))
-        pack = "window" if any(problem.padding) or (layout == "nchw" and problem.R * problem.S > 1) else "none"
-        if layout == "nchw" and problem.R * problem.S == 1 and pack == "none":
-            pack = "packed"
+        if any(problem.padding) or (layout == "nchw" and taps > 1):
+            pack = "window"
+        else:
+            pack = "packed" if layout == "nchw" else "none"
     blocks = -(-columns // (block * width)) if flat else -(-rows // (block * height))
     split_channels = blocks < threads or 4 * problem.weights > problem.bytes // 2
     return Channels(

@@ -1,16 +1,40 @@
-"""When may iterations of a loop change places? The one dependence test that all steps share.
+"""When may iterations of a loop change places? The dependence tests that all steps share.
 
 An index expression ``sum(c_i v_i)`` with terms sorted by ``|c_i|`` gives a different element for every
 point if each ``|c_i|`` exceeds the sum of ``|c_j| (extent_j - 1)`` over the smaller terms: a mixed-radix
 number. Two iterations of a loop then touch different elements of a tensor if every access to it has, along
 some axis, the same such expression with the loop's variable in it.
+
+Threads run a stage without waiting for each other: iterations ``extent i / n`` to ``extent (i + 1) / n`` of
+each parallel loop on thread ``i`` of ``n``, and what is outside of parallel loops on every thread. A tensor
+that only one stage uses is each thread's own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import combinations_with_replacement
 
-from convsched.ir import Affine, Body, Index, Reduce, leaves, loads
+from convsched.ir import (
+    Affine,
+    Body,
+    Index,
+    Leaf,
+    Loop,
+    Program,
+    Reduce,
+    Stage,
+    Store,
+    leaves,
+    loads,
+)
+from convsched.verify import lower_bound, upper_bound
+
+
+def indices(leaf: Leaf) -> list[tuple[str, Index]]:
+    """Every tensor a statement touches, with the index: the target first, then the loads."""
+    return [(leaf.tensor, leaf.index), *((load.tensor, load.index) for load in loads(leaf.value))]
 
 
 def extents_of(body: Body) -> dict[str, int]:
@@ -36,6 +60,8 @@ def is_injective(index: Affine, extents: Mapping[str, int], guards: Guards = ())
     """
     single: dict[str, Affine] = {v: Affine() for v, extent in extents.items() if extent == 1}
     index, guards = index.substitute(single), tuple(w.substitute(single) for w in guards)
+    if any(c < 0 for _, c in index.terms):
+        guards = ()  # a guard bounds the sum, not the sum of absolute terms
     smaller = Affine()
     for name, coefficient in sorted(index.terms, key=lambda t: abs(t[1])):
         if abs(coefficient) <= _reach(smaller, extents, guards):
@@ -73,15 +99,142 @@ def carried(var: str, body: Body, extents: Mapping[str, int], commutative: bool 
     for tensor, written in writes.items():
         if commutative and tensor in reduced:
             continue
-        touched = written + reads.get(tensor, [])
-        guards = tuple(w for w in touched[0][1] if all(w in where for _, where in touched))
-        if not any(_separates(var, [index[axis] for index, _ in touched], extents, guards)
-                   for axis in range(len(written[0][0]))):
+        if not is_separated(var, written + reads.get(tensor, []), extents):
             return tensor
     return None
+
+
+def is_separated(var: str, touched: list[Access], extents: Mapping[str, int]) -> bool:
+    """Whether accesses to one tensor touch the same element only at the same ``var``."""
+    guards = tuple(w for w in touched[0][1] if all(w in where for _, where in touched))
+    return any(_separates(var, [index[axis] for index, _ in touched], extents, guards)
+               for axis in range(len(touched[0][0])))
 
 
 def _separates(var: str, expressions: list[Affine], extents: Mapping[str, int], guards: Guards) -> bool:
     first = expressions[0]
     return (all(e == first for e in expressions) and first.coefficient(var) != 0
             and is_injective(first, extents, guards))
+
+
+def without(body: Body, tensors: set[str]) -> Body:
+    """The body without the statements that store to some tensors."""
+    kept: list[Loop | Leaf] = []
+    for statement in body:
+        if isinstance(statement, Loop):
+            kept.append(Loop(statement.var, statement.extent, without(statement.body, tensors),
+                             statement.kind))
+        elif statement.tensor not in tensors:
+            kept.append(statement)
+    return tuple(kept)
+
+
+def touching(body: Body, tensors: set[str]) -> Body:
+    """The body with only the statements that touch one of some tensors."""
+    kept: list[Loop | Leaf] = []
+    for statement in body:
+        if isinstance(statement, Loop):
+            kept.append(Loop(statement.var, statement.extent, touching(statement.body, tensors),
+                             statement.kind))
+        elif any(name in tensors for name, _ in indices(statement)):
+            kept.append(statement)
+    return tuple(kept)
+
+
+def fills_first(body: Body, tensor: str) -> bool:
+    """Whether the first statement that touches a tensor sets it, without reading it."""
+    first = next((leaf for _, leaf in leaves(body) if any(n == tensor for n, _ in indices(leaf))), None)
+    return (isinstance(first, Store) and first.tensor == tensor
+            and not any(load.tensor == tensor for load in loads(first.value)))
+
+
+@dataclass(frozen=True)
+class _Touch:
+    """One access to a tensor: under which parallel loop (``home`` counts them), at which index."""
+
+    leaf: Leaf
+    index: Index
+    writes: bool
+    home: int
+    parallel: Loop | None
+    extents: Mapping[str, int]
+
+
+def race(program: Program) -> tuple[str, str] | None:
+    """A parallel loop and a tensor through which threads that do not wait would meet, or None."""
+    for stage in program.stages:
+        homes = list(_homes(stage.body))
+        name = next((loop.var for loop, _, _ in homes if loop is not None), None)
+        if stage.when == "bind" or name is None:
+            continue
+        touches: dict[str, list[_Touch]] = {}
+        for home, (loop, path, body) in enumerate(homes):
+            for around, leaf in leaves(body, path):
+                extents = {found.var: found.extent for found in around}
+                for position, (tensor, index) in enumerate(indices(leaf)):
+                    touches.setdefault(tensor, []).append(
+                        _Touch(leaf, index, position == 0, home, loop, extents))
+        own = {t for t in touches if program.tensor(t).role == "register"
+               or (program.tensor(t).role == "local" and _uses(program, stage, t))}
+        for tensor, found in touches.items():
+            if any(t.writes for t in found) and _meets(tensor, found, tensor in own, homes):
+                return next((t.parallel.var for t in found if t.parallel is not None), name), tensor
+    return None
+
+
+_Home = tuple[Loop | None, tuple[Loop, ...], Body]  # parallel loop, loops around its body, the body
+
+
+def _homes(body: Body, path: tuple[Loop, ...] = ()) -> Iterator[_Home]:
+    """Each parallel loop with its body, and each statement that is in none."""
+    for statement in body:
+        if not isinstance(statement, Loop):
+            yield None, path, (statement,)
+        elif statement.kind == "parallel":
+            yield statement, (*path, statement), statement.body
+        else:
+            yield from _homes(statement.body, (*path, statement))
+
+
+def _uses(program: Program, stage: Stage, tensor: str) -> bool:
+    """Whether no other stage touches a tensor."""
+    return not any(name == tensor for other in program.stages if other is not stage
+                   for _, leaf in leaves(other.body) for name, _ in indices(leaf))
+
+
+def _meets(tensor: str, touches: list[_Touch], own: bool, homes: list[_Home]) -> bool:
+    """Whether two threads may touch one element of a tensor that is written."""
+    inside = [t for t in touches if t.parallel is not None]
+    if not inside:
+        return not own
+    if len(inside) < len(touches):
+        return not own or any(t.writes for t in inside)
+    if own and all(fills_first(homes[home][2], tensor) for home in {t.home for t in inside}):
+        return False
+    return any((a.writes or b.writes) and not _same_thread(a, b) and (a.home == b.home or not _apart(a, b))
+               for a, b in combinations_with_replacement(_distinct(inside), 2))
+
+
+def _distinct(touches: Iterable[_Touch]) -> list[_Touch]:
+    return list({(t.index, t.leaf.where, t.writes, t.home): t for t in touches}.values())
+
+
+def _same_thread(a: _Touch, b: _Touch) -> bool:
+    """Whether one thread has both accesses wherever they touch the same element."""
+    assert a.parallel is not None and b.parallel is not None
+    if (a.parallel.var, a.parallel.extent) != (b.parallel.var, b.parallel.extent):
+        return False
+    extents = {v: max(a.extents.get(v, 1), b.extents.get(v, 1)) for v in {*a.extents, *b.extents}}
+    if a.parallel.extent == 1:
+        return True
+    return is_separated(a.parallel.var, [(a.index, a.leaf.where), (b.index, b.leaf.where)], extents)
+
+
+def _apart(a: _Touch, b: _Touch) -> bool:
+    """Whether two accesses never touch the same element."""
+    for one, other in zip(a.index, b.index, strict=True):
+        low, high = lower_bound(one, a.leaf.where, a.extents), upper_bound(one, a.leaf.where, a.extents)
+        if (high < lower_bound(other, b.leaf.where, b.extents)
+                or low > upper_bound(other, b.leaf.where, b.extents)):
+            return True
+    return False

@@ -6,10 +6,12 @@ copy loops are named after the tensor: ``x.h``, ``x.c``, so that later steps can
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from convsched.checks import checked, fail, require_loop
+from convsched.errors import ScheduleError
 from convsched.ir import (
     Affine,
     Body,
@@ -23,15 +25,13 @@ from convsched.ir import (
     Statement,
     Store,
     Tensor,
-    find_loops,
     leaves,
     loads,
     map_leaves,
-    map_loops,
     map_value,
     storage_of,
 )
-from convsched.steps import fail, indices, require_loop
+from convsched.legality import carried, extents_of, fills_first, indices, touching
 
 Where = Literal["registers", "window", "packed"]
 
@@ -40,37 +40,75 @@ def stage(program: Program, tensor: str, at: str, where: Where, order: Sequence[
           align: Mapping[str, int] | None = None) -> Program:
     """Keep the part of a tensor that one iteration of loop ``at`` uses in a buffer of its own.
 
-    ::
+    "registers": a tensor that nothing outside ``at`` touches, kept in registers.
 
-        for f0: for c: for f1: t[14 f0 + f1] += ...
-        ->  for f0: for c: for f1: t[f1] += ...               (stage t at f0 registers)
+    >>> from convsched.examples import filtered, nests
+    >>> from convsched.steps import attach, split
+    >>> relu = attach(attach(filtered(8, 3, pad=1), "init", "f"), "epilogue", "f")
+    >>> print(nests(stage(relu, "t", "f", "registers")))
+    conv:
+      for f < 8:
+        t[0] = 0
+        for s < 3:
+          t[0] += x[f + s - 1] * w[s]
+        y[f] = max(0, t[0])
 
-        for e: for c, r, s: ... x[c, e + r, f + s] ...
-        ->  for e: for x.c, x.h, x.w: x_at_e[x.c, x.h, x.w] = x[x.c, e + x.h, x.w]
-                   for c, r, s: ... x_at_e[c, r, f + s] ...   (stage x at e window h c w)
+    "window": a copy of the box that is read, borders filled with zeros, stored in the ``order`` of its axes.
 
-    "registers": a tensor that nothing outside ``at`` touches, kept in registers. "window": a copy of the
-    box that is read, borders filled with zeros, stored in the ``order`` of its axes. "packed": a copy in
-    the order of use, one axis for each loop named in ``order``. ``at="root"`` copies once, before the first
-    use (once for all calls, if the tensor is a weight). ``align`` rounds the stride of an entry of
-    ``order`` up to a multiple (elements).
+    >>> tiled = split(filtered(8, 3, pad=1), "f", 4, "f0", "f1")
+    >>> print(nests(stage(tiled, "x", "f0", "window")).partition("conv:")[2].partition("epilogue")[0])
+    <BLANKLINE>
+      for f0 < 2:
+        for x.w < 6:
+          x_at_f0[x.w] = x[4 f0 + x.w - 1]
+        for f1 < 4: for s < 3:
+          t[4 f0 + f1] += x_at_f0[f1 + s] * w[s]
+    <BLANKLINE>
+
+    "packed": a copy in the order of use, one axis for each loop named in ``order``.
+
+    >>> print(nests(stage(tiled, "x", "f0", "packed", ("s", "f1"))).partition("conv:")[2].partition("ep")[0])
+    <BLANKLINE>
+      for f0 < 2:
+        for x.s < 3: for x.f1 < 4:
+          x_at_f0[x.s, x.f1] = x[4 f0 + x.f1 + x.s - 1]
+        for f1 < 4: for s < 3:
+          t[4 f0 + f1] += x_at_f0[s, f1] * w[s]
+    <BLANKLINE>
+
+    ``at="root"`` copies once, before the first use (once for all calls, if the tensor is a weight).
+    ``align`` rounds the stride of an entry of ``order`` up to a multiple (elements).
     """
     step = " ".join(["stage", tensor, "at", at, where, *order])
+    mark = None if at == "root" else at
     if tensor not in program.by_name:
         names = ", ".join(t.name for t in program.tensors)
-        raise fail(program, step, f"there is no tensor {tensor}", f"use one of {names}")
+        raise fail(program, step, f"there is no tensor {tensor}", f"use one of {names}", mark)
     if at != "root":
         require_loop(program, step, at)
     request = _Request(program, step, program.tensor(tensor), at, tuple(order), dict(align or {}))
     if where == "registers":
-        return _in_registers(request)
+        return checked(program, step, _in_registers(request))
     if program.tensor(tensor).role not in ("input", "weight"):
-        raise fail(program, step, f"{tensor} is written by the program", "stage it in registers", at)
-    return _copied(request, packed=where == "packed")
+        raise request.fail(f"{tensor} is written by the program", "stage it in registers")
+    if any(loop.startswith(f"{tensor}.") for item in program.stages for loop in extents_of(item.body)):
+        raise request.fail(f"{tensor} is staged already", "stage it once")
+    return checked(program, step, _copied(request, packed=where == "packed"))
 
 
 def layout(program: Program, tensor: str, order: Sequence[str]) -> Program:
-    """Store a weight in the order of use, one axis for each loop in ``order``: ``layout w m0 c r s m1``.
+    """Store a weight in the order of use, one axis for each loop in ``order``.
+
+    >>> from convsched.examples import nests, product
+    >>> from convsched.steps import split
+    >>> blocked = split(product(8, 2), "m", 4, "m0", "m1")
+    >>> print(nests(layout(blocked, "w", ("m0", "c", "m1"))))
+    pack w (bind):
+      for w.m0 < 2: for w.c < 2: for w.m1 < 4:
+        w_packed[w.m0, w.c, w.m1] = w[4 w.m0 + w.m1, w.c]
+    conv:
+      for m0 < 2: for m1 < 4: for c < 2:
+        y[4 m0 + m1] += x[c] * w_packed[m0, c, m1]
 
     The packing is a stage of its own that runs once, when weights are bound.
     """
@@ -89,8 +127,15 @@ class _Request:
     order: tuple[str, ...]
     align: dict[str, int]
 
-    def fail(self, why: str, fix: str) -> Exception:
+    def fail(self, why: str, fix: str) -> ScheduleError:
         return fail(self.program, self.step, why, fix, None if self.at == "root" else self.at)
+
+    def scopes(self) -> Iterator[tuple[tuple[Loop, ...], Body]]:
+        """The bodies of the loops ``at`` that use the tensor, with the loops around (``at`` included)."""
+        for item in self.program.stages:
+            for path, body in _loops_named(item.body, self.at) if self.at != "root" else [((), item.body)]:
+                if any(n == self.tensor.name for _, leaf in leaves(body) for n, _ in indices(leaf)):
+                    yield path, body
 
 
 @dataclass(frozen=True)
@@ -101,6 +146,27 @@ class _Box:
     sizes: tuple[int, ...]
     inner: Mapping[str, int]
 
+    def relative(self, index: Index) -> Index:
+        """An index within the box."""
+        return tuple(a - b for a, b in zip(index, self.base, strict=True))
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """A buffer, the nest that fills it, and where an index of the source is in it."""
+
+    buffer: Tensor
+    body: Body
+    index_of: Callable[[Index], Index]
+
+
+def _loops_named(body: Body, var: str, path: tuple[Loop, ...] = ()) -> Iterator[tuple[tuple[Loop, ...], Body]]:
+    for statement in body:
+        if isinstance(statement, Loop):
+            if statement.var == var:
+                yield (*path, statement), statement.body
+            yield from _loops_named(statement.body, var, (*path, statement))
+
 
 def _in_registers(request: _Request) -> Program:
     program, name = request.program, request.tensor.name
@@ -108,55 +174,91 @@ def _in_registers(request: _Request) -> Program:
         raise request.fail(f"{name} is an {request.tensor.role} tensor", "only local tensors live in registers")
     if request.at == "root":
         raise request.fail("registers hold the tile of one loop", "name the loop")
+    if request.order or request.align:
+        raise request.fail("registers have no order in memory", "leave the order and align out")
     everywhere = sum(n == name for s in program.stages for _, leaf in leaves(s.body) for n, _ in indices(leaf))
-    inside = sum(n == name for s in program.stages for loop in find_loops(s.body, request.at)
-                 for _, leaf in leaves(loop.body) for n, _ in indices(leaf))
+    scopes = list(request.scopes())
+    inside = sum(n == name for _, body in scopes for _, leaf in leaves(body) for n, _ in indices(leaf))
     if everywhere != inside:
         raise request.fail(f"{name} is also used outside {request.at}", "attach the other stages there first")
+    for path, body in scopes:
+        _require_fresh(request, path, body)
     box = _box(request)
     kept = [axis for axis, size in enumerate(box.sizes) if size > 1] or [len(box.sizes) - 1]
     letters = tuple(request.tensor.letters[axis] for axis in kept)
     shape = tuple(box.sizes[axis] for axis in kept)
     tile = Tensor(name, letters, shape, "register", storage_of(letters, shape))
+    if len({(item.name, path[0]) for item in program.stages for path, _ in scopes if path[0] in item.body}) > 1:
+        raise request.fail(f"{name} would live in the registers of two loop nests", "stage before peel")
 
     def access(index: Index) -> Index:
-        return tuple(index[axis].part(box.inner) for axis in kept)
+        within = box.relative(index)
+        return tuple(within[axis] for axis in kept)
 
-    return _replace_accesses(program, request, name, access).with_tensor(tile)
+    return _within(request, lambda body: _redirected(body, name, name, access)).with_tensor(tile)
+
+
+def _require_fresh(request: _Request, path: tuple[Loop, ...], body: Body) -> None:
+    """Raise unless each iteration sets the tensor before it reads it, and hands nothing on to the next."""
+    name = request.tensor.name
+    if path[-1].kind == "vector":
+        raise request.fail(f"{request.at} is a vector loop", "choose a loop around it")
+    if not fills_first(body, name):
+        raise request.fail(f"{name} is not set inside {request.at} before it is used",
+                           "attach the stage that sets it first")
+    own = touching(body, {name})
+    extents = {**{loop.var: loop.extent for loop in path}, **extents_of(own)}
+    for loop in path:
+        if loop.extent > 1 and _carries(loop.var, own, name, extents):
+            raise request.fail(f"iterations of {loop.var} depend on each other through {name}",
+                               "stage inside the loops of the output only")
+
+
+def _carries(var: str, body: Body, name: str, extents: Mapping[str, int]) -> bool:
+    """Whether ``name`` carries values between iterations of a loop."""
+    def only(leaf: Leaf) -> Leaf:
+        return leaf if leaf.tensor == name else Store(name, next(
+            load.index for load in loads(leaf.value) if load.tensor == name), Load(name, next(
+                load.index for load in loads(leaf.value) if load.tensor == name)), leaf.where)
+    return carried(var, map_leaves(body, only), extents) == name
 
 
 def _copied(request: _Request, packed: bool) -> Program:
     box = _box(request)
     target = f"{request.tensor.name}_at_{request.at}" if request.at != "root" else f"{request.tensor.name}_packed"
-    if target in request.program.by_name:
-        raise request.fail(f"{request.tensor.name} is already staged there", "stage it once a loop")
-    make = _packed_copy if packed else _window_copy
-    buffer, copy, index_of = make(request, box, target)
-    program = _replace_accesses(request.program, request, target, index_of)
-    program = program.with_tensor(buffer)
+    copy = _packed_copy(request, box, target) if packed else _window_copy(request, box, target)
+
+    def filled(body: Body) -> Body:
+        used = _redirected(body, request.tensor.name, target, copy.index_of)
+        return used if request.at == "root" else copy.body + used
+
+    program = _within(request, filled).with_tensor(copy.buffer)
     if request.at != "root":
-        return program.with_body(lambda body: map_loops(
-            body, request.at, lambda loop: (replace(loop, body=copy + loop.body),)))
+        return program
     first = next(i for i, s in enumerate(program.stages)
                  if any(n == target for _, leaf in leaves(s.body) for n, _ in indices(leaf)))
     when: Literal["bind", "run"] = "bind" if request.tensor.role == "weight" else "run"
-    return replace(program, stages=(
-        *program.stages[:first], Stage(f"pack {request.tensor.name}", copy, when), *program.stages[first:]))
+    pack = Stage(f"pack {request.tensor.name}", copy.body, when)
+    return replace(program, stages=(*program.stages[:first], pack, *program.stages[first:]))
 
 
 def _box(request: _Request) -> _Box:
     """The union of what all accesses inside ``at`` touch; they must share the part outside."""
     found: list[tuple[Index, dict[str, int]]] = []
-    for item in request.program.stages:
-        scopes = find_loops(item.body, request.at) if request.at != "root" else [
-            Loop("root", 1, item.body)]
-        for scope in scopes:
-            for around, leaf in leaves(scope.body):
-                inner = {loop.var: loop.extent for loop in around}
-                found += [(index, inner) for n, index in indices(leaf) if n == request.tensor.name]
+    outside: set[str] = set()
+    for path, body in request.scopes():
+        outside |= {loop.var for loop in path}
+        for around, leaf in leaves(body):
+            extents = {loop.var: loop.extent for loop in around}
+            found += [(index, extents) for n, index in indices(leaf) if n == request.tensor.name]
     if not found:
         raise request.fail(f"nothing inside {request.at} uses {request.tensor.name}", "choose another loop")
-    inner = {var: extent for _, extents in found for var, extent in extents.items()}
+    inner: dict[str, int] = {}
+    for _, extents in found:
+        inner.update({var: max(extent, inner.get(var, 0)) for var, extent in extents.items()})
+    if outside & inner.keys():
+        both = ", ".join(sorted(outside & inner.keys()))
+        raise request.fail(f"{both} is inside one loop {request.at} and around another", "stage before peel")
     base, sizes = [], []
     for axis in range(len(request.tensor.shape)):
         outer = {index[axis] - index[axis].part(inner) - index[axis].constant for index, _ in found}
@@ -171,11 +273,22 @@ def _box(request: _Request) -> _Box:
     return _Box(tuple(base), tuple(sizes), inner)
 
 
-def _replace_accesses(program: Program, request: _Request, target: str,
-                      index_of: object) -> Program:
-    name = request.tensor.name
-    assert callable(index_of)
+def _within(request: _Request, change: Callable[[Body], Body]) -> Program:
+    """The program with the bodies of the loops ``at`` that use the tensor changed."""
+    def walk(body: Body) -> Body:
+        return tuple(loop(s) if isinstance(s, Loop) else s for s in body)
 
+    def loop(found: Loop) -> Loop:
+        if found.var != request.at:
+            return replace(found, body=walk(found.body))
+        used = any(n == request.tensor.name for _, leaf in leaves(found.body) for n, _ in indices(leaf))
+        return replace(found, body=change(found.body)) if used else found
+
+    return request.program.with_body(change if request.at == "root" else walk)
+
+
+def _redirected(body: Body, name: str, target: str, index_of: Callable[[Index], Index]) -> Body:
+    """The body with the accesses to one tensor made accesses to another."""
     def load(access: Load) -> Load:
         return Load(target, index_of(access.index)) if access.tensor == name else access
 
@@ -185,20 +298,14 @@ def _replace_accesses(program: Program, request: _Request, target: str,
             return replace(leaf, value=value)
         return replace(leaf, tensor=target, index=index_of(leaf.index), value=value)
 
-    def inside(loop: Loop) -> Body:
-        return (replace(loop, body=map_leaves(loop.body, change)),)
-
-    if request.at == "root":
-        return program.with_body(lambda body: map_leaves(body, change))
-    return program.with_body(lambda body: map_loops(body, request.at, inside))
+    return map_leaves(body, change)
 
 
-def _window_copy(request: _Request, box: _Box, target: str) -> tuple[Tensor, Body, object]:
+def _window_copy(request: _Request, box: _Box, target: str) -> _Copy:
     source = request.tensor
     order = request.order or source.order
-    if sorted({entry[0] for entry in order}) != sorted(source.letters):
-        raise request.fail(f"the order {' '.join(order)} does not name the axes {' '.join(source.letters)}",
-                           "name each axis once, or as c/16 and c%16")
+    _require_axes(request, order)
+    _require_aligned(request, order)
     names = [f"{source.name}.{letter}" for letter in source.letters]
     buffer = Tensor(target, source.letters, box.sizes, "local",
                     storage_of(source.letters, box.sizes, order, request.align))
@@ -207,39 +314,57 @@ def _window_copy(request: _Request, box: _Box, target: str) -> tuple[Tensor, Bod
                  _in_reach(request, read, dict(zip(names, box.sizes, strict=True))))
     walk = dict.fromkeys(entry[0] for entry in order)
     loops = {f"{source.name}.{letter}": box.sizes[source.letters.index(letter)] for letter in walk}
-
-    def index_of(index: Index) -> Index:
-        return tuple(i - b for i, b in zip(index, box.base, strict=True))
-
-    return buffer, _nest(loops, copy), index_of
+    return _Copy(buffer, _nest(loops, copy), box.relative)
 
 
-def _packed_copy(request: _Request, box: _Box, target: str) -> tuple[Tensor, Body, object]:
+def _require_axes(request: _Request, order: Sequence[str]) -> None:
+    """Raise unless an order has each axis once: as ``c``, or as ``c/16`` before or after ``c%16``."""
+    letters = request.tensor.letters
+    parts = {letter: sorted(entry[1:] for entry in order if entry[:1] == letter) for letter in letters}
+    whole = sum(map(len, parts.values())) == len(order)
+    for part in parts.values():
+        block = part[0][1:] if part else ""
+        blocked = block.isascii() and block.isdigit() and int(block) > 0
+        whole = whole and (part == [""] or (blocked and part == [f"%{block}", f"/{block}"]))
+    if not whole:
+        raise request.fail(f"the order {' '.join(order)} does not name the axes {' '.join(letters)}",
+                           "name each axis once, as c or as c/16 and c%16")
+
+
+def _require_aligned(request: _Request, order: Sequence[str]) -> None:
+    for entry, multiple in request.align.items():
+        if entry not in order or multiple < 1:
+            raise request.fail(f"align={entry}:{multiple} names no stride of {' '.join(order)}",
+                               "use an entry of the order and a positive multiple")
+
+
+def _packed_copy(request: _Request, box: _Box, target: str) -> _Copy:
     source = request.tensor
-    used = {var for i in _source_index(request) for var in i.variables if var in box.inner}
-    if set(request.order) != used:
+    index = _source_index(request)
+    used = {var for i in index for var in i.variables if var in box.inner}
+    if sorted(request.order) != sorted(used):
         raise request.fail(f"{source.name} is used by the loops {' '.join(sorted(used))}",
                            "name exactly these, in the order they should be stored")
+    if not used:
+        raise request.fail(f"{request.at} uses one element of {source.name}", "choose an outer loop")
+    _require_aligned(request, request.order)
     names = {var: f"{source.name}.{var}" for var in request.order}
     shape = tuple(box.inner[var] for var in request.order)
-    buffer = Tensor(target, tuple(request.order), shape, "local",
-                    storage_of(tuple(request.order), shape, None, request.align))
+    buffer = Tensor(target, request.order, shape, "local",
+                    storage_of(request.order, shape, None, request.align))
     renamed = {var: Affine.of(name) for var, name in names.items()}
-    read = tuple(i.substitute(renamed) for i in _source_index(request))
+    read = tuple(i.substitute(renamed) for i in index)
     extents = {names[var]: box.inner[var] for var in request.order}
     copy = Store(target, tuple(Affine.of(names[var]) for var in request.order), Load(source.name, read),
                  _in_reach(request, read, extents))
-
-    def index_of(index: Index) -> Index:
-        return tuple(Affine.of(var) for var in request.order)
-
-    return buffer, _nest(extents, copy), index_of
+    place = tuple(Affine.of(var) for var in request.order)
+    return _Copy(buffer, _nest(extents, copy), lambda _: place)
 
 
 def _source_index(request: _Request) -> Index:
     """The one index by which the tensor is read (packing has one order of use)."""
-    found = {load.index for s in request.program.stages for _, leaf in leaves(s.body)
-             for load in loads(leaf.value) if load.tensor == request.tensor.name}
+    found = {index for _, body in request.scopes() for _, leaf in leaves(body)
+             for n, index in indices(leaf) if n == request.tensor.name}
     if len(found) != 1:
         raise request.fail(f"{request.tensor.name} is read by {len(found)} different indices",
                            "pack before peel, or use window")
@@ -249,9 +374,8 @@ def _source_index(request: _Request) -> Index:
 def _in_reach(request: _Request, read: Index, inner: Mapping[str, int]) -> tuple[Affine, ...]:
     """Guards that keep a copy inside the tensor where a ragged split makes the box reach past its end."""
     extents = dict(inner)
-    for item in request.program.stages:
-        for around, _ in leaves(item.body):
-            extents.update({loop.var: loop.extent for loop in around if loop.var not in extents})
+    for path, _ in request.scopes():
+        extents.update({loop.var: max(loop.extent, extents.get(loop.var, 0)) for loop in path})
     guards = []
     for axis, position in enumerate(read):
         end = request.tensor.shape[axis] + request.tensor.frame(axis)[1]

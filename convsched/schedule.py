@@ -16,14 +16,13 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Literal, assert_never
 
-from convsched import placement, steps
+from convsched import fusing, peeling, placement, steps
 from convsched.errors import ScheduleError
 from convsched.ir import Program
+from convsched.peeling import Which
 from convsched.placement import Where
 from convsched.steps import Tail
 from convsched.verify import verify
-
-Which = Literal["first", "last", "overlap"]
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Reorder:
 
 @dataclass(frozen=True)
 class Fuse:
-    """One loop of two; see ``steps.fuse``."""
+    """One loop of two; see ``fusing.fuse``."""
 
     first: str
     second: str
@@ -132,7 +131,7 @@ class Attach:
 
 @dataclass(frozen=True)
 class Peel:
-    """An own copy of the nest for the first or last iteration; see ``steps.peel``."""
+    """An own copy of the nest for the first or last iteration; see ``peeling.peel``."""
 
     loop: str
     which: Which = "last"
@@ -173,13 +172,19 @@ class Schedule:
     def from_json(value: Sequence[dict[str, object]]) -> Schedule:
         """The schedule of a JSON value; raises ScheduleError where it is none."""
         kinds: dict[str, Callable[..., Step]] = {kind.__name__: kind for kind in Step.__args__}
+        if not isinstance(value, list | tuple) or not all(isinstance(item, dict) for item in value):
+            raise ScheduleError(str(value), "is no schedule", "give a list of objects, one a step")
         made: list[Step] = []
         for item in value:
-            fields = {k: _tuples(v) for k, v in item.items() if k != "step"}
+            fields = {str(k): _tuples(v) for k, v in item.items() if k != "step"}
             try:
-                made.append(kinds[str(item["step"])](**fields))
-            except (KeyError, TypeError) as error:
+                step = kinds[str(item.get("step"))](**fields)
+                is_step = parse_schedule(str(step)).steps == (step,)
+            except (KeyError, TypeError, ValueError) as error:
                 raise ScheduleError(str(item), f"is no step ({error})", f"use {', '.join(kinds)}") from None
+            if not is_step:
+                raise ScheduleError(str(item), "is no step: its text would be another's", "check its fields")
+            made.append(step)
         return Schedule(tuple(made))
 
 
@@ -190,20 +195,21 @@ def _tuples(value: object) -> object:
 def apply(program: Program, schedule: Schedule) -> Program:
     """The scheduled program, verified. Raises ScheduleError at the first step that does not fit."""
     for step in schedule.steps:
-        program = _apply_step(program, step)
-    program = steps.simplify(program)
+        program = apply_step(program, step)
+    program = peeling.simplify(program)
     verify(program)
     return program
 
 
-def _apply_step(program: Program, step: Step) -> Program:
+def apply_step(program: Program, step: Step) -> Program:
+    """The program after one step; not yet simplified."""
     match step:
         case Split():
             return steps.split(program, step.loop, step.factor, step.outer, step.inner, step.tail)
         case Reorder():
             return steps.reorder(program, step.loops)
         case Fuse():
-            return steps.fuse(program, step.first, step.second, step.fused)
+            return fusing.fuse(program, step.first, step.second, step.fused)
         case Unroll():
             return _each(program, step.loops, "unroll")
         case Vectorize():
@@ -217,7 +223,7 @@ def _apply_step(program: Program, step: Step) -> Program:
         case Attach():
             return steps.attach(program, step.stage, step.at)
         case Peel():
-            return steps.peel(program, step.loop, step.which)
+            return peeling.peel(program, step.loop, step.which)
         case _:
             assert_never(step)
 

@@ -41,14 +41,15 @@ def from_layout(array: Array, shape: tuple[int, ...], layout: str) -> Array:
 
 
 def check_input(name: str, value: object, shape: tuple[int, ...]) -> Array:
-    """A float32 C-contiguous array of that shape; strided input is copied."""
+    """A float32 C-contiguous, aligned array of that shape; input that is not so is copied."""
     if not isinstance(value, np.ndarray):
         raise ArrayError(f"{name} is a {type(value).__name__}; give a NumPy array of shape {shape}, float32")
     if value.shape != shape:
         raise ArrayError(f"{name} has shape {value.shape}; this kernel takes {shape}")
     if value.dtype != np.float32:
         raise ArrayError(f"{name} has dtype {value.dtype}; this kernel takes float32: {name}.astype('float32')")
-    return np.ascontiguousarray(value)
+    flags = value.flags
+    return value if flags.c_contiguous and flags.aligned else np.array(value, order="C")
 
 
 def check_output(value: object, shape: tuple[int, ...], inputs: dict[str, Array]) -> Array:
@@ -61,8 +62,8 @@ def check_output(value: object, shape: tuple[int, ...], inputs: dict[str, Array]
     if value.shape != shape or value.dtype != np.float32:
         raise ArrayError(f"out has shape {value.shape} and dtype {value.dtype}; "
                          f"this kernel writes {shape} float32")
-    if not value.flags.c_contiguous or not value.flags.writeable:
-        raise ArrayError("out must be C-contiguous and writeable: np.empty(shape, 'float32')")
+    if not value.flags.carray:
+        raise ArrayError("out must be C-contiguous, aligned and writeable: np.empty(shape, 'float32')")
     for name, other in inputs.items():
         same = name == "residual" and other.ctypes.data == value.ctypes.data
         if not same and np.may_share_memory(other, value):

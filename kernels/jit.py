@@ -3,8 +3,8 @@
 The code generator runs at level 2 without IR passes: the emitter has already chosen what to unroll and keep
 in registers. ORC links the object code and frees it when the last reference to it goes.
 
-A cache entry is ``digest of the rest | length of the header | header (JSON) | object code`` in a file named
-by the key. An entry that does not verify counts as missing. Writers use a temporary file and a rename, so
+A cache entry is ``digest of key and rest | length of the header | header (JSON) | object code`` in a file
+named by the key. An entry that does not verify, one renamed to another key included, counts as missing. Writers use a temporary file and a rename, so
 that processes can share the folder; a folder that cannot be written means no cache.
 """
 
@@ -26,13 +26,16 @@ import llvmlite
 import llvmlite.binding as llvm
 
 import convsched.errors
+from convsched.errors import MachineError
 from convsched.machine import Machine, cache_folder
 
-FORMAT = 1  # of a cache entry
+FORMAT = 2  # of a cache entry
 _LOCK = threading.RLock()
 _NUMBER = itertools.count()
 
-_CPU_OF_ISA = {"avx2": "x86-64-v3", "sse": "x86-64"}  # for an ISA below the host's own
+# The LLVM CPU of an instruction set that is not the host's own best, and features to be sure of.
+_CPU_OF_ISA = {"avx512": ("x86-64-v4", ""), "avx2": ("x86-64-v3", "+avx2,+fma,-avx512f"),
+               "sse": ("x86-64", "-avx,-avx2,-avx512f")}
 
 
 @cache
@@ -43,13 +46,11 @@ def _initialize() -> None:
 
 @cache
 def target(machine: Machine) -> tuple[str, str]:
-    """The LLVM CPU name and features for a machine: the host's, or a lower x86-64 level's."""
+    """The LLVM CPU name and features for a machine: an x86-64 level's, or the host's with AVX-512 and on
+    other processors. Code for an instruction set that the host lacks can be read, not run."""
     _initialize()
-    if machine.isa != Machine.host().isa and machine.isa in _CPU_OF_ISA:
-        return _CPU_OF_ISA[machine.isa], ""
-    own = {"avx2": "+avx2,+fma,-avx512f", "sse": "-avx,-avx2,-avx512f"}.get(machine.isa)
-    if own is not None:
-        return _CPU_OF_ISA[machine.isa], own
+    if machine.isa in _CPU_OF_ISA and (machine.isa != "avx512" or Machine.host().isa != "avx512"):
+        return _CPU_OF_ISA[machine.isa]
     return str(llvm.get_host_cpu_name()), str(llvm.get_host_cpu_features().flatten())
 
 
@@ -127,11 +128,15 @@ def object_key(parts: tuple[str, ...], machine: Machine) -> str:
     return hashlib.sha256(everything.encode()).hexdigest()
 
 
+def _digest(key: str, payload: bytes) -> bytes:
+    return hashlib.sha256(key.encode() + payload).digest()
+
+
 def read_entry(key: str) -> tuple[dict[str, Any], bytes] | None:
     """The header and object code of a cache entry; None if there is none that verifies."""
     try:
         data = (cache_folder() / "objects" / key).read_bytes()
-        if hashlib.sha256(data[32:]).digest() != data[:32]:
+        if _digest(key, data[32:]) != data[:32]:
             return None
         size = int.from_bytes(data[32:40], "little")
         header = json.loads(data[40:40 + size])
@@ -141,16 +146,16 @@ def read_entry(key: str) -> tuple[dict[str, Any], bytes] | None:
 
 
 def write_entry(key: str, header: dict[str, Any], code: bytes) -> None:
-    """Write a cache entry; a disk that cannot be written is no error."""
+    """Write a cache entry; no folder, or one that cannot be written, is no error."""
     head = json.dumps(header).encode()
     payload = len(head).to_bytes(8, "little") + head + code
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, MachineError):
         folder = cache_folder() / "objects"
         folder.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=folder)
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(hashlib.sha256(payload).digest() + payload)
+                file.write(_digest(key, payload) + payload)
             os.replace(temporary, folder / key)
         except BaseException:
             with contextlib.suppress(OSError):

@@ -131,25 +131,34 @@ class Kernel:
         self.accuracy = accuracy
         self.x_shape = activation_shape(problem.input_shape, layout)
         self.y_shape = activation_shape(problem.output_shape, layout)
+        self.overlaps = any("overlap" in (getattr(step, "tail", ""), getattr(step, "which", ""))
+                            for step in schedule.steps)  # whether some outputs are computed twice
         self.interface, self.stages = self._load()
 
     def _load(self) -> tuple[Interface, tuple[Callable[..., None], ...]]:
         """The interface, and one callable(table of tensor addresses, thread, threads) a stage."""
-        interface, code = self._build()
-        self._code = jit.link(code, interface.stages)  # held: the addresses are valid as long as it lives
-        return interface, tuple(_StageFunction(self._code.address(s)) for s in interface.stages)
-
-    def _build(self) -> tuple[Interface, bytes]:
-        """From the object cache, or compiled and put there."""
         key = jit.object_key((repr(self.problem), self.schedule.text, self.layout), self.machine)
+        interface, code = self._cached(key) or self._compiled(key)
+        self._code = code  # held: the addresses are valid as long as it lives
+        return interface, tuple(_StageFunction(code.address(s)) for s in interface.stages)
+
+    def _cached(self, key: str) -> tuple[Interface, jit.Loaded] | None:
+        """From the object cache; None if it holds no entry that makes sense."""
         entry = jit.read_entry(key)
-        if entry is not None:
-            header, code = entry
-            return Interface.from_json(header), code
+        if entry is None:
+            return None
+        try:
+            interface = Interface.from_json(entry[0])
+            return interface, jit.link(entry[1], interface.stages)
+        except (KeyError, TypeError, ValueError, RuntimeError):
+            return None
+
+    def _compiled(self, key: str) -> tuple[Interface, jit.Loaded]:
+        """Compiled, and put into the object cache."""
         interface = Interface.of(self.program)
         code = jit.compile_object(self.llvm, self.machine)
         jit.write_entry(key, interface.to_json(), code)
-        return interface, code
+        return interface, jit.link(code, interface.stages)
 
     @cached_property
     def program(self) -> Program:
@@ -180,8 +189,8 @@ class Kernel:
     @property
     def workspace_bytes(self) -> int:
         """Memory that a call uses beside its arrays and the packed weights."""
-        sizes = self.interface.local_elements
-        return 4 * sum(size * (1 if n in self.interface.shared else self.threads) for n, size in sizes.items())
+        copies_of = {n: 1 if n in self.interface.shared else self.threads for n in self.interface.local_elements}
+        return 4 * sum(copies_of[n] * size for n, size in self.interface.local_elements.items())
 
     def explain(self) -> str:
         """Why this kernel: the problem, its size, the recipe, the schedule and the nest."""
@@ -235,6 +244,8 @@ class BoundKernel:
         elif residual is not None:
             raise ArrayError("residual is given but the layer has residual=False")
         y = np.empty(kernel.y_shape, np.float32) if out is None else check_output(out, kernel.y_shape, inputs)
+        if kernel.overlaps and "residual" in inputs and np.may_share_memory(y, inputs["residual"]):
+            inputs["residual"] = inputs["residual"].copy()  # else added twice where tiles overlap
         workspace = self._borrow()
         try:
             self._run(workspace, inputs, y)

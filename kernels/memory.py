@@ -8,7 +8,7 @@ until a loop begins or ends, or their tensor is written: the reuse that unrollin
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from convsched.address import Offset, offset
@@ -246,24 +246,28 @@ class Memory:
         wanted = mask if isinstance(mask, tuple) else (True,) * lanes
         sources = [skip + lane * stride for lane in range(lanes)]
         pieces: dict[int, str] = {}
-        for part in sorted({source // lanes for source, want in zip(sources, wanted, strict=True) if want}):
-            touched = [s % lanes for s, want in zip(sources, wanted, strict=True) if want and s // lanes == part]
+        read = [source for source, want in zip(sources, wanted, strict=True) if want]
+        for part in sorted({source // lanes for source in read}):
+            touched = [source % lanes for source in read if source // lanes == part]
             reach = None if inside else tuple(touched[0] <= i <= touched[-1] for i in range(lanes))
             pieces[part] = self._piece(tensor, place.pointer, first + part * lanes, lanes, reach)
-        value, done = "poison", set[int]()
-        for part, piece in pieces.items():
-            picks = [lanes + s % lanes if s // lanes == part else (s % lanes if len(done) == 1 and
-                     s // lanes in done and value in pieces.values() else lane)
-                     for lane, s in enumerate(sources)]
-            if value == "poison" and len(pieces) > 1:
-                value = piece
-            else:
-                value = shuffle(self.w, value, piece, lanes, picks)
-            done.add(part)
+        value = self._pick(pieces, sources, lanes)
         if mask is None:
             return value
         return self.w.let(f"select {vector_type(lanes, 'i1')} {mask_text(mask, lanes)}, {vector_type(lanes)} "
                           f"{value}, {vector_type(lanes)} zeroinitializer")
+
+    def _pick(self, pieces: Mapping[int, str], sources: Sequence[int], lanes: int) -> str:
+        """Lane i is element ``sources[i]`` of the pieces laid end to end; two pieces take one shuffle."""
+        (first, value), *others = pieces.items()
+        gathered = [s % lanes if s // lanes == first else lane for lane, s in enumerate(sources)]
+        if not others:
+            return shuffle(self.w, value, "poison", lanes, gathered)
+        for number, (part, piece) in enumerate(others):
+            own = gathered if number == 0 else range(lanes)
+            value = shuffle(self.w, value, piece, lanes, [
+                lanes + s % lanes if s // lanes == part else own[lane] for lane, s in enumerate(sources)])
+        return value
 
     def _piece(self, tensor: Tensor, pointer: str, constant: int, lanes: int, reach: Mask | None) -> str:
         key = (tensor.name, pointer, constant, "piece", lanes, reach)
@@ -289,7 +293,8 @@ class Memory:
         for i, column in enumerate(transpose(self.w, rows, lanes.count)[:length]):
             key = (tensor.name, place.pointer, first + i, place.stride, lanes.count, None, None)
             self.loaded[key] = column
-        return self.loaded[(tensor.name, place.pointer, place.constant, place.stride, lanes.count, None, None)]
+        own = (tensor.name, place.pointer, place.constant, place.stride, lanes.count, None, None)
+        return self.loaded[own]
 
     def _addresses(self, place: Place, lanes: int) -> str:
         steps = ", ".join(f"i64 {place.constant + place.stride * lane}" for lane in range(lanes))

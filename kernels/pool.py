@@ -14,8 +14,16 @@ from concurrent.futures import ThreadPoolExecutor
 _lock = threading.Lock()
 _pools: dict[int, ThreadPoolExecutor] = {}
 
+
+def _renew() -> None:
+    """In a forked child no thread of a pool lives on, and another thread may have held the lock."""
+    global _lock
+    _lock = threading.Lock()
+    _pools.clear()
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pools.clear)
+    os.register_at_fork(after_in_child=_renew)
 
 
 def run_all(tasks: Sequence[Callable[[], object]]) -> None:
@@ -24,7 +32,9 @@ def run_all(tasks: Sequence[Callable[[], object]]) -> None:
         tasks[0]()
         return
     with _lock:
-        pool = _pools.setdefault(len(tasks), ThreadPoolExecutor(len(tasks) - 1, "convsched"))
+        pool = _pools.get(len(tasks))
+        if pool is None:
+            pool = _pools[len(tasks)] = ThreadPoolExecutor(len(tasks) - 1, "convsched")
     futures = [pool.submit(task) for task in tasks[1:]]
     tasks[0]()
     for future in futures:

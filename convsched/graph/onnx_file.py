@@ -3,6 +3,8 @@
 `Graph.load` is the only place that opens a model file. Shapes come from ONNX's own shape inference after
 the open sizes of the inputs are fixed; values come from initializers, Constant nodes, and nodes of
 constants only (a Cast from float16, a Transpose of a weight matrix), which ONNX's reference evaluator runs.
+A Shape node counts as constant where the shape is known: what a file computes from it, above all where a
+Reshape leads, makes further shapes known, so inference and folding take turns until nothing is new.
 """
 
 from __future__ import annotations
@@ -23,9 +25,9 @@ Shape = tuple[int | None, ...]
 Node = Any  # onnx.NodeProto: the package is optional, so its types cannot be named
 Model = Any  # onnx.ModelProto
 
-# Nodes that are worth computing when all their inputs are constant: what exporters put before a weight.
+# Nodes worth computing when all their inputs are constant: what exporters put before a weight or a size.
 FOLDABLE = frozenset({
-    "Identity", "Cast", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Concat",
+    "Identity", "Cast", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Concat", "Slice", "Gather",
     "Add", "Sub", "Mul", "Div", "DequantizeLinear",
 })  # fmt: skip
 
@@ -51,11 +53,10 @@ class Graph:
         del model.graph.value_info[:]  # sizes of another batch or image; inference finds the right ones
         for value in model.graph.output:
             value.type.tensor_type.ClearField("shape")
-        try:
-            inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
-        except Exception as error:  # the C++ side raises several unrelated types
-            raise ModelError(f"{path}: its shapes do not fit together: {error}") from error
-        return cls(Path(path), inferred)
+        graph = cls(Path(path), _infer_shapes(onnx, Path(path), model))
+        while graph._fold_sizes(onnx):
+            graph = cls(Path(path), _infer_shapes(onnx, Path(path), graph.model))
+        return graph
 
     @property
     def nodes(self) -> list[Node]:
@@ -124,6 +125,36 @@ class Graph:
         except Exception:  # an operator that the evaluator lacks: the tensor counts as computed
             return None
 
+    def _fold_sizes(self, onnx: Any) -> bool:
+        """Writes known sizes, and what is computed from them, into the model as Constants; whether any.
+
+        Shape(x), Slice, Concat, Reshape(x, .)  ->  Constant, Constant, Constant, Reshape(x, .)
+        """
+        folded: set[str] = set()
+        for node in self.nodes:
+            if node.op_type == "Shape":
+                value = self._known_shape(node)
+            elif not folded.isdisjoint(node.input):
+                value = self.constant(node.output[0])
+            else:
+                continue
+            if value is not None:
+                name = node.output[0]
+                tensor = onnx.numpy_helper.from_array(value, name)
+                node.CopyFrom(onnx.helper.make_node("Constant", [], [name], node.name, value=tensor))
+                self._values[name] = value
+                folded.add(name)
+        return bool(folded)
+
+    def _known_shape(self, node: Node) -> np.ndarray | None:
+        """The value of a Shape node, if the sizes that it asks for are known."""
+        shape = self.shapes.get(node.input[0])
+        if shape is None:
+            return None
+        values = attributes(node)
+        sizes = shape[values.get("start", 0) : values.get("end")]
+        return None if None in sizes else np.array(sizes, np.int64)
+
     def run(self, nodes: list[Node], feeds: dict[str, Any], output: str) -> np.ndarray:
         """Runs a few nodes by ONNX's reference evaluator."""
         onnx = require_onnx()
@@ -171,6 +202,13 @@ def _read(onnx: Any, path: Path) -> Model:
         inliner = importlib.import_module("onnx.inliner")
         model = inliner.inline_local_functions(model)
     return model
+
+
+def _infer_shapes(onnx: Any, path: Path, model: Model) -> Model:
+    try:
+        return onnx.shape_inference.infer_shapes(model, data_prop=True)
+    except Exception as error:  # the C++ side raises several unrelated types
+        raise ModelError(f"{path}: its shapes do not fit together: {error}") from error
 
 
 def _first_line(error: Exception) -> str:

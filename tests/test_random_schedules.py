@@ -1,0 +1,258 @@
+"""A random legal schedule of a random layer computes what the unscheduled nest computes, exactly.
+
+Steps are drawn for the program at hand; those that raise ScheduleError are skipped, and nothing else may
+raise. The result is also run as a machine would: the lanes of vector loops statement by statement and in
+reverse, threads one after another from the last, each with local tensors of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from convsched.errors import ScheduleError
+from convsched.interp import interpret
+from convsched.ir import (
+    Affine,
+    Body,
+    Load,
+    Loop,
+    Program,
+    Stage,
+    leaves,
+    loads,
+    loop_names,
+    map_leaves,
+    map_value,
+    substitute,
+)
+from convsched.lower.direct import lower_direct
+from convsched.problem import Conv2d, Linear, Problem
+from convsched.schedule import (
+    Attach,
+    Fuse,
+    Layout,
+    Parallel,
+    Peel,
+    Reorder,
+    Schedule,
+    Split,
+    StageAt,
+    Step,
+    Unroll,
+    Vectorize,
+    apply,
+    apply_step,
+    parse_schedule,
+)
+from convsched.verify import verify
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Problem:
+    """A layer of at most a few thousand multiply-adds."""
+    activation = draw(st.sampled_from([None, "relu"]))
+    bias, residual = draw(st.booleans()), draw(st.booleans())
+    batch = draw(st.integers(1, 2))
+    if draw(st.integers(0, 5)) == 0:
+        return Linear(draw(st.integers(1, 9)), draw(st.integers(1, 9)), bias=bias, batch_size=draw(
+            st.integers(1, 9)), activation=activation)
+    groups = draw(st.sampled_from([1, 1, 1, 2, 3]))
+    pointwise = draw(st.integers(0, 3)) == 0
+    kernel = (1, 1) if pointwise else (draw(st.integers(1, 3)), draw(st.integers(1, 3)))
+    stride = (1, 1) if pointwise else (draw(st.integers(1, 2)), draw(st.integers(1, 2)))
+    dilation = (draw(st.integers(1, 2)), draw(st.integers(1, 2)))
+    padding = (0,) * 4 if pointwise else draw(st.tuples(*[st.integers(0, 2)] * 4))
+    size = tuple(max(draw(st.integers(1, 7)), d * (k - 1) + 1 - before - after)
+                 for k, d, before, after in zip(kernel, dilation, padding[:2], padding[2:], strict=True))
+    return Conv2d(groups * draw(st.integers(1, 4)), groups * draw(st.integers(1, 5)), kernel, stride, padding,
+                  dilation, groups, bias, input_size=size, batch_size=batch, activation=activation,
+                  residual=residual)
+
+
+def small_integers(program: Program, seed: int) -> dict[str, np.ndarray]:
+    """An array for each input and weight."""
+    rng = np.random.default_rng(seed)
+    return {t.name: rng.integers(-3, 4, t.shape).astype(np.float32)
+            for t in program.tensors if t.role in ("input", "weight")}
+
+
+def names_of(program: Program) -> list[str]:
+    return list(dict.fromkeys(n for stage in program.stages for n in loop_names(stage.body)))
+
+
+def draw_step(draw: Callable[..., object], program: Program, kind: str, number: int) -> Step:
+    """A step of a kind with arguments that are names of the program, sensible or not."""
+    names = names_of(program)
+    own = [n for n in names if "." not in n]
+
+    def one(options: list[str]) -> str:
+        return draw(st.sampled_from(options))  # type: ignore[return-value]
+
+    def some(options: list[str], most: int) -> tuple[str, ...]:
+        return tuple(draw(st.lists(st.sampled_from(options), min_size=1, max_size=most, unique=True)))  # type: ignore[call-overload]
+
+    match kind:
+        case "split":
+            loop = one(names)
+            tail = draw(st.sampled_from(["none", "mask", "mask", "peel", "overlap"]))
+            return Split(loop, draw(st.integers(1, 5)), f"{loop}{number}o", f"{loop}{number}i", tail)  # type: ignore[arg-type]
+        case "reorder":
+            return Reorder(some(names, len(names)))
+        case "fuse":
+            return Fuse(one(names), one(names), f"p{number}")
+        case "fuse next":
+            place = draw(st.integers(0, max(0, len(names) - 2)))
+            return Fuse(names[place], names[min(place + 1, len(names) - 1)], f"p{number}")  # type: ignore[index, operator, type-var]
+        case "unroll":
+            return Unroll(some(names, 3))
+        case "vectorize":
+            return Vectorize((one(names),))
+        case "parallel":
+            return Parallel(one(names))
+        case "attach":
+            return Attach(one([s.name for s in program.stages if " " not in s.name]), one(own))
+        case "registers":
+            return StageAt("t", one(own), "registers")
+        case "window":
+            return StageAt(one(["x", "x", "w", "z", "b"]), one([*own, "root"]), "window",
+                           *draw(st.sampled_from([((),), (("w", "h", "c", "n"),), (("n", "c/2", "h", "w", "c%2"),  # type: ignore[misc]
+                                 (("h", 4),)), (("m", "c", "r", "s"),)])))
+        case "packed" | "layout":
+            tensor = one(["x", "w"])
+            used = [n for stage in program.stages for around, leaf in leaves(stage.body)
+                    for load in loads(leaf.value) if load.tensor == tensor
+                    for n in dict.fromkeys(v for a in load.index for v in a.variables)]
+            used = list(dict.fromkeys(used)) or own
+            at = one([*own, "root"]) if kind == "packed" else "root"
+            inside = {loop.var for stage in program.stages for around, _ in leaves(stage.body)
+                      for i, loop in enumerate(around) if at in [lp.var for lp in around[:i]] or at == "root"}
+            order = tuple(draw(st.permutations([n for n in used if n in inside] or used)))  # type: ignore[call-overload]
+            return Layout("w", order) if kind == "layout" else StageAt(tensor, at, "packed", order)
+        case "peel":
+            return Peel(one(names), draw(st.sampled_from(["first", "last", "last", "overlap"])))  # type: ignore[arg-type]
+    raise AssertionError(kind)
+
+
+ANY = ["split", "split", "reorder", "reorder", "fuse", "fuse next", "unroll", "vectorize", "vectorize",
+       "parallel", "parallel", "attach", "attach", "registers", "window", "packed", "layout", "peel", "peel"]
+PHASES = [["fuse next"], ["split"], ["split"], ["split"], ["reorder"], ["reorder"], ["attach init"],
+          ["attach epilogue"], ["registers"], ["window", "packed"], ["layout"], ["split", "peel"],
+          ["vectorize", "unroll"], ["vectorize", "parallel"], ["parallel", "peel"], ["peel"], ["peel"]]
+
+
+def phase_step(draw: Callable[..., object], program: Program, kind: str, number: int) -> Step:
+    """As ``draw_step``; both attachments of a schedule and its registers tend to name the same loop."""
+    if kind.startswith("attach "):
+        own = [n for n in names_of(program) if "." not in n]
+        return Attach(kind.split()[1], draw(st.sampled_from(own)))  # type: ignore[arg-type]
+    if kind == "registers":
+        hosts = [s for s in program.stages if any(leaf.tensor == "y" for _, leaf in leaves(s.body))]
+        around = [loop.var for a, leaf in leaves(hosts[0].body) if leaf.tensor == "y" for loop in a]
+        return StageAt("t", draw(st.sampled_from(around or ["m"])), "registers")  # type: ignore[arg-type]
+    return draw_step(draw, program, kind, number)
+
+
+@st.composite
+def schedules(draw: st.DrawFn, program: Program) -> Schedule:
+    """The steps, of those drawn, that are legal."""
+    phased = draw(st.booleans())
+    count = len(PHASES) if phased else draw(st.integers(1, 14))
+    done: list[Step] = []
+    for number in range(count):
+        kind = draw(st.sampled_from(PHASES[number] if phased else ANY))
+        step = (phase_step if phased else draw_step)(draw, program, kind, number)
+        try:
+            program = apply_step(program, step)
+        except ScheduleError as error:
+            assert error.step
+            assert error.why
+            assert error.fix
+            assert error.nest
+            continue
+        verify(program)
+        done.append(step)
+    return Schedule(tuple(done))
+
+
+def lanes_apart(body: Body) -> Body:
+    """Vector loops as lanes that run statement by statement, from the last lane to the first."""
+    out: list[Loop | object] = []
+    for s in body:
+        if isinstance(s, Loop) and s.kind == "vector":
+            mirrored = {s.var: Affine.of(s.extent - 1) - s.var}
+            out += [Loop(s.var, s.extent, substitute((leaf,), mirrored)) for leaf in s.body]
+        else:
+            out.append(replace(s, body=lanes_apart(s.body)) if isinstance(s, Loop) else s)
+    return tuple(out)  # type: ignore[arg-type]
+
+
+def share(body: Body, thread: int, threads: int) -> Body:
+    """One thread's part of a stage."""
+    out: list[object] = []
+    for s in body:
+        if isinstance(s, Loop) and s.kind == "parallel":
+            first, last = s.extent * thread // threads, s.extent * (thread + 1) // threads
+            if last > first:
+                moved = substitute(s.body, {s.var: Affine.of(s.var) + first})
+                out.append(Loop(s.var, last - first, moved))
+        elif isinstance(s, Loop):
+            if inside := share(s.body, thread, threads):
+                out.append(replace(s, body=inside))
+        else:
+            out.append(s)
+    return tuple(out)  # type: ignore[arg-type]
+
+
+def threaded(program: Program, threads: int) -> Program:
+    """Each stage with parallel loops as the shares of threads, the last thread first."""
+    users: dict[str, set[str]] = {}
+    for stage in program.stages:
+        for _, leaf in leaves(stage.body):
+            for name in (leaf.tensor, *(load.tensor for load in loads(leaf.value))):
+                users.setdefault(name, set()).add(stage.name)
+    private = {t.name for t in program.tensors if t.role in ("local", "register") and len(
+        users.get(t.name, ())) == 1}
+    stages: list[Stage] = []
+    tensors = list(program.tensors)
+    for stage in program.stages:
+        if stage.when == "bind" or not any(
+                loop.kind == "parallel" for around, _ in leaves(stage.body) for loop in around):
+            stages.append(stage)
+            continue
+        for thread in reversed(range(threads)):
+            def own(name: str, thread: int = thread) -> str:
+                return f"{name}.{thread}" if name in private else name
+
+            body = map_leaves(share(stage.body, thread, threads), lambda leaf, own=own: replace(
+                leaf, tensor=own(leaf.tensor),
+                value=map_value(leaf.value, lambda load: Load(own(load.tensor), load.index))))
+            stages.append(replace(stage, name=f"{stage.name} {thread}", body=body))
+    tensors += [replace(program.tensor(n), name=f"{n}.{i}") for n in sorted(private) for i in range(threads)]
+    return replace(program, tensors=tuple(tensors), stages=tuple(stages))
+
+
+def run(program: Program, arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """The output; ``fuse`` makes one axis of two, of the same elements."""
+    given = {name: array.reshape(program.tensor(name).shape) for name, array in arrays.items()}
+    return interpret(program, given)["y"].reshape(-1)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_random_schedule_equals_the_unscheduled_nest(data: st.DataObject) -> None:
+    problem = data.draw(problems(), "problem")
+    layout = data.draw(st.sampled_from(["nchw", "nhwc", "nchw16c"]), "layout")
+    program = lower_direct(problem, layout)
+    schedule = data.draw(schedules(program), "schedule")
+    scheduled = apply(program, schedule)
+    assert parse_schedule(schedule.text) == schedule
+    arrays = small_integers(program, 1)
+    expected = run(program, arrays)
+    np.testing.assert_array_equal(run(scheduled, arrays), expected)
+    machine = scheduled.with_body(lanes_apart)
+    np.testing.assert_array_equal(run(threaded(machine, 3), arrays), expected)
