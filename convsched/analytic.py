@@ -15,8 +15,10 @@ from convsched.problem import Conv2d, Linear, Problem
 from convsched.recipes import Channels, Depthwise, Pixels, Recipe, is_flat
 
 LATENCY = 8  # FMAs in flight that keep two pipes of four cycles busy
-VECTOR_LOAD = 0.5  # of a weight vector, which comes from L2, beside an FMA
-BROADCAST = 0.1  # of an input element from L1
+STEP = 0.5  # cycles of FMAs lost to the loop over channels, for each channel and tap
+VECTOR_LOAD = 0.15  # of a weight vector, which comes from L2, beside an FMA
+BROADCAST = 0.03  # of an input element from L1
+FULL_SQUARE, PART_SQUARE = 150, 240  # to transpose and store lanes x lanes elements; stores masked in the second
 COPY_PENALTY = 0.01  # of an own copy of the nest for a remainder: code to compile and to fetch
 
 
@@ -59,11 +61,13 @@ class _Tiling:
 
     def _tile(self, machine: Machine, vectors: int, height: int, width: int, sharers: int) -> float:
         pixels = height * width
-        step = max(vectors * pixels, vectors + pixels, LATENCY) + VECTOR_LOAD * vectors + BROADCAST * pixels
-        chunks = height * -(-width // machine.lanes)
-        shuffles = (4 + 1) * machine.lanes * vectors * chunks if self.transposed else vectors * pixels
-        copied = 2 * chunks * self.sums / sharers if self.packed else 0
-        return self.sums * step + shuffles + copied
+        step = max(vectors * pixels, vectors + pixels, LATENCY)
+        step += STEP + VECTOR_LOAD * vectors + BROADCAST * pixels
+        full, part = divmod(width, machine.lanes)
+        squares = height * vectors * (full * FULL_SQUARE + (part > 0) * PART_SQUARE)
+        stores = squares * machine.lanes / 16 if self.transposed else vectors * pixels
+        copied = 2 * height * -(-width // machine.lanes) * self.sums / sharers if self.packed else 0
+        return self.sums * step + stores + copied
 
 
 def _register_tile(tiling: _Tiling, machine: Machine) -> tuple[int, int, int]:
@@ -101,35 +105,42 @@ def _sum_blocks(channels: int, most: int) -> tuple[int, int]:
 
 
 def _channels(problem: Problem, machine: Machine, layout: str, threads: int) -> Channels:
-    maps, channels = problem.M, problem.C
-    if isinstance(problem, Linear):
-        rows, columns = 1, problem.N
-    else:
-        maps, channels = maps // problem.groups, channels // problem.groups
-        rows, columns = (1, problem.E * problem.F) if is_flat(problem) else (problem.E, problem.F)
-    taps = problem.R * problem.S if isinstance(problem, Conv2d) else 1
-    tiling = _Tiling(maps, rows, columns, channels * taps, transposed=layout == "nchw" and rows * columns > 1,
-                     packed=layout == "nchw" and taps == 1 and isinstance(problem, Conv2d))
-    vectors, height, width = _register_tile(tiling, machine)
     flat = isinstance(problem, Linear) or is_flat(problem)
+    maps, channels, taps = problem.M, problem.C, 1
+    rows, columns = 1, problem.N
+    if isinstance(problem, Conv2d):
+        maps, channels, taps = maps // problem.groups, channels // problem.groups, problem.R * problem.S
+        rows, columns = (1, problem.E * problem.F) if flat else (problem.E, problem.F)
+    pack = _input_copy(problem, layout)
+    tiling = _Tiling(maps, rows, columns, channels * taps, packed=pack == "packed",
+                     transposed=layout == "nchw" and isinstance(problem, Conv2d) and rows * columns > 1)
+    vectors, height, width = _register_tile(tiling, machine)
     depth, unroll = _sum_blocks(channels, channels if flat else 64)
-    pack: Literal["none", "window", "packed"]
-    if isinstance(problem, Linear) or flat:
-        block = _near_divisor(-(-columns // width), machine.l2 // 2 // (4 * channels * width))
-        pack = "packed" if layout == "nchw" and isinstance(problem, Conv2d) else "none"
+    if flat:
+        stays = 4 * problem.weights <= machine.l2 // 2  # the weights, beside a small block of input
+        fit = machine.l2 // (8 if stays and pack == "none" else 2) // (4 * channels * width)
+        tiles = -(-columns // width)
     else:
+        assert isinstance(problem, Conv2d)
         row_bytes = 4 * channels * (problem.W + problem.padding[1] + problem.padding[3])
-        fit = machine.l2 // 2 // row_bytes - (problem.R - 1) * problem.dilation[0]
-        block = _near_divisor(-(-rows // height), max(fit, 4) // (problem.stride[0] * height))
-        if any(problem.padding) or (layout == "nchw" and taps > 1):
-            pack = "window"
-        else:
-            pack = "packed" if layout == "nchw" else "none"
-    blocks = -(-columns // (block * width)) if flat else -(-rows // (block * height))
-    split_channels = blocks < threads or 4 * problem.weights > problem.bytes // 2
+        lines = machine.l2 // 2 // row_bytes - (problem.R - 1) * problem.dilation[0]
+        fit = max(lines, 4) // (problem.stride[0] * height)
+        tiles = -(-rows // height)
+    block = _near_divisor(tiles, fit)
+    split_channels = -(-tiles // block) < threads or 4 * problem.weights > problem.bytes // 2
     return Channels(
         lanes=machine.lanes, vectors=vectors, rows=height, pixels=width, block=block, depth=depth,
         unroll=unroll, pack=pack, parallel="channels" if split_channels else "pixels")
+
+
+def _input_copy(problem: Problem, layout: str) -> Literal["none", "window", "packed"]:
+    """How the input is read: in place wherever its rows need no border and lie well for the caches."""
+    if isinstance(problem, Linear):
+        return "none"
+    if any(problem.padding):
+        return "window"
+    small = 4 * problem.H * problem.W < 8 * 64  # a plane of a few cache lines: tiles share them unevenly
+    return "packed" if layout == "nchw" and is_flat(problem) and small else "none"
 
 
 def _pixels(problem: Conv2d, machine: Machine) -> Pixels:

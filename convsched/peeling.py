@@ -49,7 +49,8 @@ def peel(program: Program, loop: str, which: Which = "last") -> Program:
         y[m1 + 4] += x[c] * w[m1 + 4, c]
 
     "overlap" moves the last iteration back so that it is as full as the others (see ``split``). A parallel
-    loop's own copy stays in a parallel loop, of one iteration, so that one thread runs it.
+    loop's own copy stays in a parallel loop, of one iteration, so that one thread runs it; and the copy of an
+    outermost loop that holds registers stays in a loop, with registers of its own.
     """
     step = f"peel {loop}" + (f" {which}" if which != "last" else "")
     require_loop(program, step, loop)
@@ -65,7 +66,8 @@ def peel(program: Program, loop: str, which: Which = "last") -> Program:
             return (found,)
         else:
             copy = substitute(found.body, {loop: Affine.of(0 if which == "first" else found.extent - 1)})
-        alone = (replace(found, extent=1, body=copy),) if found.kind == "parallel" else copy
+        holds = found.kind == "parallel" or (len(copy) > 1 and _is_home(program, found))
+        alone = (replace(found, extent=1, body=copy),) if holds else copy
         rest = replace(found, extent=found.extent - 1)
         if which != "first":
             return (rest, *alone)
@@ -73,6 +75,13 @@ def peel(program: Program, loop: str, which: Which = "last") -> Program:
 
     peeled = program.with_body(lambda body: map_loops(body, loop, change))
     return checked(program, step, simplify(_own_registers(peeled)))
+
+
+def _is_home(program: Program, loop: Loop) -> bool:
+    """Whether a loop is an outermost one with register tensors, which belong to one outermost statement."""
+    return (any(loop is statement for stage in program.stages for statement in stage.body)
+            and any(program.tensor(name).role == "register"
+                    for _, leaf in leaves(loop.body) for name, _ in indices(leaf)))
 
 
 def _guards(loop: Loop) -> set[Affine]:

@@ -47,7 +47,8 @@ def check_input(name: str, value: object, shape: tuple[int, ...]) -> Array:
     if value.shape != shape:
         raise ArrayError(f"{name} has shape {value.shape}; this kernel takes {shape}")
     if value.dtype != np.float32:
-        raise ArrayError(f"{name} has dtype {value.dtype}; this kernel takes float32: {name}.astype('float32')")
+        fix = f"{name}.astype('float32')"
+        raise ArrayError(f"{name} has dtype {value.dtype}; this kernel takes float32: {fix}")
     flags = value.flags
     return value if flags.c_contiguous and flags.aligned else np.array(value, order="C")
 

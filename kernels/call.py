@@ -7,7 +7,7 @@ from typing import Any
 import llvmlite.ir as llvm_ir
 import numba
 from numba.core import cgutils, types
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
 from convsched.kernels.kernel import Native
 
@@ -25,18 +25,63 @@ def _call_stage(typing_context: Any, address: Any, table: Any) -> Any:
     return types.void(types.int64, types.int64), generate
 
 
+def _is_float32_in_order(array: Any) -> bool:
+    """Whether an array is C-contiguous float32: known from its type, but for slices."""
+    raise NotImplementedError("for compiled code")
+
+
+@overload(_is_float32_in_order)
+def _choose_check(array: Any) -> Any:
+    def never(array: Any) -> bool:
+        return False
+
+    def always(array: Any) -> bool:
+        return True
+
+    def by_strides(array: Any) -> bool:
+        step = array.itemsize
+        for axis in range(array.ndim - 1, -1, -1):
+            if array.strides[axis] != step and array.shape[axis] > 1:
+                return False
+            step *= array.shape[axis]
+        return True
+
+    if not isinstance(array, types.Array) or array.dtype != types.float32:
+        return never
+    return always if array.layout == "C" else by_strides
+
+
+def _clear_tail(out: Any, last_block: int) -> None:
+    """Zero the channels of a blocked output that no map owns."""
+    raise NotImplementedError("for compiled code")
+
+
+@overload(_clear_tail)
+def _choose_clear(out: Any, last_block: int) -> Any:
+    def nothing(out: Any, last_block: int) -> None:
+        pass
+
+    def clear(out: Any, last_block: int) -> None:
+        out[:, -1, :, :, last_block:] = 0
+
+    return clear if isinstance(out, types.Array) and out.ndim == 5 else nothing
+
+
 @numba.njit(nogil=True)
 def call(native: Native, x: Any, out: Any) -> None:
     """Run ``conv.native`` of a bound kernel on C-contiguous float32 arrays of its shapes, on one thread.
 
-    For layers without a residual. Raises ValueError for other shapes. Not to be called by two threads at
+    For layers without a residual. Raises ValueError for other arrays. Not to be called by two threads at
     once with the same ``native``.
     """
     if x.shape != native.x_shape or out.shape != native.y_shape:
         raise ValueError("x or out has a wrong shape for this kernel")
+    if not _is_float32_in_order(x) or not _is_float32_in_order(out):
+        raise ValueError("x and out must be C-contiguous float32")
     if native.z_slot >= 0:
         raise ValueError("the layer has a residual; call it from Python")
     native.table[native.x_slot] = x.ctypes.data
     native.table[native.y_slot] = out.ctypes.data
     for address in native.stages:
         _call_stage(address, native.table.ctypes.data)  # type: ignore[call-arg]
+    _clear_tail(out, native.last_block)

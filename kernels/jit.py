@@ -4,8 +4,9 @@ The code generator runs at level 2 without IR passes: the emitter has already ch
 in registers. ORC links the object code and frees it when the last reference to it goes.
 
 A cache entry is ``digest of key and rest | length of the header | header (JSON) | object code`` in a file
-named by the key. An entry that does not verify, one renamed to another key included, counts as missing. Writers use a temporary file and a rename, so
-that processes can share the folder; a folder that cannot be written means no cache.
+named by the key. An entry that does not verify, one renamed to another key included, counts as missing.
+Writers use a temporary file and a rename, so that processes can share the folder; a folder that cannot be
+written means no cache.
 """
 
 from __future__ import annotations

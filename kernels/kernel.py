@@ -108,6 +108,7 @@ class Native(NamedTuple):
     x_slot: int
     y_slot: int
     z_slot: int
+    last_block: int  # channels in the last block of a blocked output
 
 
 class Kernel:
@@ -131,8 +132,6 @@ class Kernel:
         self.accuracy = accuracy
         self.x_shape = activation_shape(problem.input_shape, layout)
         self.y_shape = activation_shape(problem.output_shape, layout)
-        self.overlaps = any("overlap" in (getattr(step, "tail", ""), getattr(step, "which", ""))
-                            for step in schedule.steps)  # whether some outputs are computed twice
         self.interface, self.stages = self._load()
 
     def _load(self) -> tuple[Interface, tuple[Callable[..., None], ...]]:
@@ -244,8 +243,6 @@ class BoundKernel:
         elif residual is not None:
             raise ArrayError("residual is given but the layer has residual=False")
         y = np.empty(kernel.y_shape, np.float32) if out is None else check_output(out, kernel.y_shape, inputs)
-        if kernel.overlaps and "residual" in inputs and np.may_share_memory(y, inputs["residual"]):
-            inputs["residual"] = inputs["residual"].copy()  # else added twice where tiles overlap
         workspace = self._borrow()
         try:
             self._run(workspace, inputs, y)
@@ -288,7 +285,7 @@ class BoundKernel:
         table = np.array([address or 0 for address in workspace.tables[0]], np.int64)
         stages = np.array([ctypes.cast(f, ctypes.c_void_p).value for f in self.kernel.stages], np.int64)
         return Native(stages, table, self.kernel.x_shape, self.kernel.y_shape, self._slots["x"],
-                      self._slots["y"], self._slots.get("z", -1))
+                      self._slots["y"], self._slots.get("z", -1), (self.kernel.problem.M - 1) % 16 + 1)
 
     def __repr__(self) -> str:
         return f"BoundKernel({self.kernel!r})"

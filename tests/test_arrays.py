@@ -91,7 +91,7 @@ def misaligned(array: Any) -> Any:
         ({"residual": None}, r"residual is missing; the layer has residual=True: give \(1, 7, 6, 9\)"),
         ({"residual": f32(1, 7, 6, 8)}, r"residual has shape \(1, 7, 6, 8\)"),
         ({"residual": np.zeros(Y)}, "residual has dtype float64"),
-        ({"out": f32(1, 7, 6, 8)}, r"out has shape \(1, 7, 6, 8\) and dtype float32; this kernel writes \(1, 7"),
+        ({"out": f32(1, 7, 6, 8)}, r"out has shape \(1, 7, 6, 8\) and dtype float32; this kernel writes"),
         ({"out": np.zeros(Y)}, "out has shape .* and dtype float64"),
         ({"out": f32(*Y).tolist()}, "out is a list"),
         ({"out": f32(1, 7, 6, 18)[..., ::2]}, "out must be C-contiguous"),
@@ -190,12 +190,10 @@ def test_bound_weights_are_copies() -> None:
         np.testing.assert_array_equal(conv(x), expected)
 
 
-REGISTERS = ("split {0} 4 -> {0}0 {0}1 tail=mask; reorder {0}0 c r s {0}1; attach init at {0}0; "
-             "attach epilogue at {0}0; stage t at {0}0 registers; parallel {0}0")  # fmt: skip
 SCHEDULES = [
-    None, "", "split f 4 -> f0 f1 tail=mask; parallel f0", "split f 4 -> f0 f1 tail=peel",
-    "reorder n m f e c r s; " + REGISTERS.format("e") + "; peel e0 overlap",
-    REGISTERS.format("f") + "; peel f0 overlap",
+    None, "", "split f 4 -> f0 f1 tail=mask; parallel f0",
+    "split f 4 -> f0 f1 tail=mask; reorder f0 c r s f1; attach init at f0; attach epilogue at f0; "
+    "stage t at f0 registers; parallel f0; unroll f1",
 ]  # fmt: skip
 
 
@@ -255,8 +253,8 @@ def test_relu_keeps_nan_and_infinity(layout: Any) -> None:
     x = np.ones(problem.input_shape, np.float32)
     x[0, 0, 0] = [np.nan, np.inf, -np.inf, 5]
     kernel = cs.compile(problem, layout=layout, threads=1)
-    y = from_layout(kernel(to_layout(x, layout), np.ones(problem.weight_shape, np.float32)), problem.output_shape,
-                    layout)  # fmt: skip
+    laid = kernel(to_layout(x, layout), np.ones(problem.weight_shape, np.float32))
+    y = from_layout(laid, problem.output_shape, layout)
     np.testing.assert_array_equal(y, np.broadcast_to(np.float32([np.nan, np.inf, 0, 7]), y.shape))
 
 
@@ -266,8 +264,9 @@ def test_denormal_weights_are_flushed_when_bound(name: str, schedule: str | None
     problem = LAYERS[name]
     tiny = np.finfo(np.float32).tiny
     rng = np.random.default_rng(0)
-    choices = np.array([tiny / 2, -tiny / 4, np.finfo(np.float32).smallest_subnormal, tiny, -tiny, 1.0, 0.0])
-    weight, bias = (rng.choice(choices.astype(np.float32), s) for s in (problem.weight_shape, problem.bias_shape))
+    numbers = [tiny / 2, -tiny / 4, np.finfo(np.float32).smallest_subnormal, tiny, -tiny, 1.0, 0.0]
+    shapes = (problem.weight_shape, problem.bias_shape)
+    weight, bias = (rng.choice(np.array(numbers, np.float32), shape) for shape in shapes)
     before = weight.copy()
     conv = cs.compile(problem, schedule=schedule, threads=1).bind(weight, bias)
     for packed in conv.weights.values():

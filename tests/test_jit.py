@@ -71,7 +71,7 @@ def test_a_hit_compiles_nothing_and_gives_the_same(folder: Path, monkeypatch: py
     monkeypatch.setattr(jit, "compile_object", refuse)
     monkeypatch.setattr("convsched.kernels.kernel.lower_direct", refuse)
     for threads in (1, 2):
-        second = cs.compile(LAYER, threads=threads)
+        second = cs.compile(LAYER, schedule=first.schedule, threads=threads)
         check(second)
         assert second.interface == first.interface
 
@@ -120,10 +120,13 @@ def sealed(key: str, header: bytes, code: bytes) -> bytes:
 
 @pytest.mark.parametrize(
     "header",
-    [b"", b"{}", b"[]", b"null", b"{", b"\xff\xfe", b"1", b'{"names": 1}', b'{"names": ["x"], "local": "abc"}',
+    [b"", b"{}", b"[]", b"null", b"{", b"\xff\xfe", b"1", b'{"names": 1}',
+     b'{"names": ["x"], "local": "abc"}',
      b'{"names": [], "local": {}, "stages": ["a"], "parallel": [1], "shared": [], "copies": [1]}'],
 )  # fmt: skip
-def test_a_senseless_header_with_a_valid_digest_is_a_miss(header: bytes, folder: Path, compiled: list[str]) -> None:
+def test_a_senseless_header_with_a_valid_digest_is_a_miss(
+    header: bytes, folder: Path, compiled: list[str]
+) -> None:
     cs.compile(LAYER, threads=1)
     path = only(folder)
     _, code = jit.read_entry(path.name) or ({}, b"")
@@ -182,7 +185,9 @@ def test_the_key_depends_on_all_that_the_code_depends_on(monkeypatch: pytest.Mon
     assert len({first, *others}) == 1 + len(others)
 
 
-def test_the_compiler_digest_changes_with_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_compiler_digest_changes_with_the_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     original = jit.compiler_digest.__wrapped__()
     assert jit.compiler_digest() == original
     monkeypatch.setattr(jit.llvmlite, "__version__", "0.0")
@@ -258,7 +263,9 @@ def test_a_read_only_folder_means_no_cache(
     assert not list(folder.iterdir())
 
 
-def test_a_full_disk_means_no_cache(folder: Path, compiled: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_means_no_cache(
+    folder: Path, compiled: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: object) -> None:
         raise OSError(28, "No space left on device")
 

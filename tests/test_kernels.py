@@ -176,7 +176,7 @@ def test_kernels_for_each_instruction_set_equal_the_oracle(
 
 @settings(property_test, max_examples=20)
 @given(convolutions([None, "relu", "relu6"]), st.sampled_from(LAYOUTS), st.integers(0, 9))
-def test_infinities_and_nans_reach_the_outputs_they_belong_to(problem: Conv2d, layout: Any, seed: int) -> None:
+def test_infinities_and_nans_reach_their_outputs(problem: Conv2d, layout: Any, seed: int) -> None:
     data = integers(problem, seed)
     rng = np.random.default_rng(seed)
     for value in (np.inf, -np.inf, np.nan):

@@ -21,6 +21,7 @@ from convsched.ir import (
     Body,
     Load,
     Loop,
+    Op,
     Program,
     Stage,
     leaves,
@@ -140,32 +141,43 @@ def draw_step(draw: Callable[..., object], program: Program, kind: str, number: 
 
 ANY = ["split", "split", "reorder", "reorder", "fuse", "fuse next", "unroll", "vectorize", "vectorize",
        "parallel", "parallel", "attach", "attach", "registers", "window", "packed", "layout", "peel", "peel"]
-PHASES = [["fuse next"], ["split"], ["split"], ["split"], ["reorder"], ["reorder"], ["attach init"],
-          ["attach epilogue"], ["registers"], ["window", "packed"], ["layout"], ["split", "peel"],
-          ["vectorize", "unroll"], ["vectorize", "parallel"], ["parallel", "peel"], ["peel"], ["peel"]]
+TILED = [["fuse next"], ["split"], ["split"], ["split"], ["tile"], ["attach init"], ["attach epilogue"],
+         ["registers"], ["reorder"], ["window", "packed"], ["layout"], ["split", "peel"], ["unroll"],
+         ["vectorize last", "vectorize"], ["parallel"], ["peel"], ["peel"], ["peel"]]
 
 
-def phase_step(draw: Callable[..., object], program: Program, kind: str, number: int) -> Step:
-    """As ``draw_step``; both attachments of a schedule and its registers tend to name the same loop."""
-    if kind.startswith("attach "):
-        own = [n for n in names_of(program) if "." not in n]
-        return Attach(kind.split()[1], draw(st.sampled_from(own)))  # type: ignore[arg-type]
-    if kind == "registers":
-        hosts = [s for s in program.stages if any(leaf.tensor == "y" for _, leaf in leaves(s.body))]
-        around = [loop.var for a, leaf in leaves(hosts[0].body) if leaf.tensor == "y" for loop in a]
-        return StageAt("t", draw(st.sampled_from(around or ["m"])), "registers")  # type: ignore[arg-type]
+def tile_step(draw: Callable[..., object], program: Program, kind: str, number: int) -> Step:
+    """As ``draw_step``, for a schedule whose sums are inside a tile of the output."""
+    outputs = loop_names(program.stages[0].body) if kind == "tile" else []
+    around = [[loop.var for loop in a] for s in program.stages for a, leaf in leaves(s.body)
+              if leaf.tensor in ("t", "t_1") and len(leaf.value.values if isinstance(leaf.value, Op) else ()) == 2]
+    shared = [n for n in names_of(program) if all(n in path for path in around)] or ["m"]
+    match kind:
+        case "tile":
+            outputs = draw(st.permutations(outputs))  # type: ignore[assignment]
+            cut = draw(st.integers(1, len(outputs)))
+            sums = [n for n in names_of(program) if n not in outputs]
+            return Reorder((*outputs[:cut], *sums, *outputs[cut:]))  # type: ignore[misc, index]
+        case "attach init" | "attach epilogue" | "registers":
+            sums = [i for path in around for i, n in enumerate(path) if n[0] in "crs"]
+            at = around[0][max(0, min(sums, default=1) - draw(st.integers(1, 2)))] if around else "m"  # type: ignore[operator]
+            return StageAt("t", at, "registers") if kind == "registers" else Attach(kind.split()[1], at)
+        case "vectorize last":
+            return Vectorize((shared[-1],))
+        case "parallel":
+            return Parallel(draw(st.sampled_from(shared)))  # type: ignore[arg-type]
     return draw_step(draw, program, kind, number)
 
 
 @st.composite
 def schedules(draw: st.DrawFn, program: Program) -> Schedule:
     """The steps, of those drawn, that are legal."""
-    phased = draw(st.booleans())
-    count = len(PHASES) if phased else draw(st.integers(1, 14))
+    tiled = draw(st.booleans())
+    count = len(TILED) if tiled else draw(st.integers(1, 14))
     done: list[Step] = []
     for number in range(count):
-        kind = draw(st.sampled_from(PHASES[number] if phased else ANY))
-        step = (phase_step if phased else draw_step)(draw, program, kind, number)
+        kind = draw(st.sampled_from(TILED[number] if tiled else ANY))
+        step = (tile_step if tiled else draw_step)(draw, program, kind, number)
         try:
             program = apply_step(program, step)
         except ScheduleError as error:

@@ -17,7 +17,8 @@ def loaded_after(code: str, cache: Path, *modules: str) -> set[str]:
 
 
 COMPILE = "import convsched as cs; kernel = cs.compile(cs.Conv2d(4, 8, 3, input_size=6), threads=1)"
-CALL = f"{COMPILE}; import numpy as np; kernel(*(np.ones(s, np.float32) for s in ((1, 4, 6, 6), (8, 4, 3, 3), 8)))"
+CALL = (f"{COMPILE}; import numpy as np; "
+        "kernel(*(np.ones(s, np.float32) for s in ((1, 4, 6, 6), (8, 4, 3, 3), 8)))")  # fmt: skip
 
 
 @pytest.mark.parametrize(

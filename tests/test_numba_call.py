@@ -1,0 +1,150 @@
+"""Bound kernels called from a user's own ``@numba.njit`` functions."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numba
+import numpy as np
+import pytest
+
+import convsched as cs
+from convsched.kernels.arrays import from_layout, to_layout
+from convsched.problem import Conv2d, Linear, Problem
+from convsched.reference import convolve
+
+LAYERS: list[Problem] = [
+    Conv2d(5, 20, 3, padding=1, input_size=(6, 9), activation="relu", batch_size=2),
+    Conv2d(33, 16, 1, input_size=7, bias=False),
+    Conv2d(8, 8, 3, stride=2, padding=1, groups=8, input_size=12),
+    Linear(30, 12, batch_size=3),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CONVSCHED_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def integers(problem: Problem) -> list[Any]:
+    rng = np.random.default_rng(0)
+    shapes = (problem.input_shape, problem.weight_shape, problem.bias_shape if problem.bias else None)
+    return [None if s is None else rng.integers(-3, 4, s).astype(np.float32) for s in shapes]
+
+
+call = cs.call
+
+
+@numba.njit
+def twice(native: Any, x: Any, out: Any) -> float:
+    """The kernel on x, then on 2 x: a user's loop around a kernel."""
+    total = 0.0
+    for factor in range(1, 3):
+        call(native, x * np.float32(factor), out)
+        total += out.sum()
+    return total
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.text)
+def test_kernels_run_inside_compiled_functions(layer: Problem, threads: int) -> None:
+    x, weight, bias = integers(layer)
+    conv = cs.compile(layer, threads=threads).bind(weight, bias)
+    out = np.full(layer.output_shape, np.nan, np.float32)
+    total = twice(conv.native, x, out)
+    expected = [convolve(layer, factor * x, weight, bias) for factor in (1, 2)]
+    np.testing.assert_array_equal(out, expected[1])
+    assert total == expected[0].sum() + expected[1].sum()
+
+
+@pytest.mark.parametrize("schedule", ["", "parallel m"])
+def test_stages_with_local_tensors_run_too(schedule: str) -> None:
+    x, weight, bias = integers(LAYERS[0])
+    conv = cs.compile(LAYERS[0], schedule=schedule, threads=1).bind(weight, bias)
+    out = np.empty(LAYERS[0].output_shape, np.float32)
+    cs.call(conv.native, x, out)
+    np.testing.assert_array_equal(out, convolve(LAYERS[0], x, weight, bias))
+
+
+def test_blocked_outputs_have_zero_tails() -> None:
+    x, weight, bias = integers(LAYERS[0])
+    conv = cs.compile(LAYERS[0], layout="nchw16c", threads=1).bind(weight, bias)
+    out = np.full(conv.native.y_shape, 7, np.float32)
+    cs.call(conv.native, to_layout(x, "nchw16c"), out)
+    expected = convolve(LAYERS[0], x, weight, bias)
+    np.testing.assert_array_equal(from_layout(out, LAYERS[0].output_shape, "nchw16c"), expected)
+    assert not out[:, -1, :, :, LAYERS[0].M % 16:].any()
+
+
+def test_the_python_call_and_the_native_call_do_not_disturb_each_other() -> None:
+    x, weight, bias = integers(LAYERS[0])
+    conv = cs.compile(LAYERS[0], threads=1).bind(weight, bias)
+    expected = convolve(LAYERS[0], x, weight, bias)
+    native, out = conv.native, np.empty(LAYERS[0].output_shape, np.float32)
+    assert conv.native is native
+    for _ in range(3):
+        np.testing.assert_array_equal(conv(x), expected)
+        out[...] = np.nan
+        cs.call(native, x, out)
+        np.testing.assert_array_equal(out, expected)
+
+
+@pytest.mark.parametrize(
+    ("x_shape", "y_shape"),
+    [((2, 5, 6, 8), (2, 20, 6, 9)), ((2, 5, 6, 9), (2, 20, 9, 6)), ((1, 5, 6, 9), (2, 20, 6, 9)),
+     ((5, 6, 9), (2, 20, 6, 9)), ((2, 5, 6, 9), (2160,)), ((2, 5, 6, 0), (2, 20, 6, 9))],
+)  # fmt: skip
+def test_wrong_shapes_are_refused(x_shape: tuple[int, ...], y_shape: tuple[int, ...]) -> None:
+    _, weight, bias = integers(LAYERS[0])
+    conv = cs.compile(LAYERS[0], threads=1).bind(weight, bias)
+    with pytest.raises(ValueError, match="x or out has a wrong shape for this kernel"):
+        cs.call(conv.native, np.zeros(x_shape, np.float32), np.zeros(y_shape, np.float32))
+
+
+@pytest.mark.parametrize(
+    "bad", ["float64 x", "float64 out", "strided x", "strided out", "int x", "fortran x"])
+def test_wrong_dtypes_and_orders_are_refused(bad: str) -> None:
+    x, weight, bias = integers(LAYERS[0])
+    conv = cs.compile(LAYERS[0], threads=1).bind(weight, bias)
+    out = np.zeros(LAYERS[0].output_shape, np.float32)
+    match bad:
+        case "float64 x":
+            x = x.astype(np.float64)
+        case "float64 out":
+            out = out.astype(np.float64)
+        case "strided x":
+            x = np.repeat(x, 2, axis=-1)[..., ::2]
+        case "strided out":
+            out = np.repeat(out, 2, axis=-1)[..., ::2]
+        case "fortran x":
+            x = np.asfortranarray(x)
+        case _:
+            x = x.astype(np.int32)
+    with pytest.raises(ValueError, match="C-contiguous float32"):
+        cs.call(conv.native, x, out)
+
+
+def test_slices_that_are_contiguous_are_taken() -> None:
+    layer = LAYERS[1]
+    x, weight, bias = integers(layer)
+    conv = cs.compile(layer, threads=1).bind(weight, bias)
+
+    @numba.njit
+    def each(native: Any, batch: Any, out: Any) -> None:
+        for i in range(len(batch)):
+            call(native, batch[i:i + 1], out[i:i + 1])
+
+    batch = np.concatenate([x, 2 * x])
+    out = np.empty((2, *layer.output_shape[1:]), np.float32)
+    each(conv.native, batch, out)
+    np.testing.assert_array_equal(out, [f * convolve(layer, x, weight)[0] for f in (1, 2)])
+
+
+def test_layers_with_a_residual_refuse() -> None:
+    layer = Conv2d(5, 7, 3, padding=1, input_size=(6, 9), residual=True)
+    _, weight, bias = integers(layer)
+    conv = cs.compile(layer, threads=1).bind(weight, bias)
+    x, out = (np.zeros(shape, np.float32) for shape in (layer.input_shape, layer.output_shape))
+    with pytest.raises(ValueError, match="the layer has a residual; call it from Python"):
+        cs.call(conv.native, x, out)
