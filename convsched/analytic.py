@@ -61,8 +61,8 @@ class _Tiling:
 
     def _tile(self, machine: Machine, vectors: int, height: int, width: int, sharers: int) -> float:
         pixels = height * width
-        step = max(vectors * pixels, vectors + pixels, LATENCY)
-        step += STEP + VECTOR_LOAD * vectors + BROADCAST * pixels
+        step = STEP + max(vectors * pixels, vectors + pixels, LATENCY)
+        step += VECTOR_LOAD * vectors + BROADCAST * pixels
         full, part = divmod(width, machine.lanes)
         squares = height * vectors * (full * FULL_SQUARE + (part > 0) * PART_SQUARE)
         stores = squares * machine.lanes / 16 if self.transposed else vectors * pixels

@@ -62,8 +62,12 @@ def is_injective(index: Affine, extents: Mapping[str, int], guards: Guards = ())
     index, guards = index.substitute(single), tuple(w.substitute(single) for w in guards)
     if any(c < 0 for _, c in index.terms):
         guards = ()  # a guard bounds the sum, not the sum of absolute terms
+
+    def size(term: tuple[str, int]) -> tuple[int, int]:
+        return abs(term[1]), _reach(Affine(((term[0], abs(term[1])),)), extents, guards)
+
     smaller = Affine()
-    for name, coefficient in sorted(index.terms, key=lambda t: abs(t[1])):
+    for name, coefficient in sorted(index.terms, key=size):
         if abs(coefficient) <= _reach(smaller, extents, guards):
             return False
         smaller = smaller + Affine(((name, abs(coefficient)),))
@@ -224,17 +228,36 @@ def _same_thread(a: _Touch, b: _Touch) -> bool:
     assert a.parallel is not None and b.parallel is not None
     if (a.parallel.var, a.parallel.extent) != (b.parallel.var, b.parallel.extent):
         return False
-    extents = {v: max(a.extents.get(v, 1), b.extents.get(v, 1)) for v in {*a.extents, *b.extents}}
-    if a.parallel.extent == 1:
-        return True
-    return is_separated(a.parallel.var, [(a.index, a.leaf.where), (b.index, b.leaf.where)], extents)
+    return a.parallel.extent == 1 or any(
+        a.parallel.var in _common_digits(a, b, axis)[0] for axis in range(len(a.index)))
 
 
 def _apart(a: _Touch, b: _Touch) -> bool:
     """Whether two accesses never touch the same element."""
-    for one, other in zip(a.index, b.index, strict=True):
-        low, high = lower_bound(one, a.leaf.where, a.extents), upper_bound(one, a.leaf.where, a.extents)
-        if (high < lower_bound(other, b.leaf.where, b.extents)
-                or low > upper_bound(other, b.leaf.where, b.extents)):
-            return True
-    return False
+    return any(_common_digits(a, b, axis)[1] for axis in range(len(a.index)))
+
+
+def _common_digits(a: _Touch, b: _Touch, axis: int) -> tuple[set[str], bool]:
+    """Variables that must be equal for the indices along an axis to be, and whether they never are.
+
+    From the greatest coefficient that both have: if what is left of the two differs by less than that, the
+    variable is a digit of both.
+    """
+    one, other = a.index[axis], b.index[axis]
+    digits: set[str] = set()
+    for name, coefficient in sorted(set(one.terms) & set(other.terms), key=lambda t: -abs(t[1])):
+        term = Affine(((name, coefficient),))
+        low, high = _difference(a, one - term, b, other - term)
+        if max(abs(low), abs(high)) >= abs(coefficient):
+            break
+        digits.add(name)
+        one, other = one - term, other - term
+    low, high = _difference(a, one, b, other)
+    return digits, low > 0 or high < 0
+
+
+def _difference(a: _Touch, one: Affine, b: _Touch, other: Affine) -> tuple[int, int]:
+    """Bounds of ``one - other``, each at a point of its own."""
+    lows = lower_bound(one, a.leaf.where, a.extents), lower_bound(other, b.leaf.where, b.extents)
+    highs = upper_bound(one, a.leaf.where, a.extents), upper_bound(other, b.leaf.where, b.extents)
+    return lows[0] - highs[1], highs[0] - lows[1]

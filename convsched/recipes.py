@@ -220,7 +220,7 @@ class Depthwise:
         steps.append(Reorder(("n", g.names[0], row.names[0], at, "m", "c", *taps(problem), row.names[1],
                               column.names[1], g.names[1])))
         steps += [Attach("init", at), Attach("epilogue", at), StageAt("t", at, "registers")]
-        steps.append(Layout("w", (g.names[0], *taps(problem), g.names[1])))
+        steps.append(Layout("w", (g.names[0], "m", "c", *taps(problem), g.names[1])))
         steps.append(Unroll((*(taps(problem) if self.unroll_taps else ()), row.names[1], column.names[1])))
         steps += [Vectorize((g.names[1],)), Parallel(g.names[0])]
         if any(problem.padding):

@@ -139,7 +139,8 @@ class Kernel:
         key = jit.object_key((repr(self.problem), self.schedule.text, self.layout), self.machine)
         interface, code = self._cached(key) or self._compiled(key)
         self._code = code  # held: the addresses are valid as long as it lives
-        return interface, tuple(_StageFunction(code.address(s)) for s in interface.stages)
+        self.addresses = tuple(code.address(s) for s in interface.stages)
+        return interface, tuple(_StageFunction(address) for address in self.addresses)
 
     def _cached(self, key: str) -> tuple[Interface, jit.Loaded] | None:
         """From the object cache; None if it holds no entry that makes sense."""
@@ -188,8 +189,8 @@ class Kernel:
     @property
     def workspace_bytes(self) -> int:
         """Memory that a call uses beside its arrays and the packed weights."""
-        copies_of = {n: 1 if n in self.interface.shared else self.threads for n in self.interface.local_elements}
-        return 4 * sum(copies_of[n] * size for n, size in self.interface.local_elements.items())
+        shared, sizes = self.interface.shared, self.interface.local_elements
+        return 4 * sum(size if name in shared else size * self.threads for name, size in sizes.items())
 
     def explain(self) -> str:
         """Why this kernel: the problem, its size, the recipe, the schedule and the nest."""
@@ -283,7 +284,7 @@ class BoundKernel:
         workspace = self._borrow()
         self._native_workspace = workspace
         table = np.array([address or 0 for address in workspace.tables[0]], np.int64)
-        stages = np.array([ctypes.cast(f, ctypes.c_void_p).value for f in self.kernel.stages], np.int64)
+        stages = np.array(self.kernel.addresses, np.int64)
         return Native(stages, table, self.kernel.x_shape, self.kernel.y_shape, self._slots["x"],
                       self._slots["y"], self._slots.get("z", -1), (self.kernel.problem.M - 1) % 16 + 1)
 

@@ -39,6 +39,10 @@ from convsched.kernels.vectors import (
 from convsched.kernels.writer import Writer
 from convsched.machine import Machine
 
+# Between unrolled iterations that add to the same registers: loads stay in their iteration. The scheduler of
+# LLVM otherwise starts the next one's early, and a tile that fills the registers spills.
+BARRIER = '  call void asm sideeffect "", "~{memory}"()'
+
 Register = tuple[str, tuple[int, ...], int]  # tensor, index with lane 0, lanes
 
 
@@ -119,12 +123,19 @@ class _Emitter:
         elif loop.kind == "unroll" or (loop.extent == 1 and loop.kind != "parallel"):
             self.point.unrolled[loop.var] = loop.extent
             for value in range(loop.extent):
+                if value and self.sums_over(loop):
+                    self.w.line(BARRIER)
                 self.point.known[loop.var] = value
                 self.body(loop.body)
             del self.point.known[loop.var], self.point.unrolled[loop.var]
         else:
             self.run_time_loop(loop)
         del self.point.extents[loop.var]
+
+    def sums_over(self, loop: Loop) -> bool:
+        """Whether iterations add to the same registers."""
+        return any(isinstance(leaf, Reduce) and self.in_registers(leaf.tensor)
+                   and all(loop.var not in a.variables for a in leaf.index) for _, leaf in leaves(loop.body))
 
     def run_time_loop(self, loop: Loop) -> None:
         """A loop with its test at the bottom; register tensors written inside are phis at its head."""

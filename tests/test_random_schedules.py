@@ -163,7 +163,7 @@ def tile_step(draw: Callable[..., object], program: Program, kind: str, number: 
             at = around[0][max(0, min(sums, default=1) - draw(st.integers(1, 2)))] if around else "m"  # type: ignore[operator]
             return StageAt("t", at, "registers") if kind == "registers" else Attach(kind.split()[1], at)
         case "vectorize last":
-            return Vectorize((shared[-1],))
+            return Vectorize((around[0][-1] if around else "f",))
         case "parallel":
             return Parallel(draw(st.sampled_from(shared)))  # type: ignore[arg-type]
     return draw_step(draw, program, kind, number)

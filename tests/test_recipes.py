@@ -1,0 +1,106 @@
+"""Every recipe fits every problem it is for, in every layout, and computes the same as the unscheduled nest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from convsched.analytic import default_recipe
+from convsched.interp import interpret
+from convsched.ir import Program
+from convsched.lower.direct import LAYOUTS, lower_direct
+from convsched.machine import Isa, Machine
+from convsched.problem import Conv2d, Linear, Problem
+from convsched.recipes import Channels, Depthwise, Pixels, Recipe, is_flat
+from convsched.schedule import Schedule, apply, parse_schedule
+
+QUICK = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+ISAS: tuple[Isa, ...] = ("avx512", "avx2", "sse", "neon")
+
+
+@st.composite
+def convolutions(draw: st.DrawFn, depthwise: bool = False) -> Conv2d:
+    """A small convolution; channel counts around the widths of vectors."""
+    groups = draw(st.sampled_from([1, 1, 2, 3]) if not depthwise else st.sampled_from([2, 5, 16, 19, 33]))
+    channels, maps = (1, 1) if depthwise else (draw(st.integers(1, 9)), draw(st.sampled_from(
+        [1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 24, 33, 40])))
+    flat = draw(st.integers(0, 3)) == 0
+    kernel = (1, 1) if flat else (draw(st.integers(1, 3)), draw(st.integers(1, 3)))
+    stride = (1, 1) if flat else (draw(st.integers(1, 2)), draw(st.integers(1, 2)))
+    dilation = (draw(st.integers(1, 2)), draw(st.integers(1, 2)))
+    padding = (0,) * 4 if flat else draw(st.tuples(*[st.integers(0, 2)] * 4))
+    size = tuple(max(draw(st.integers(1, 12)), d * (k - 1) + 1) for k, d in zip(kernel, dilation, strict=True))
+    return Conv2d(groups * channels, groups * maps, kernel, stride, padding, dilation, groups,
+                  draw(st.booleans()), input_size=size, batch_size=draw(st.integers(1, 2)),
+                  activation=draw(st.sampled_from([None, "relu"])), residual=draw(st.booleans()))
+
+
+@st.composite
+def products(draw: st.DrawFn) -> Linear:
+    return Linear(draw(st.integers(1, 40)), draw(st.integers(1, 40)), bias=draw(st.booleans()),
+                  batch_size=draw(st.integers(1, 20)), activation=draw(st.sampled_from([None, "relu"])))
+
+
+def output(program: Program) -> np.ndarray[Any, Any]:
+    """The output for small integers that depend on the number of elements only."""
+    arrays = {}
+    for t in program.tensors:
+        if t.role in ("input", "weight"):
+            rng = np.random.default_rng(len(t.name) + int(np.prod(t.shape)))
+            arrays[t.name] = rng.integers(-3, 4, t.shape).astype(np.float32)
+    return interpret(program, arrays)["y"].reshape(-1)
+
+
+def check(problem: Problem, recipe: Recipe, layout: str) -> None:
+    schedule = recipe.schedule(problem, layout)
+    assert parse_schedule(schedule.text) == schedule == Schedule.from_json(schedule.to_json())
+    program = lower_direct(problem, layout)
+    np.testing.assert_array_equal(output(apply(program, schedule)), output(program))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("isa", ISAS)
+@QUICK
+@given(problem=convolutions() | convolutions(depthwise=True) | products(), threads=st.integers(1, 3))
+def test_default_recipe(layout: str, isa: Isa, problem: Problem, threads: int) -> None:
+    check(problem, default_recipe(problem, Machine.example(isa), layout, threads), layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@QUICK
+@given(data=st.data(), problem=convolutions() | products())
+def test_channels_with_any_parameters(layout: str, data: st.DataObject, problem: Problem) -> None:
+    small, packs = st.integers(1, 4), ["none", "window", "packed"]
+    if isinstance(problem, Linear):
+        packs = ["none"]
+    elif is_flat(problem):
+        packs = ["none", "packed"]
+    check(problem, Channels(
+        lanes=data.draw(st.sampled_from([4, 8, 16])), vectors=data.draw(small), rows=data.draw(small),
+        pixels=data.draw(st.integers(1, 9)), block=data.draw(small), depth=data.draw(st.integers(1, 9)),
+        unroll=data.draw(small), pack=data.draw(st.sampled_from(packs)),  # type: ignore[arg-type]
+        parallel=data.draw(st.sampled_from(["pixels", "channels"]))), layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@QUICK
+@given(data=st.data(), problem=convolutions() | products())
+def test_pixels_with_any_parameters(layout: str, data: st.DataObject, problem: Problem) -> None:
+    small = st.integers(1, 4)
+    check(problem, Pixels(
+        lanes=data.draw(st.sampled_from([4, 8, 16])), maps=data.draw(small), rows=data.draw(small),
+        vectors=data.draw(small), unroll_taps=data.draw(st.booleans()),
+        peel_borders=data.draw(st.booleans())), layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@QUICK
+@given(data=st.data(), problem=convolutions(depthwise=True))
+def test_depthwise_with_any_parameters(layout: str, data: st.DataObject, problem: Conv2d) -> None:
+    small = st.integers(1, 4)
+    check(problem, Depthwise(data.draw(st.sampled_from([4, 8, 16])), data.draw(small), data.draw(small),
+                             data.draw(st.booleans())), layout)
