@@ -243,7 +243,8 @@ def _common_digits(a: _Touch, b: _Touch, axis: int) -> tuple[set[str], bool]:
     From the greatest coefficient that both have: if what is left of the two differs by less than that, the
     variable is a digit of both.
     """
-    one, other = a.index[axis], b.index[axis]
+    one, other = (touch.index[axis].substitute(
+        {v: Affine() for v in touch.index[axis].variables if touch.extents[v] == 1}) for touch in (a, b))
     digits: set[str] = set()
     for name, coefficient in sorted(set(one.terms) & set(other.terms), key=lambda t: -abs(t[1])):
         term = Affine(((name, coefficient),))

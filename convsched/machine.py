@@ -5,7 +5,7 @@ at most registers - (operands in flight) accumulators. The cores a process may u
 
     min(affinity mask, floor(cgroup CPU quota / period), cores of the machine), and at least 1.
 
-This is the only module that reads the CPU's description and the environment. The variables it reads:
+This is the only module that reads the CPU's description, its state and the environment. The variables:
 
     CONVSCHED_ISA      an instruction set below the host's: avx512, avx2, sse, neon or generic
     CONVSCHED_THREADS  the default number of threads (never more than the cores)
@@ -14,6 +14,7 @@ This is the only module that reads the CPU's description and the environment. Th
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from collections.abc import Iterator, Mapping
@@ -49,6 +50,10 @@ _FLAGS: tuple[tuple[Isa, frozenset[str]], ...] = (
     ("avx512", frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx2", "fma"})),
     ("avx2", frozenset({"avx2", "fma"})),
 )
+
+# The lines of /proc/cpuinfo that tell a CPU's design, on x86 and on Arm.
+_IDENTITY = ("vendor_id", "cpu family", "model", "stepping",
+             "CPU implementer", "CPU part", "CPU variant", "CPU revision")  # fmt: skip
 
 _KIB = 1024
 _MIB = 1024 * _KIB
@@ -157,12 +162,66 @@ def detect(root: Path, architecture: str, environment: Mapping[str, str]) -> Mac
 
 def available_cores(root: Path) -> int:
     """Cores this process may use now: the least of affinity, cgroup quota and the machine's own."""
+    return max(1, int(min(affinity_cores(), quota_cores(root))))
+
+
+def affinity_cores() -> int:
+    """Cores of the machine on which the affinity mask lets this process run."""
     cores = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        cores = min(cores, len(os.sched_getaffinity(0)))
-    for quota in _quotas(root):
-        cores = min(cores, int(quota))
-    return max(1, cores)
+    return min(cores, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else cores
+
+
+def quota_cores(root: Path) -> float:
+    """Cores' worth of time that the cgroups grant, such as 1.5; infinity without a quota."""
+    return min(_quotas(root), default=math.inf)
+
+
+def machine_key(machine: Machine, root: Path = Path("/")) -> str:
+    """What measurements on a machine belong to, one word each: the CPU's vendor, family, model and stepping
+    (a hypervisor may give several generations one name), and the machine as schedules see it."""
+    fields = _cpu_fields(root)
+    identity = "-".join(fields[name] for name in _IDENTITY if name in fields) or machine.name
+    caches = f"l1={machine.l1} l2={machine.l2} l3={machine.l3} line={machine.line}"
+    return f"cpu={identity.replace(' ', '_')} isa={machine.isa} {caches} cores={machine.cores}"
+
+
+@dataclass(frozen=True)
+class CpuCounters:
+    """Counts since the start of the machine or cgroup: how often the quota stopped this process's cgroups,
+    and the time, summed over CPUs, that was `wanted` and the part of it given to other guests (`stolen`)."""
+
+    throttled: int = 0
+    stolen: int = 0
+    wanted: int = 0
+
+
+def cpu_counters(root: Path = Path("/")) -> CpuCounters:
+    """The counters now; zero where the system does not tell."""
+    throttled = 0
+    for folder, _ in _cgroup_folders(root):
+        for line in _read(folder / "cpu.stat").splitlines():
+            name, _, count = line.partition(" ")
+            throttled += int(count) if name == "nr_throttled" and count.isdigit() else 0
+    # user nice system idle iowait irq softirq steal: the first line sums over the CPUs.
+    words = _read(root / "proc/stat").partition("\n")[0].split()[1:9]
+    if len(words) < 8 or not all(map(str.isdigit, words)):
+        return CpuCounters(throttled)
+    ticks = [int(word) for word in words]
+    return CpuCounters(throttled, ticks[7], sum(ticks) - ticks[3] - ticks[4])
+
+
+def governors(root: Path = Path("/")) -> tuple[str, ...]:
+    """The frequency governors of the CPUs, each once; empty where there are none to read."""
+    files = (root / "sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/scaling_governor")
+    return tuple(sorted({_read(file).strip() for file in files} - {""}))
+
+
+def load_average(root: Path = Path("/")) -> float:
+    """Tasks that ran or waited to run, averaged over a minute; 0 where the system does not tell."""
+    try:
+        return float(_read(root / "proc/loadavg").split()[0])
+    except (IndexError, ValueError):
+        return 0.0
 
 
 def _isa(architecture: str, flags: frozenset[str]) -> Isa:
@@ -173,11 +232,17 @@ def _isa(architecture: str, flags: frozenset[str]) -> Isa:
 
 def _cpu_info(root: Path) -> tuple[str, frozenset[str]]:
     """The first CPU's model name and flags, empty where /proc/cpuinfo does not tell."""
+    fields = _cpu_fields(root)
+    return fields.get("model name", ""), frozenset(fields.get("flags", "").split())
+
+
+def _cpu_fields(root: Path) -> dict[str, str]:
+    """The first CPU's lines of /proc/cpuinfo."""
     fields: dict[str, str] = {}
     for line in _read(root / "proc/cpuinfo").splitlines():
         key, _, value = line.partition(":")
         fields.setdefault(key.strip(), value.strip())
-    return fields.get("model name", ""), frozenset(fields.get("flags", "").split())
+    return fields
 
 
 def _caches(root: Path) -> tuple[int, int, int, int]:
@@ -206,20 +271,26 @@ def _bytes(size: str) -> int:
 
 def _quotas(root: Path) -> Iterator[float]:
     """The CPU quotas, in cores, of this process's cgroups (version 1 or 2) and all those above them."""
+    for folder, version in _cgroup_folders(root):
+        if version == 2:
+            limit = _read(folder / "cpu.max").split()
+        else:
+            limit = [_read(folder / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")]
+        if len(limit) == 2 and all(map(str.isdigit, limit)) and int(limit[1]):
+            yield int(limit[0]) / int(limit[1])
+
+
+def _cgroup_folders(root: Path) -> Iterator[tuple[Path, int]]:
+    """The folders of this process's CPU cgroups and of those above them, and the version, 1 or 2."""
     for entry in _read(root / "proc/self/cgroup").splitlines():
         _, controllers, path = [*entry.split(":", 2), "", ""][:3]
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        top, version = (root / "sys/fs/cgroup/cpu", 1) if controllers else (root / "sys/fs/cgroup", 2)
         # Inside a container, the path may be the host's and lie outside the mount: only its top exists.
         inside = Path(path.lstrip("/"))
         for folder in (inside, *inside.parents):
-            if not controllers:
-                limit = _read(root / "sys/fs/cgroup" / folder / "cpu.max").split()
-            elif "cpu" in controllers.split(","):
-                files = root / "sys/fs/cgroup/cpu" / folder
-                limit = [_read(files / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")]
-            else:
-                break
-            if len(limit) == 2 and all(map(str.isdigit, limit)) and int(limit[1]):
-                yield int(limit[0]) / int(limit[1])
+            yield top / folder, version
 
 
 def _read(path: Path) -> str:
