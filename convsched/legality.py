@@ -76,7 +76,7 @@ def is_injective(index: Affine, extents: Mapping[str, int], guards: Guards = ())
 
 def _reach(a: Affine, extents: Mapping[str, int], guards: Guards) -> int:
     """The greatest value of an expression; a guard ``w < 0`` bounds it by ``max(a - w) - 1``."""
-    bounds = [(a - w).bounds(extents)[1] - 1 for w in guards if w.variables <= a.variables]
+    bounds = [(a - w).bounds(extents)[1] - 1 for w in guards if w.variables <= extents.keys()]
     return min([a.bounds(extents)[1], *bounds])
 
 

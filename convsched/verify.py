@@ -51,6 +51,12 @@ def upper_bound(a: Affine, conditions: Sequence[Affine], extents: Mapping[str, i
     >>> upper_bound(e * 2 + "r", [e - 27], {"e0": 2, "e1": 14, "r": 3})
     54
     """
+    orders = [(*conditions[i:], *conditions[:i]) for i in range(len(conditions))]
+    return min((_chained_bound(a, order, extents) for order in orders), default=a.bounds(extents)[1])
+
+
+def _chained_bound(a: Affine, conditions: Sequence[Affine], extents: Mapping[str, int]) -> int:
+    """The bound that taking conditions off one after another gives, while each makes it smaller."""
     best = a.bounds(extents)[1]
     gained = 0  # a <= max(rest) - gained
     rest, improved = a, True
