@@ -5,6 +5,9 @@ comparable when they were taken in turn. `interleave` goes round all candidates,
 turns, and takes one sample of each a round; the minimum over rounds is the figure to compare. A call
 shorter than a clock can resolve is repeated within a sample.
 
+`hot_and_cold` times single calls in both regimes a layer can meet: its data in the caches, as in a loop over
+one layer, and in memory, as the weights of a network that do not fit the caches.
+
 `measure_peak` is the denominator of "% of peak": the rate of one core on independent vector FMAs.
 """
 
@@ -13,16 +16,22 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
+
+from convsched.autotune.evict import evict
 from convsched.kernels.peak import PeakKernel, peak_kernel
 from convsched.machine import Machine
 
 Clock = Callable[[], int]
 """Nanoseconds since some fixed moment."""
+
+CLOCK: Clock = time.perf_counter_ns
 
 Result = TypeVar("Result")
 
@@ -60,7 +69,8 @@ def interleave(
     min_seconds: float = 50e-6,
     budget: float | None = None,
     settle: float = 0.0,
-    clock: Clock = time.perf_counter_ns,
+    prepare: Mapping[str, Callable[[], object]] | None = None,
+    clock: Clock = CLOCK,
 ) -> dict[str, Timing]:
     """Times the callables in turn: `repeats` rounds, or fewer when `budget` seconds are over.
 
@@ -68,10 +78,12 @@ def interleave(
     many calls make a sample of at least `min_seconds`. There is always one whole round, however small the
     budget is, so every callable has a sample. `settle` is for callables with threads of their own: before
     each sample the process sleeps as many seconds, in which the threads of the callable before stop
-    spinning, and makes one call that does not count.
+    spinning, and makes one call that does not count. `prepare` has calls by a callable's name, one made
+    before each of its samples and not timed: they bring the caches into a known state.
     """
     if not callables:
         return {}
+    prepare = prepare or {}
     if repeats < 1:
         raise ValueError(f"repeats is {repeats}: it must be at least 1")
     start = clock()
@@ -83,6 +95,8 @@ def interleave(
             if settle:
                 time.sleep(settle)
                 callables[name]()
+            if name in prepare:
+                prepare[name]()
             samples[name].append(_sample(callables[name], batches[name], clock))
         order.reverse()
         if budget is not None and (clock() - start) * 1e-9 >= budget:
@@ -90,21 +104,67 @@ def interleave(
     return {name: Timing(tuple(samples[name]), batches[name]) for name in callables}
 
 
-def once(call: Callable[[], Result], clock: Clock = time.perf_counter_ns) -> tuple[Result, float]:
+def once(call: Callable[[], Result], clock: Clock = CLOCK) -> tuple[Result, float]:
     """The result of one call and the seconds it took: for things done once, such as a compilation."""
     start = clock()
     result = call()
     return result, (clock() - start) * 1e-9
 
 
+def now() -> float:
+    """Seconds since 1970: the date of a measurement."""
+    return time.time()
+
+
+def hot_and_cold(
+    call: Callable[[], object],
+    *,
+    repeats: int = 10,
+    flush: Callable[[], object] | None = None,
+    keep: Sequence[npt.NDArray[Any]] = (),
+    budget: float | None = None,
+    clock: Clock = CLOCK,
+) -> tuple[Timing, Timing]:
+    """Times single calls with hot caches, each after another call, and with cold ones, each after `flush`.
+
+    `flush` evicts every cache, unless another is given. It runs before the timed region; inside, it would
+    favour whatever leaves less to evict. The arrays to `keep` are read again after the flush, such as the
+    input, which the layer before has just written: then only the weights are cold.
+    """
+    empty = partial(evict, Machine.host()) if flush is None else flush
+
+    def cool() -> None:
+        empty()
+        for array in keep:
+            np.max(array)
+
+    timings = interleave(
+        {"hot": call, "cold": call},
+        repeats=repeats,
+        min_seconds=0.0,  # a second call in a sample would find warm caches
+        budget=budget,
+        prepare={"hot": call, "cold": cool},
+        clock=clock,
+    )
+    return timings["hot"], timings["cold"]
+
+
+def count_for(run: Callable[[int], object], seconds: float, clock: Clock = CLOCK) -> int:
+    """The n for which `run(n)`, whose time is proportional to n, takes about so many seconds.
+
+    Each n is tried twice: an interruption must not make a short run look long.
+    """
+    count, taken = 1, 0.0
+    while taken < seconds / 4 and count < 1 << 40:
+        count *= 4
+        taken = min(once(partial(run, count), clock)[1] for _ in range(2))
+    return max(1, round(count * seconds / max(taken, 1e-9)))
+
+
 def peak_call(kernel: PeakKernel | None = None) -> tuple[Callable[[], object], float]:
     """A call of the FMA kernel for about 2 ms, and the FLOPs it does: one more entry for `interleave`."""
     ready = kernel or peak_kernel(Machine.host())
-    iterations, seconds = 250, 0.0
-    while seconds < PEAK_CALL_SECONDS / 4:
-        iterations *= 4
-        _, seconds = once(partial(ready.run, iterations))
-    iterations = max(1, round(iterations * PEAK_CALL_SECONDS / seconds))
+    iterations = count_for(ready.run, PEAK_CALL_SECONDS)
     return partial(ready.run, iterations), float(iterations * ready.flops)
 
 

@@ -42,14 +42,12 @@ def main() -> None:
 
 
 @main.command()
-def info() -> None:
-    """Print the machine as schedules see it, the cache folder, and versions."""
-    from convsched.explain.environment import describe
+@click.option("--refresh", is_flag=True, help="Measure the machine again (about 2 s).")
+def info(refresh: bool) -> None:
+    """Print the machine, versions, measured speeds of cores and caches, and what disturbs timing now."""
+    from convsched.explain.info import print_info
 
-    entries = _explained(describe)
-    width = max(map(len, entries))
-    for name, value in entries.items():
-        click.echo(f"{name:<{width}}  {value}")
+    _explained(lambda: print_info(click.echo, refresh))
 
 
 @main.command()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import os
 import platform
 from importlib import metadata
+from pathlib import Path
 
-from convsched.machine import Machine, cache_folder
+from convsched.machine import Machine, affinity_cores, cache_folder, quota_cores
 
 PACKAGES = ("convsched", "numpy", "numba", "llvmlite", "onnx")
 
@@ -26,7 +29,14 @@ def describe() -> dict[str, str]:
     machine = Machine.host()
     return {
         "machine": machine.text,
-        "cores": str(machine.cores),
+        "cores": f"{machine.cores}: {_limits()}",
         "cache": str(cache_folder()),
         **versions(),
     }
+
+
+def _limits() -> str:
+    """What the number of cores is the least of."""
+    quota = quota_cores(Path("/"))
+    granted = "no cgroup quota" if quota == math.inf else f"a cgroup quota of {quota:g}"
+    return f"{os.cpu_count() or 1} in the machine, {affinity_cores()} by affinity, {granted}"
