@@ -17,7 +17,7 @@ def evict(machine: Machine) -> float:
     """Fills the caches of this core, and the shared one, with a buffer that nobody else uses.
 
     Returns the sum of what was read: the number of float32 read, as long as it is below 2^24 a lane. Takes
-    some 5 ms for a last level of 32 MiB; the buffer is made at the first call and kept.
+    some 2 ms for a last level of 32 MiB; the buffer is made at the first call and kept.
     """
     return stream_kernel(machine).read(_buffer(eviction_bytes(machine)))
 

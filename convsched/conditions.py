@@ -6,6 +6,8 @@ and gives them here after:
     before = cpu_counters()
     ...
     reasons = timing_conditions(before)
+
+in the process that does the work: what all others use meanwhile is one of the reasons.
 """
 
 from __future__ import annotations
@@ -23,15 +25,20 @@ from convsched.machine import (
 )
 
 STEAL_SHARE = 0.01  # of the CPU time wanted: less is hidden by the minimum over rounds
+OTHERS_SHARE = 0.1  # of all CPUs' time: the system's own services stay below it
 LOAD_MARGIN = 0.5  # tasks: the measuring process itself is one, background services are fractions of one
 
 
 def timing_conditions(since: CpuCounters | None = None, root: Path = Path("/")) -> tuple[str, ...]:
     """The reasons, a sentence each, why times taken now would drift; none if nothing is known to disturb.
 
-    Stops by the cgroup's quota and stolen time are those after `since`; without it, since the machine started.
+    Stops by the cgroup's quota and stolen time are those after `since`, or since the machine started; other
+    processes count only after `since`.
     """
-    reasons = (_governor(root), _quota(root), _load(root), *_counters(since or CpuCounters(), root))
+    now = cpu_counters(root)
+    others = _others(since, now) if since else ""
+    counters = _counters(since or CpuCounters(), now)
+    reasons = (_governor(root), _quota(root), _load(root), others, *counters)
     return tuple(reason for reason in reasons if reason)
 
 
@@ -54,8 +61,16 @@ def _load(root: Path) -> str:
     return f"the load average is {load:.1f} on {cores} available core{'s' if cores > 1 else ''}"
 
 
-def _counters(since: CpuCounters, root: Path) -> tuple[str, str]:
-    now = cpu_counters(root)
+def _others(since: CpuCounters, now: CpuCounters) -> str:
+    """The load average takes a minute to tell; the CPU time of others tells at once."""
+    total = now.total - since.total
+    used = (now.wanted - now.stolen - now.own) - (since.wanted - since.stolen - since.own)
+    if used <= OTHERS_SHARE * total or total <= 0:
+        return ""
+    return f"other processes used {used / total:.0%} of the machine's CPU time meanwhile"
+
+
+def _counters(since: CpuCounters, now: CpuCounters) -> tuple[str, str]:
     stops, stolen = now.throttled - since.throttled, now.stolen - since.stolen
     share = stolen / max(1, now.wanted - since.wanted)
     return (

@@ -1,9 +1,9 @@
 """When may iterations of a loop change places? The dependence tests that all steps share.
 
-An index expression ``sum(c_i v_i)`` with terms sorted by ``|c_i|`` gives a different element for every
-point if each ``|c_i|`` exceeds the sum of ``|c_j| (extent_j - 1)`` over the smaller terms: a mixed-radix
-number. Two iterations of a loop then touch different elements of a tensor if every access to it has, along
-some axis, the same such expression with the loop's variable in it.
+Let two accesses have indices ``c v + p`` and ``c v' + q`` along an axis, with the same coefficient ``c`` of a
+variable. If ``p`` and ``q``, which depend on other variables, always differ by less than ``|c|``, then the two
+touch the same element only where ``v = v'``: the variable is a digit, as in a mixed-radix number. Where it is,
+it cancels, and the next digit is looked for. Guards ``w < 0`` narrow what ``p`` and ``q`` can be.
 
 Threads run a stage without waiting for each other: iterations ``extent i / n`` to ``extent (i + 1) / n`` of
 each parallel loop on thread ``i`` of ``n``, and what is outside of parallel loops on every thread. A tensor
@@ -50,34 +50,53 @@ Guards = tuple[Affine, ...]
 Access = tuple[Index, Guards]
 
 
-def is_injective(index: Affine, extents: Mapping[str, int], guards: Guards = ()) -> bool:
-    """Whether the expression is a mixed-radix number in all of its variables, where the guards hold.
+@dataclass(frozen=True)
+class Domain:
+    """The points at which an expression is evaluated: extents of the loops, and guards that hold."""
+
+    extents: Mapping[str, int]
+    guards: Guards = ()
+
+    def bounds(self, a: Affine) -> tuple[int, int]:
+        """A bound on the least and on the greatest value."""
+        guards = [w for w in self.guards if w.variables <= self.extents.keys()]
+        return lower_bound(a, guards, self.extents), upper_bound(a, guards, self.extents)
+
+
+def digits(one: Affine, here: Domain, other: Affine, there: Domain) -> tuple[set[str], bool]:
+    """Variables that are equal wherever two expressions are, and whether the two never are.
 
     >>> m = Affine.of("g") * 20 + Affine.of("m0") * 16 + "m1"
     >>> extents = {"g": 3, "m0": 2, "m1": 16}
-    >>> is_injective(m, extents), is_injective(m, extents, (Affine.of("m0") * 16 + "m1" - 20,))
-    (False, True)
+    >>> whole, masked = Domain(extents), Domain(extents, (Affine.of("m0") * 16 + "m1" - 20,))
+    >>> digits(m, whole, m, whole)
+    (set(), False)
+    >>> found, never = digits(m, masked, m, masked)
+    >>> sorted(found), never
+    (['g', 'm0', 'm1'], False)
+    >>> digits(Affine.of("m1"), whole, Affine.of("m1") + 16, whole)[1]
+    True
     """
-    single: dict[str, Affine] = {v: Affine() for v, extent in extents.items() if extent == 1}
-    index, guards = index.substitute(single), tuple(w.substitute(single) for w in guards)
-    if any(c < 0 for _, c in index.terms):
-        guards = ()  # a guard bounds the sum, not the sum of absolute terms
+    found: set[str] = set()
+    rest = sorted(set(one.terms) & set(other.terms), key=lambda t: (-abs(t[1]), t[0]))
+    while True:
+        for term in rest:
+            alone = Affine((term,))
+            low, high = _difference(one - alone, here, other - alone, there)
+            if max(abs(low), abs(high)) < abs(term[1]):
+                found.add(term[0])
+                rest.remove(term)
+                one, other = one - alone, other - alone
+                break
+        else:
+            low, high = _difference(one, here, other, there)
+            return found, low > 0 or high < 0
 
-    def size(term: tuple[str, int]) -> tuple[int, int]:
-        return abs(term[1]), _reach(Affine(((term[0], abs(term[1])),)), extents, guards)
 
-    smaller = Affine()
-    for name, coefficient in sorted(index.terms, key=size):
-        if abs(coefficient) <= _reach(smaller, extents, guards):
-            return False
-        smaller = smaller + Affine(((name, abs(coefficient)),))
-    return True
-
-
-def _reach(a: Affine, extents: Mapping[str, int], guards: Guards) -> int:
-    """The greatest value of an expression; a guard ``w < 0`` bounds it by ``max(a - w) - 1``."""
-    bounds = [(a - w).bounds(extents)[1] - 1 for w in guards if w.variables <= extents.keys()]
-    return min([a.bounds(extents)[1], *bounds])
+def _difference(one: Affine, here: Domain, other: Affine, there: Domain) -> tuple[int, int]:
+    """Bounds on ``one - other``, each at a point of its own."""
+    (a, b), (c, d) = here.bounds(one), there.bounds(other)
+    return a - d, b - c
 
 
 def accesses(body: Body) -> tuple[dict[str, list[Access]], dict[str, list[Access]], set[str]]:
@@ -110,15 +129,12 @@ def carried(var: str, body: Body, extents: Mapping[str, int], commutative: bool 
 
 def is_separated(var: str, touched: list[Access], extents: Mapping[str, int]) -> bool:
     """Whether accesses to one tensor touch the same element only at the same ``var``."""
-    guards = tuple(w for w in touched[0][1] if all(w in where for _, where in touched))
-    return any(_separates(var, [index[axis] for index, _ in touched], extents, guards)
-               for axis in range(len(touched[0][0])))
-
-
-def _separates(var: str, expressions: list[Affine], extents: Mapping[str, int], guards: Guards) -> bool:
-    first = expressions[0]
-    return (all(e == first for e in expressions) and first.coefficient(var) != 0
-            and is_injective(first, extents, guards))
+    domain = Domain(extents, tuple(w for w in touched[0][1] if all(w in where for _, where in touched)))
+    for axis, first in enumerate(touched[0][0]):
+        same = first.coefficient(var) != 0 and all(index[axis] == first for index, _ in touched)
+        if same and var in digits(first, domain, first, domain)[0]:
+            return True
+    return False
 
 
 def without(body: Body, tensors: set[str]) -> Body:
@@ -228,37 +244,15 @@ def _same_thread(a: _Touch, b: _Touch) -> bool:
     assert a.parallel is not None and b.parallel is not None
     if (a.parallel.var, a.parallel.extent) != (b.parallel.var, b.parallel.extent):
         return False
-    return a.parallel.extent == 1 or any(
-        a.parallel.var in _common_digits(a, b, axis)[0] for axis in range(len(a.index)))
+    return a.parallel.extent == 1 or any(a.parallel.var in found for found, _ in _along_axes(a, b))
 
 
 def _apart(a: _Touch, b: _Touch) -> bool:
     """Whether two accesses never touch the same element."""
-    return any(_common_digits(a, b, axis)[1] for axis in range(len(a.index)))
+    return any(never for _, never in _along_axes(a, b))
 
 
-def _common_digits(a: _Touch, b: _Touch, axis: int) -> tuple[set[str], bool]:
-    """Variables that must be equal for the indices along an axis to be, and whether they never are.
-
-    From the greatest coefficient that both have: if what is left of the two differs by less than that, the
-    variable is a digit of both.
-    """
-    one, other = (touch.index[axis].substitute(
-        {v: Affine() for v in touch.index[axis].variables if touch.extents[v] == 1}) for touch in (a, b))
-    digits: set[str] = set()
-    for name, coefficient in sorted(set(one.terms) & set(other.terms), key=lambda t: -abs(t[1])):
-        term = Affine(((name, coefficient),))
-        low, high = _difference(a, one - term, b, other - term)
-        if max(abs(low), abs(high)) >= abs(coefficient):
-            break
-        digits.add(name)
-        one, other = one - term, other - term
-    low, high = _difference(a, one, b, other)
-    return digits, low > 0 or high < 0
-
-
-def _difference(a: _Touch, one: Affine, b: _Touch, other: Affine) -> tuple[int, int]:
-    """Bounds of ``one - other``, each at a point of its own."""
-    lows = lower_bound(one, a.leaf.where, a.extents), lower_bound(other, b.leaf.where, b.extents)
-    highs = upper_bound(one, a.leaf.where, a.extents), upper_bound(other, b.leaf.where, b.extents)
-    return lows[0] - highs[1], highs[0] - lows[1]
+def _along_axes(a: _Touch, b: _Touch) -> Iterator[tuple[set[str], bool]]:
+    here, there = Domain(a.extents, a.leaf.where), Domain(b.extents, b.leaf.where)
+    for one, other in zip(a.index, b.index, strict=True):
+        yield digits(one, here, other, there)

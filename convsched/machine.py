@@ -188,11 +188,13 @@ def machine_key(machine: Machine, root: Path = Path("/")) -> str:
 @dataclass(frozen=True)
 class CpuCounters:
     """Counts since the start of the machine or cgroup: how often the quota stopped this process's cgroups,
-    and the time, summed over CPUs, that was `wanted` and the part of it given to other guests (`stolen`)."""
+    and ticks of all CPUs: `total`, `wanted` (not idle), `stolen` by other guests, `own` of this process."""
 
     throttled: int = 0
-    stolen: int = 0
+    total: int = 0
     wanted: int = 0
+    stolen: int = 0
+    own: int = 0
 
 
 def cpu_counters(root: Path = Path("/")) -> CpuCounters:
@@ -204,10 +206,13 @@ def cpu_counters(root: Path = Path("/")) -> CpuCounters:
             throttled += int(count) if name == "nr_throttled" and count.isdigit() else 0
     # user nice system idle iowait irq softirq steal: the first line sums over the CPUs.
     words = _read(root / "proc/stat").partition("\n")[0].split()[1:9]
-    if len(words) < 8 or not all(map(str.isdigit, words)):
+    # A process's name, in brackets, may have spaces; its user and system time are 11 words after it.
+    mine = _read(root / "proc/self/stat").rpartition(")")[2].split()[11:13]
+    if len(words) < 8 or not all(map(str.isdigit, [*words, *mine])):
         return CpuCounters(throttled)
     ticks = [int(word) for word in words]
-    return CpuCounters(throttled, ticks[7], sum(ticks) - ticks[3] - ticks[4])
+    total = sum(ticks)
+    return CpuCounters(throttled, total, total - ticks[3] - ticks[4], ticks[7], sum(map(int, mine)))
 
 
 def governors(root: Path = Path("/")) -> tuple[str, ...]:

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from convsched.autotune.blas import blas_threads
-from convsched.autotune.measure import Timing, interleave, measure_peak, once
+from convsched.autotune.evict import evict, eviction_bytes
+from convsched.autotune.measure import (
+    Timing,
+    count_for,
+    hot_and_cold,
+    interleave,
+    measure_peak,
+    now,
+    once,
+)
 from convsched.kernels.jit import load
 from convsched.kernels.peak import SYMBOL, PeakKernel, fma_loop, peak_kernel
 from convsched.machine import Machine
@@ -104,6 +115,84 @@ def test_once_gives_the_result_and_the_time() -> None:
     call = clock.call("a", 5.0)
     result, seconds = once(lambda: (call(), "done")[1], clock)
     assert (result, seconds) == ("done", pytest.approx(5e-6))
+
+
+def test_what_prepares_a_sample_is_not_timed() -> None:
+    clock = FakeClock()
+    calls = {name: clock.call(name, 100.0) for name in "ab"}
+    timings = interleave(calls, repeats=2, prepare={"b": clock.call("p", 9000.0)}, clock=clock)
+    assert "".join(clock.log) == "aabb" + "apb" + "pba"
+    assert timings["b"].samples == pytest.approx((100e-6,) * 2)
+
+
+def test_the_flush_is_outside_the_timed_region() -> None:
+    clock = FakeClock()
+    cold = False
+
+    def flush() -> None:
+        nonlocal cold
+        clock.log.append("flush")
+        clock.now += 5_000_000
+        cold = True
+
+    def call() -> None:
+        nonlocal cold
+        clock.log.append("call")
+        clock.now += 90_000 if cold else 2_000
+        cold = False
+
+    hot, slow = hot_and_cold(call, repeats=3, flush=flush, clock=clock)
+    assert (hot.batch, slow.batch) == (1, 1)  # a second call in a sample would find warm caches
+    assert hot.samples == pytest.approx((2e-6,) * 3)
+    assert slow.samples == pytest.approx((90e-6,) * 3)
+    assert clock.log.count("flush") == 3  # one a cold sample
+
+
+def test_arrays_to_keep_are_read_after_the_flush() -> None:
+    clock = FakeClock()
+
+    class Watched:
+        def max(self, **options: object) -> None:  # what np.max calls
+            clock.log.append("read")
+
+    array: Any = Watched()
+    flush, call = clock.call("flush", 1.0), clock.call("call", 1.0)
+    hot_and_cold(call, repeats=1, flush=flush, keep=[array], clock=clock)
+    # Two to warm up, a pair for the hot sample, then the cold one.
+    assert clock.log == ["call"] * 4 + ["flush", "read", "call"]
+
+
+def test_eviction_reads_twice_the_last_level() -> None:
+    for machine in (Machine.example("avx512"), Machine.example("neon"), Machine.host()):
+        assert eviction_bytes(machine) >= 2 * machine.l3
+    host = Machine.host()
+    small = dataclasses.replace(host, l1=1 << 12, l2=1 << 14, l3=1 << 16)
+    assert evict(small) * 4 == eviction_bytes(small) // (1 << 10) * (1 << 10)  # whole iterations, of ones
+    assert evict(small) == evict(small)
+
+
+def test_a_count_that_takes_a_given_time() -> None:
+    clock = FakeClock()
+
+    def run(count: int) -> None:
+        clock.now += 50 * count
+
+    assert count_for(run, 1e-3, clock) == 20_000
+    assert count_for(lambda count: clock.call("slow", 7000.0)(), 1e-3, clock) == 1
+
+
+def test_an_interruption_does_not_shorten_the_count() -> None:
+    clock = FakeClock()
+    interruptions = [0, 4_000_000]
+
+    def run(count: int) -> None:
+        clock.now += 50 * count + (interruptions.pop() if interruptions else 0)
+
+    assert count_for(run, 1e-3, clock) == 20_000
+
+
+def test_the_date_is_after_this_was_written() -> None:
+    assert now() > 1.7e9
 
 
 @pytest.mark.parametrize(("lanes", "accumulators"), [(4, 2), (4, 12), (8, 5), (16, 28)])

@@ -1,0 +1,38 @@
+"""What all tests share: the flag that rewrites goldens, and the refusal to test another checkout."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+PACKAGES = {"convsched": "convsched", "convsched.kernels": "kernels", "convsched.autotune": "autotune"}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-goldens", action="store_true", help="rewrite tests/goldens from this code")
+
+
+def foreign_packages(root: Path) -> list[str]:
+    """The packages that are not imported from the checkout at ``root``, with where they are from."""
+    wrong = []
+    for package, folder in PACKAGES.items():
+        spec = find_spec(package)
+        origin = "nowhere" if spec is None or spec.origin is None else spec.origin
+        if Path(origin).resolve() != (root / folder / "__init__.py").resolve():
+            wrong.append(f"{package} is imported from {origin}")
+    return wrong
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    wrong = foreign_packages(config.rootpath)
+    if wrong:
+        raise pytest.UsageError(f"these tests are of {config.rootpath}, but {'; '.join(wrong)}. Run "
+                                f"pip install -e '{config.rootpath}[test]' in this environment.")
+
+
+@pytest.fixture
+def update_goldens(request: pytest.FixtureRequest) -> bool:
+    """Whether to rewrite goldens instead of comparing."""
+    return bool(request.config.getoption("--update-goldens"))
