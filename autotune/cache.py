@@ -38,6 +38,7 @@ from convsched.autotune.record import (
     Run,
     Tier,
     choose,
+    parse_line,
 )
 from convsched.errors import ConvschedError, MachineError
 from convsched.machine import cache_folder
@@ -130,7 +131,7 @@ class ScheduleCache:
 
     def mark_run(self, key: Key, complete: bool, budget: str, tried: int, time: float) -> bool:
         """Keep how a key's latest tuning run ended, at Unix second `time`; whether it could be written."""
-        run = Run(key=key, complete=complete, budget=budget, tried=tried, time=time)
+        run = Run(**vars(key), complete=complete, budget=budget, tried=tried, time=time)
         return self._keep(lambda db: _store(db, run))
 
     def run_of(self, key: Key) -> Run | None:
@@ -218,11 +219,14 @@ class ScheduleCache:
     def import_(self, path: Path) -> Counts:
         """Add what `export` wrote, all lines or none. Raises CacheError with the number of a line that cannot
         be used."""
+        found: list[Record | Run] = []
         try:
-            lines = path.read_text(encoding="utf-8").split("\n")
+            for line in path.read_text(encoding="utf-8").splitlines():
+                found.append(parse_line(line))
+        except CacheError as error:
+            raise CacheError(f"{path}, line {len(found) + 1}: {error}") from None
         except (OSError, UnicodeDecodeError) as error:
             raise CacheError(f"{path}: {error}") from error
-        found = [_parsed(f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip()]
 
         def store(db: sqlite3.Connection) -> Counts:
             done = Counter(_store(db, item, again=False) for item in found)
@@ -278,11 +282,11 @@ class ScheduleCache:
         return self._read(lambda db: db.execute(query, tuple(where.values())).fetchall(), [], strict)
 
     def _runs(self, unused: list[str]) -> dict[Key, Run]:
-        runs = {}
+        runs, empty = dict[Key, Run](), list[Row]()
         query = f"SELECT run FROM runs WHERE format = {FORMAT}"
-        for (line,) in self._read(lambda db: db.execute(query).fetchall(), []):
+        for row in self._read(lambda db: db.execute(query).fetchall(), empty):
             try:
-                run = Run.from_json(line)
+                run = Run.from_json(row[0])
                 runs[run.key] = run
             except CacheError as error:
                 unused.append(f"a run {error}")
@@ -322,7 +326,7 @@ class ScheduleCache:
             return empty
 
     def _attempt(self, action: Callable[[sqlite3.Connection], T], *, write: bool) -> T:
-        """The action's result in a transaction of its own. Raises CacheError where the file cannot be used."""
+        """The action's result, in a transaction of its own. Raises CacheError for a file that is no use."""
         if self._nowhere:
             raise CacheError(self._nowhere)
         for attempt in range(1, TRIES + 1):
@@ -333,8 +337,8 @@ class ScheduleCache:
                 return result
             except (sqlite3.Error, OSError) as error:
                 code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-                if attempt == TRIES or code not in _CORRUPT + _BUSY:
-                    if code in _BUSY: self._patience = 0.0  # it has been waited for once
+                if attempt == TRIES:
+                    if code in _BUSY: self._patience = 0.0  # the next call does not wait as long again
                     raise CacheError(f"{self.path}: {error}") from error
                 if code in _CORRUPT: self._move_aside(error)
         raise AssertionError("unreachable")
@@ -410,14 +414,12 @@ def _store(db: sqlite3.Connection, item: Record | Run, again: bool = True) -> st
     """Add or replace an item, unless a newer one is there, or (not `again`) one as new; what was done."""
     table, column = ("candidates", "record") if isinstance(item, Record) else ("runs", "run")
     values = _columns(item)
-    names = (CANDIDATE if isinstance(item, Record) else KEY)
-    where = " AND ".join(f"{name} = ?" for name in names)
+    where = " AND ".join(f"{name} = ?" for name in (CANDIDATE if isinstance(item, Record) else KEY))
     found = db.execute(f"SELECT {column} FROM {table} WHERE {where}", values).fetchone()
     with suppress(CacheError):  # one that cannot be read is replaced
-        if found and (there := type(item).from_json(found[0])).time >= item.time:
-            if there.time > item.time or not again:
-                return "skipped"
-    marks = ", ".join("?" * (len(names) + 1))
+        if found and (item.time, again) < (type(item).from_json(found[0]).time, True):
+            return "skipped"
+    marks = ", ".join("?" * (len(values) + 1))
     db.execute(f"INSERT OR REPLACE INTO {table} VALUES ({marks})", (*values, item.to_json()))
     return "updated" if found else "added"
 
@@ -437,18 +439,6 @@ def _readable(rows: Sequence[Row], unused: list[str]) -> list[Record]:
     return records
 
 
-def _parsed(place: str, line: str) -> Record | Run:
-    """The item of an exported line."""
-    try:
-        if line.startswith('{"kind": "run"'):
-            return Run.from_json(line)
-        record = Record.from_json(line)
-        record.check()
-        return record
-    except CacheError as error:
-        raise CacheError(f"{place}: {error}") from None
-
-
 def _nearest(here: MachineKey, texts: set[str], unused: list[str]) -> list[tuple[Tier, str]]:
     """The machines with these texts, the most alike first."""
     found = []
@@ -464,7 +454,7 @@ def _nearest(here: MachineKey, texts: set[str], unused: list[str]) -> list[tuple
 def _entry(key: Key, rows: list[Row], run: Run | None, unused: list[str]) -> Entry:
     current = (key.format, key.compiler) == (FORMAT, SCHEDULE_FORMAT)
     records = _readable(rows, unused) if current else []
-    statuses = Counter(record.status for record in records)
+    statuses = Counter[str](record.status for record in records)
     statuses["unreadable"] += len(rows) - len(records)
     defaults = [r.hot for r in records if r.is_default and r.status == "ok" and r.hot is not None]
     return Entry(key, choose(records), min(defaults, default=None), dict(+statuses), run)
@@ -475,6 +465,6 @@ def _difference(entry: Entry, key: Key) -> tuple[int, str]:
     words = set(entry.key.problem.split()) ^ set(key.problem.split())
     other = [name for name in KEY if getattr(entry.key, name) != getattr(key, name)]
     texts = [f"other {name} ({getattr(entry.key, name)})" for name in other]
-    if entry.winner is None:
+    if entry.winner is None and "unreadable" not in entry.statuses:
         texts.append("only " + ", ".join(f"{count} {status}" for status, count in entry.statuses.items()))
     return len(other) + 2 * len(words), "; ".join(texts)

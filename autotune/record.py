@@ -205,7 +205,7 @@ class Record(Key):
         for name, parse in (("problem", parse_problem), ("schedule", parse_schedule)):
             text = getattr(self, name)
             try:
-                canonical = parse(text).text  # type: ignore[operator]
+                canonical = parse(text).text
             except ConvschedError as error:
                 raise CacheError(f"{name} {text!r} is none: {error}") from None
             if canonical != text:
@@ -224,6 +224,15 @@ class Run(Key):
 
 
 _KINDS: Mapping[type[Key], str] = {Key: "key", Record: "candidate", Run: "run"}
+
+
+def parse_line(line: str) -> Record | Run:
+    """The record or run of an exported line, which this convsched can use. Raises CacheError."""
+    if line.startswith('{"kind": "run"'):
+        return Run.from_json(line)
+    record = Record.from_json(line)
+    record.check()
+    return record
 
 
 def choose(candidates: Iterable[Record], regime: Regime = "hot") -> Record | None:

@@ -165,9 +165,14 @@ def available_cores(root: Path) -> int:
     return max(1, int(min(affinity_cores(), quota_cores(root))))
 
 
+def machine_cores() -> int:
+    """Cores of the machine, as the system counts them."""
+    return os.cpu_count() or 1
+
+
 def affinity_cores() -> int:
     """Cores of the machine on which the affinity mask lets this process run."""
-    cores = os.cpu_count() or 1
+    cores = machine_cores()
     return min(cores, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else cores
 
 

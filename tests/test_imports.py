@@ -6,6 +6,8 @@ Read from the source, so that an import inside a function counts too; one under 
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -133,3 +135,13 @@ def test_the_checks_see_what_they_look_for() -> None:
     assert uses(MODULES["convsched.autotune.measure"], {"time", "datetime", "date"}, CLOCKS)
     assert any(name == "convsched.ir" for _, name in imports(MODULES["convsched.steps"]))
     assert any(name == "convsched.peeling" for _, name in imports(MODULES["convsched.schedule"]))
+
+
+def test_tests_refuse_to_run_against_another_checkout(tmp_path: Path) -> None:
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "pyproject.toml").write_text("[tool.pytest.ini_options]\n")
+    (tmp_path / "tests" / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
+    done = subprocess.run([sys.executable, "-m", "pytest", "tests"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert f"convsched.kernels is imported from {ROOT}" in done.stderr
+    assert "pip install -e" in done.stderr

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
 import platform
 from importlib import metadata
 from pathlib import Path
 
-from convsched.machine import Machine, affinity_cores, cache_folder, quota_cores
+from convsched.machine import Machine, affinity_cores, cache_folder, machine_cores, quota_cores
 
 PACKAGES = ("convsched", "numpy", "numba", "llvmlite", "onnx")
 
@@ -39,4 +38,4 @@ def _limits() -> str:
     """What the number of cores is the least of."""
     quota = quota_cores(Path("/"))
     granted = "no cgroup quota" if quota == math.inf else f"a cgroup quota of {quota:g}"
-    return f"{os.cpu_count() or 1} in the machine, {affinity_cores()} by affinity, {granted}"
+    return f"{machine_cores()} in the machine, {affinity_cores()} by affinity, {granted}"
