@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from convsched.ir import Affine, Body, Index, Leaf, Loop, Op, Program, Reduce, leaves, loads
+from convsched.legality import indices
 from convsched.machine import Machine
 
 LINE = 64  # bytes of a cache line
@@ -55,16 +56,17 @@ def cost(program: Program, machine: Machine, rates: Rates, threads: int = 1) -> 
     """The bound for a scheduled program; work inside parallel loops is divided by ``threads``."""
     counted = _Counter(program)
     vector = 2 * machine.lanes / rates.peak  # seconds of a vector FMA
-    issue = traffic = 0.0
+    issue = 0.0
     moved = {"l1": 0.0, "l2": 0.0, "l3": 0.0}
     for stage in program.stages:
         if stage.when != "run":
             continue
-        share = threads if any(lp.kind == "parallel" for around, _ in leaves(stage.body) for lp in around) else 1
+        loops = {loop for around, _ in leaves(stage.body) for loop in around}
+        share = threads if any(loop.kind == "parallel" for loop in loops) else 1
         issue += counted.operations(stage.body, {}) * vector / share
         for level, size in (("l1", machine.l1), ("l2", machine.l2), ("l3", machine.l3)):
-            traffic = sum(counted.traffic(stage.body, size).values())
-            moved[level] += traffic / (share if level != "l3" else 1)
+            total = sum(counted.traffic(stage.body, size).values())
+            moved[level] += total / (share if level != "l3" else 1)
     return Cost(issue, moved["l1"] / rates.l2, moved["l2"] / rates.l3, moved["l3"] / rates.dram)
 
 
@@ -105,7 +107,8 @@ class _Counter:
                 if not self._in_registers(load.tensor):
                     used = {v for a in load.index for v in a.variables}
                     distinct = math.prod(e for v, e in unrolled.items() if v in used)
-                    addresses[load.tensor, load.index] = distinct * self._strided(load.tensor, load.index, lane)
+                    cost_of_one = self._strided(load.tensor, load.index, lane)
+                    addresses[load.tensor, load.index] = distinct * cost_of_one
         return max(arithmetic, sum(addresses.values()), latency) + stores
 
     def _strided(self, name: str, index: Index, lane: str) -> float:
@@ -122,7 +125,7 @@ class _Counter:
         found: dict[str, float] = {}
         for around, leaf in leaves(body):
             extents = {lp.var: lp.extent for lp in around}
-            for name, index in ((leaf.tensor, leaf.index), *((ld.tensor, ld.index) for ld in loads(leaf.value))):
+            for name, index in indices(leaf):
                 if not self._in_registers(name):
                     found[name] = max(found.get(name, 0.0), self._box(name, index, extents))
         return found
@@ -151,10 +154,10 @@ class _Counter:
             return whole
         once = self.traffic(loop.body, size)
         fits = sum(self.footprint(loop.body).values()) <= size
-        moves = {name for _, leaf in leaves(loop.body) for name, index in (
-            (leaf.tensor, leaf.index), *((ld.tensor, ld.index) for ld in loads(leaf.value)))
-            if any(loop.var in a.variables for a in index)}
-        return {name: moved * (1 if fits and name not in moves else loop.extent) for name, moved in once.items()}
+        moves = {name for _, leaf in leaves(loop.body) for name, index in indices(leaf)
+                 if any(loop.var in a.variables for a in index)}
+        return {name: moved * (1 if fits and name not in moves else loop.extent)
+                for name, moved in once.items()}
 
 
 def _width(a: Affine, extents: Mapping[str, int]) -> int:

@@ -82,8 +82,8 @@ def candidates(target: Target) -> tuple[Recipe, ...]:
 
 def neighbours(target: Target, recipe: Recipe) -> tuple[Recipe, ...]:
     """The candidates one step from a recipe."""
-    return tuple(dict.fromkeys(
-        near for domain in domains(target) if domain.recipe is type(recipe) for near in domain.neighbours(recipe)))
+    own = [domain for domain in domains(target) if domain.recipe is type(recipe)]
+    return tuple(dict.fromkeys(near for domain in own for near in domain.neighbours(recipe)))
 
 
 def _per_group(problem: Problem) -> tuple[int, int, int, int]:
@@ -114,7 +114,7 @@ def channels(target: Target) -> Domain | None:
 
     def fits(recipe: Channels) -> bool:
         tile = recipe.vectors * recipe.rows * recipe.pixels
-        return (8 <= tile or recipe.pixels == columns) and tile + recipe.vectors < machine.registers and (
+        return (tile >= 8 or recipe.pixels == columns) and tile + recipe.vectors < machine.registers and (
             recipe.unroll <= recipe.depth) and (recipe.rows == 1 or recipe.pixels == columns)
 
     return Domain(Channels, {

@@ -139,6 +139,9 @@ class _Run:
     def text(self, recipe: Recipe) -> str:
         return recipe.schedule(self.problem, self.tuner.layout).text
 
+    def job(self, schedule: str, incumbent: str, cold: bool = False) -> Job:
+        return Job(self.problem.text, self.tuner.layout, self.tuner.threads, schedule, incumbent, cold)
+
     def left(self) -> float:
         return self.budget.seconds - (self.tuner.clock() - self.start)
 
@@ -161,8 +164,7 @@ class _Run:
         against = self.text(incumbent) if incumbent is not None else ""
         if before is not None and incumbent is not None and (other := self.known.get(against)) is not None:
             return _recalled(before, other)
-        outcome = self.tuner.worker.run(Job(self.problem.text, self.tuner.layout, self.tuner.threads, schedule,
-                                            against, cold=True))
+        outcome = self.tuner.worker.run(self.job(schedule, against, cold=True))
         self.measured += 1
         if incumbent is None:
             self.default_seconds = outcome.hot
@@ -177,8 +179,8 @@ class _Run:
             self.failures[reason] = self.failures.get(reason, 0) + 1
         failed = sum(self.failures.values())
         best = self.search.best
-        self.tuner.report(Progress(self.problem, outcome, best.speed if best else 1.0, self.measured, failed,
-                                   self.left()))
+        speed = best.speed if best else 1.0
+        self.tuner.report(Progress(self.problem, outcome, speed, self.measured, failed, self.left()))
         if self.measured >= LEAST_TRIES and failed > MOST_FAILURES * self.measured:
             raise TuneError(f"{failed} of {self.measured} candidates of {self.problem.text} failed: "
                             + "; ".join(f"{n} x {reason}" for reason, n in self.failures.items()))
@@ -208,9 +210,7 @@ class _Run:
         if self.default_seconds != self.default_seconds:  # nan: the default was recalled, not measured
             self.default_seconds = default.outcome.hot
         if best.recipe != self.search.default:
-            job = Job(self.problem.text, self.tuner.layout, self.tuner.threads, self.text(best.recipe),
-                      self.text(self.search.default))
-            outcome = self.tuner.worker.run(job)
+            outcome = self.tuner.worker.run(self.job(self.text(best.recipe), self.text(self.search.default)))
             speed = 1 / outcome.ratio if outcome.status == "ok" else 0.0
             known = self.known[self.text(best.recipe)]
             self.tuner.cache.put(replace(known, hot=self.default_seconds / max(speed, 1e-9),

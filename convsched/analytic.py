@@ -18,7 +18,8 @@ LATENCY = 8  # FMAs in flight that keep two pipes of four cycles busy
 STEP = 0.5  # cycles of FMAs lost to the loop over channels, for each channel and tap
 VECTOR_LOAD = 0.15  # of a weight vector, which comes from L2, beside an FMA
 BROADCAST = 0.03  # of an input element from L1
-FULL_SQUARE, PART_SQUARE = 150, 240  # to transpose and store lanes x lanes elements; stores masked in the second
+FULL_SQUARE = 150  # cycles to transpose and store 16 x 16 elements
+PART_SQUARE = 240  # the same where rows are cut short: masked stores
 COPY_PENALTY = 0.01  # of an own copy of the nest for a remainder: code to compile and to fetch
 
 

@@ -50,8 +50,9 @@ def compile(layer: Problem, *, algorithm: str | None = None, schedule: Schedule 
         schedule = parse_schedule(schedule)
     elif not isinstance(schedule, Schedule):
         raise ScheduleError("schedule", f"is a {type(schedule).__name__}", "give a Schedule or its text")
-    from convsched.kernels import kernel, numba_kernel
-    kind = kernel.Kernel if backend == "llvm" else numba_kernel.NumbaKernel
+    from convsched.kernels.kernel import Kernel
+    from convsched.kernels.numba_kernel import NumbaKernel
+    kind = Kernel if backend == "llvm" else NumbaKernel
     return kind(layer, schedule, layout=layout, threads=threads, machine=machine, recipe=recipe,
                 accuracy=accuracy)
 

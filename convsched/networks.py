@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from convsched.errors import ModelError
-from convsched.problem import Activation, Conv2d, Linear, Problem
+from convsched.parameters import Activation
+from convsched.problem import Conv2d, Linear, Problem
 
 
 @dataclass(frozen=True)

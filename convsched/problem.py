@@ -15,34 +15,14 @@ N batch, C x H x W input, M x E x F output, R x S filter.
 from __future__ import annotations
 
 import math
-import operator
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, SupportsIndex, TypeAlias
 
-import numpy as np
-
 from convsched.errors import ProblemError
+from convsched.parameters import Activation, Check, Pair, by
 
-Activation: TypeAlias = str | tuple[str, float] | tuple[str, float, float] | None
-Pair: TypeAlias = SupportsIndex | Sequence[SupportsIndex]
-
-# Each activation and the names of its parameters, in order.
-ACTIVATIONS: dict[str, tuple[str, ...]] = {
-    "relu": (),
-    "relu6": (),
-    "sigmoid": (),
-    "tanh": (),
-    "silu": (),
-    "hardswish": (),
-    "hardsigmoid": (),
-    "leaky_relu": ("alpha",),
-    "elu": ("alpha",),
-    "clip": ("lo", "hi"),
-}
-
-_FLOAT32_MAX = float(np.finfo(np.float32).max)
 _BYTES = 4  # of a float32
 
 
@@ -93,7 +73,7 @@ class Conv2d:
         activation: str | Sequence[object] | None = None,
         residual: bool = False,
     ) -> None:
-        check = _Check("Conv2d")
+        check = Check("Conv2d")
         kernel = check.pair("kernel_size", kernel_size)
         strides = check.pair("stride", stride)
         dilations = check.pair("dilation", dilation)
@@ -224,10 +204,10 @@ class Conv2d:
     @property
     def text(self) -> str:
         """The canonical one-line text; what is at its default is left out, but for the bias."""
-        words = [f"conv2d c={self.C} m={self.M} k={_by(self.kernel_size)} in={_by(self.input_size)}"]
-        if self.stride != (1, 1): words.append(f"stride={_by(self.stride)}")
+        words = [f"conv2d c={self.C} m={self.M} k={by(self.kernel_size)} in={by(self.input_size)}"]
+        if self.stride != (1, 1): words.append(f"stride={by(self.stride)}")
         if any(self.padding): words.append("pad=" + ",".join(map(str, self.padding)))
-        if self.dilation != (1, 1): words.append(f"dil={_by(self.dilation)}")
+        if self.dilation != (1, 1): words.append(f"dil={by(self.dilation)}")
         if self.groups != 1: words.append(f"g={self.groups}")
         return " ".join(words + _common_words(self))
 
@@ -273,7 +253,7 @@ class Linear:
         activation: str | Sequence[object] | None = None,
         residual: bool = False,
     ) -> None:
-        check = _Check("Linear")
+        check = Check("Linear")
         values: dict[str, object] = {
             "in_features": check.positive("in_features", in_features),
             "out_features": check.positive("out_features", out_features),
@@ -433,144 +413,3 @@ def _common_words(problem: Problem) -> list[str]:
             words.append(f"act={name}({','.join(map(repr, parameters))})")
     if problem.residual: words.append("residual")
     return words
-
-
-def _by(pair: tuple[int, int]) -> str:
-    return f"{pair[0]}x{pair[1]}"
-
-
-@dataclass(frozen=True)
-class _Check:
-    """The rules of the parameters; every method returns the normalised value or raises ProblemError."""
-
-    problem: str
-
-    def fail(self, parameter: str, value: object, rule: str) -> ProblemError:
-        return ProblemError(self.problem, parameter, value, rule)
-
-    def integer(self, parameter: str, value: object, whole: object, least: int) -> int:
-        """An int of at least `least`; `whole` is the parameter as the user gave it, for the message."""
-        try:
-            if isinstance(value, bool | np.bool_):
-                raise TypeError
-            number = operator.index(value)  # type: ignore[arg-type]
-        except TypeError:
-            kind = type(value).__name__
-            raise self.fail(parameter, whole, f"must be an integer, not {kind}") from None
-        if number < least:
-            raise self.fail(parameter, whole, f"must be at least {least}")
-        return number
-
-    def positive(self, parameter: str, value: object) -> int:
-        return self.integer(parameter, value, value, 1)
-
-    def sides(self, parameter: str, value: object, least: int, lengths: tuple[int, ...]) -> tuple[int, ...]:
-        """A tuple of ints from a sequence of one of the lengths."""
-        listed = isinstance(value, Sequence | np.ndarray) and not isinstance(value, str)
-        if not listed or len(value) not in lengths:  # type: ignore[arg-type]
-            allowed = "(height, width)" + " or (top, left, bottom, right)" * (4 in lengths)
-            raise self.fail(parameter, value, f"must be an integer or {allowed}")
-        return tuple(self.integer(parameter, side, value, least) for side in value)  # type: ignore[attr-defined]
-
-    def pair(self, parameter: str, value: object) -> tuple[int, int]:
-        if _is_number(value):
-            side = self.positive(parameter, value)
-            return (side, side)
-        height, width = self.sides(parameter, value, 1, (2,))
-        return (height, width)
-
-    def padding(
-        self, value: object, size: tuple[int, int], extent: tuple[int, int], stride: tuple[int, int]
-    ) -> tuple[int, int, int, int]:
-        """(top, left, bottom, right); `extent` is the size of the dilated filter."""
-        if value == "valid" and isinstance(value, str):
-            return (0, 0, 0, 0)
-        if value == "same" and isinstance(value, str):
-            top, bottom = _same(size[0], extent[0], stride[0])
-            left, right = _same(size[1], extent[1], stride[1])
-            return (top, left, bottom, right)
-        if isinstance(value, str):
-            raise self.fail("padding", value, 'a string must be "same" or "valid"')
-        if _is_number(value):
-            side = self.integer("padding", value, value, 0)
-            return (side, side, side, side)
-        sides = self.sides("padding", value, 0, (2, 4))
-        top, left, bottom, right = sides * 2 if len(sides) == 2 else sides
-        return (top, left, bottom, right)
-
-    def flag(self, parameter: str, value: object) -> bool:
-        if not isinstance(value, bool | np.bool_):
-            raise self.fail(parameter, value, "must be True or False")
-        return bool(value)
-
-    def activation(self, value: object) -> Activation:
-        if value is None:
-            return None
-        listed = isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0
-        words: list[object] = list(value) if listed else [value]  # type: ignore[call-overload]
-        name, parameters = words[0], words[1:]
-        if not isinstance(name, str) or name not in ACTIVATIONS:
-            raise self.fail("activation", value, f"must be None or one of {', '.join(ACTIVATIONS)}")
-        names = ACTIVATIONS[name]
-        if len(parameters) != len(names):
-            usage = f'("{name}", {", ".join(names)})' if names else f'"{name}"'
-            raise self.fail("activation", value, f"must be given as {usage}")
-        numbers = [self.real(value, parameter, infinite=name == "clip") for parameter in parameters]
-        if not numbers:
-            return name
-        if len(numbers) == 1:
-            return (name, numbers[0])
-        lo, hi = numbers
-        if lo > hi or lo == math.inf or hi == -math.inf:
-            raise self.fail("activation", value, "must have lo <= hi, lo below inf and hi above -inf")
-        return (name, lo, hi)
-
-    def real(self, whole: object, value: object, infinite: bool) -> float:
-        """A float that float32 can hold; -0.0 becomes 0.0, so that equal problems print alike."""
-        if isinstance(value, bool | np.bool_ | str):
-            raise self.fail("activation", whole, "its parameters must be numbers")
-        try:
-            number = float(value) + 0.0  # type: ignore[arg-type]
-        except OverflowError:  # an int beyond float64
-            number = math.nan
-        except (TypeError, ValueError):
-            raise self.fail("activation", whole, "its parameters must be numbers") from None
-        if not (abs(number) <= _FLOAT32_MAX or (infinite and abs(number) == math.inf)):
-            raise self.fail("activation", whole, "its parameters must be in the range of float32, not NaN")
-        return number
-
-    def groups(self, groups: int, in_channels: int, out_channels: int) -> None:
-        for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
-            if channels % groups:
-                legal = _list(_divisors(math.gcd(in_channels, out_channels)))
-                rule = f"{name}={channels} is not a multiple of groups; use one of {legal}"
-                raise self.fail("groups", groups, rule)
-
-    def output(
-        self, size: tuple[int, int], padding: tuple[int, int, int, int], extent: tuple[int, int]
-    ) -> None:
-        padded = (size[0] + padding[0] + padding[2], size[1] + padding[1] + padding[3])
-        if padded[0] < extent[0] or padded[1] < extent[1]:
-            sizes = f"the padded input {_by(padded)} is smaller than the dilated filter {_by(extent)}"
-            fix = "pad more, or use a smaller filter"
-            raise self.fail("input_size", size, f"{sizes}, so the output is empty; {fix}")
-
-
-def _is_number(value: object) -> bool:
-    """Whether a value is meant as one number, of whatever type, rather than as a sequence."""
-    return value.ndim == 0 if isinstance(value, np.ndarray) else not hasattr(value, "__len__")
-
-
-def _same(size: int, extent: int, stride: int) -> tuple[int, int]:
-    """The zeros before and after one axis for which the output has ceil(size / stride) elements."""
-    total = max(0, (-(-size // stride) - 1) * stride + extent - size)
-    return (total // 2, total - total // 2)
-
-
-def _divisors(number: int) -> list[int]:
-    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
-    return small + [number // d for d in reversed(small) if d * d != number]
-
-
-def _list(numbers: list[int], most: int = 8) -> str:
-    return ", ".join(map(str, numbers[:most])) + (", ..." if len(numbers) > most else "")

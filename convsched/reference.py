@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from convsched.errors import ArrayError
-from convsched.problem import Activation, Linear, Problem
+from convsched.parameters import Activation
+from convsched.problem import Linear, Problem
 
 Floats: TypeAlias = NDArray[np.floating[Any]]
 

@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ORDER = (  # left may not see right
-    "errors problem machine networks conditions",
+    "errors parameters problem machine networks conditions",
     "ir",
     "text verify interp reference address baseline examples",
     "schedule steps placement legality checks peeling fusing",
@@ -23,7 +23,7 @@ ORDER = (  # left may not see right
     "kernels",
     "autotune",
     "graph explain",
-    "api __init__ cli",
+    "api __init__ cli cache_cli",
     "bench",
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names.split()}

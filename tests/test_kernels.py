@@ -17,7 +17,8 @@ from convsched.analytic import default_recipe
 from convsched.kernels.arrays import activation_shape, from_layout, to_layout
 from convsched.kernels.kernel import Kernel
 from convsched.machine import Isa, Machine
-from convsched.problem import Activation, Conv2d, Linear, Problem
+from convsched.parameters import Activation
+from convsched.problem import Conv2d, Linear, Problem
 from convsched.reference import convolve
 
 LAYOUTS = ("nchw", "nhwc", "nchw16c")

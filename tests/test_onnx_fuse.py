@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from convsched.graph.onnx_layers import ModelLayer, read_layers, read_model
-from convsched.problem import Activation
+from convsched.parameters import Activation
 from convsched.reference import convolve
 
 INPUT = (1, 4, 9, 11)

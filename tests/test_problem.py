@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from convsched.errors import ConvschedError, ProblemError, ScheduleError
-from convsched.problem import ACTIVATIONS, Conv2d, Linear, Problem, parse_problem
+from convsched.parameters import ACTIVATIONS
+from convsched.problem import Conv2d, Linear, Problem, parse_problem
 
 numbers = st.floats(-100, 100, width=32)
 activations = st.one_of(

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convsched.graph.onnx_file import Graph, Node, attributes
-from convsched.problem import Activation
+from convsched.parameters import Activation
 
 # Elementwise nodes of which exporters build the two self-gated activations.
 _GATE_OPS = frozenset(("Add", "Sub", "Mul", "Div", "Clip", "Sigmoid", "HardSigmoid", "Min", "Max"))

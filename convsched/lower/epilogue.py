@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from convsched.ir import Const, Op, Value
-from convsched.problem import Activation
+from convsched.parameters import Activation
 
 
 def _clip(value: Value, low: float, high: float) -> Value:

@@ -1,0 +1,207 @@
+"""The steps that place data: what each does, and every way in which each refuses."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from convsched.errors import ScheduleError
+from convsched.examples import filtered, nests, product
+from convsched.interp import interpret
+from convsched.ir import Program, Stage
+from convsched.lower.direct import lower_direct
+from convsched.placement import layout, stage
+from convsched.problem import Conv2d
+from convsched.schedule import apply, apply_step, parse_schedule
+
+LAYER = lower_direct(Conv2d(4, 6, 3, padding=1, input_size=(5, 7), activation="relu"))
+INNER = "attach init at e; attach epilogue at e"
+
+
+def after(program: Program, text: str) -> Program:
+    """The program after some steps, not simplified."""
+    for step in parse_schedule(text).steps:
+        program = apply_step(program, step)
+    return program
+
+
+def outputs(program: Program) -> np.ndarray:
+    rng = np.random.default_rng(3)
+    arrays = {t.name: rng.integers(-3, 4, t.shape).astype(np.float32)
+              for t in program.tensors if t.role in ("input", "weight")}
+    return interpret(program, arrays)["y"]
+
+
+def refused(program: Program, text: str, step: str, why: str, fix: str, marked: str | None) -> None:
+    """The last step is refused: the message has its parts, and the nest with the loop marked."""
+    with pytest.raises(ScheduleError) as caught:
+        apply(program, parse_schedule(f"{text}; {step}"))
+    error = caught.value
+    assert why in error.why, error.why
+    assert fix in error.fix, error.fix
+    assert error.step == step.partition(" align=")[0].replace("layout w", "stage w at root packed")
+    assert error.nest.startswith(program.name)
+    arrows = [line for line in error.nest.splitlines() if line.endswith(" <--")]
+    assert bool(arrows) == (marked is not None)
+    assert all(f" {marked} < " in line for line in arrows)
+
+
+# registers
+
+def test_registers_keep_the_axes_of_the_tile() -> None:
+    done = after(LAYER, f"reorder n e m f; {INNER}; stage t at e registers")
+    assert done.tensor("t").role == "register"
+    assert done.tensor("t").shape == (6, 7)
+    assert done.tensor("t").letters == ("c", "w")
+
+
+def test_registers_of_a_peeled_tile_keep_its_parts_apart() -> None:
+    done = apply(LAYER, parse_schedule(
+        f"split f 4 -> f0 f1 tail=peel; reorder n e m; {INNER}; stage t at e registers"))
+    assert done.tensor("t").shape == (6, 7)
+    np.testing.assert_array_equal(outputs(done), outputs(LAYER))
+
+
+def test_registers_of_one_element() -> None:
+    done = after(LAYER, "attach init at f; attach epilogue at f; stage t at f registers")
+    assert done.tensor("t").shape == (1,)
+
+
+@pytest.mark.parametrize(("before", "step", "why", "fix", "marked"), [
+    ("", "stage q at e registers", "there is no tensor q", "use one of x, w, y", "e"),
+    ("", "stage t at q registers", "there is no loop q", "use one of", None),
+    ("", "stage x at e registers", "x is an input tensor", "only local tensors", "e"),
+    ("", "stage t at root registers", "the tile of one loop", "name the loop", None),
+    (INNER, "stage t at e registers n c", "no order in memory", "leave the order", "e"),
+    (INNER, "stage t at e registers align=n:2", "no order in memory", "leave the order", "e"),
+    ("", "stage t at e registers", "t is also used outside e", "attach the other stages", "e"),
+    (f"{INNER}; stage t at e registers", "stage t at e registers", "t is an register tensor", "only local", "e"),
+    (f"{INNER}; peel n first", "stage t at e registers", "", "", "e"),
+])
+def test_registers_refuse(before: str, step: str, why: str, fix: str, marked: str | None) -> None:
+    if "peel n" in before:  # two images: the copies of the nest are two outermost statements
+        program = lower_direct(Conv2d(4, 6, 1, input_size=(5, 7), batch_size=3))
+        refused(program, before, step, "registers of two loop nests", "stage before peel", marked)
+        return
+    refused(LAYER, before, step, why, fix, marked)
+
+
+def test_registers_refuse_a_sum_that_goes_on() -> None:
+    base = filtered(8, 3)
+    alone = replace(base, stages=(base.stages[1],))
+    refused(alone, "reorder s f", "stage t at f registers", "t is not set inside f before it is used",
+            "attach the stage that sets it", "f")
+
+
+def test_registers_refuse_a_tile_that_several_iterations_share() -> None:
+    text = "reorder n e f m; attach init at f; attach epilogue at f"
+    program = after(LAYER, text)
+    body = tuple(replace(s, body=s.body) for s in program.stages[0].body)
+    again = replace(program, stages=(Stage("conv", (replace(body[0], var="k", extent=2, body=body),)),))
+    refused(again, "", "stage t at f registers", "iterations of k depend on each other through t",
+            "loops of the output only", "f")
+
+
+# window and packed
+
+def test_window_has_the_border_as_zeros() -> None:
+    done = after(LAYER, "stage x at e window n h w c align=h:16")
+    buffer = done.tensor("x_at_e")
+    assert (buffer.shape, buffer.order) == ((1, 4, 3, 9), ("n", "h", "w", "c"))
+    assert [s.stride for s in buffer.storage] == [3 * 48, 48, 4, 1]
+    assert not buffer.border
+    np.testing.assert_array_equal(outputs(done), outputs(LAYER))
+
+
+def test_window_in_blocks() -> None:
+    done = after(LAYER, "stage x at e window c/2 n h w c%2")
+    assert done.tensor("x_at_e").order == ("c/2", "n", "h", "w", "c%2")
+
+
+def test_window_at_root_is_a_stage_of_its_own() -> None:
+    done = after(LAYER, "stage x at root window")
+    assert [(s.name, s.when) for s in done.stages][1] == ("pack x", "run")
+    np.testing.assert_array_equal(outputs(done), outputs(LAYER))
+
+
+def test_window_stays_inside_where_a_tile_is_ragged() -> None:
+    done = after(LAYER, "split e 2 -> e0 e1 tail=mask; reorder n e0; stage x at e0 window")
+    assert "if 2 e0 + x.h < 7: x_at_e0[" in nests(done)
+    np.testing.assert_array_equal(outputs(done), outputs(LAYER))
+
+
+def test_window_only_where_it_is_used() -> None:
+    text = nests(after(LAYER, "stage x at e window"))
+    assert text.count("x_at_e[x.n, x.c, x.h, x.w] =") == 1
+
+
+def test_packed_in_the_order_of_use() -> None:
+    done = after(LAYER, "reorder n e; stage x at e packed c r s f align=c:64")
+    assert done.tensor("x_at_e").letters == ("c", "r", "s", "f")
+    assert done.tensor("x_at_e").storage[0].stride == 64
+    np.testing.assert_array_equal(outputs(done), outputs(LAYER))
+
+
+def test_packed_takes_the_greatest_extent_of_copies() -> None:
+    done = after(LAYER, "peel m; stage x at n packed c r s e f")
+    assert done.tensor("x_at_n" if "x_at_n" in done.by_name else "x").shape == (4, 3, 3, 5, 7)
+
+
+def test_layout_packs_when_weights_are_bound() -> None:
+    done = after(LAYER, "split m 4 -> m0 m1 tail=mask; layout w m0 c r s m1")
+    assert [(s.name, s.when) for s in done.stages][1] == ("pack w", "bind")
+    assert done.tensor("w_packed").shape == (2, 4, 3, 3, 4)
+    np.testing.assert_array_equal(outputs(done), outputs(LAYER))
+
+
+PARTS = "the order {} does not name the axes n c h w"
+
+
+@pytest.mark.parametrize(("before", "step", "why", "fix", "marked"), [
+    ("", "stage y at e window", "y is written by the program", "in registers", "e"),
+    ("", "stage t at e window", "t is written by the program", "in registers", "e"),
+    ("", "stage x at q window", "there is no loop q", "use one of", None),
+    ("", "stage b at r window", "nothing inside r uses b", "another loop", "r"),
+    ("", "stage x at e window n c h", PARTS.format("n c h"), "c/16 and c%16", "e"),
+    ("", "stage x at e window n c h w w", PARTS.format("n c h w w"), "once", "e"),
+    ("", "stage x at e window n c h q", PARTS.format("n c h q"), "once", "e"),
+    ("", "stage x at e window n c/2 h w", PARTS.format("n c/2 h w"), "once", "e"),
+    ("", "stage x at e window n c/2 h w c%4", PARTS.format("n c/2 h w c%4"), "once", "e"),
+    ("", "stage x at e window n c/0 h w c%0", PARTS.format("n c/0 h w c%0"), "once", "e"),
+    ("", "stage x at e window n c/ h w c%", PARTS.format("n c/ h w c%"), "once", "e"),
+    ("", "stage x at e window n c h w align=q:16", "align=q:16 names no stride of n c h w", "entry", "e"),
+    ("", "stage x at e window n c h w align=h:0", "align=h:0 names no stride", "positive", "e"),
+    ("stage x at e window", "stage x at f window", "x is staged already", "once", "f"),
+    ("stage x at e window", "stage x at x.h window", "x is staged already", "once", "x.h"),
+    ("", "stage x at e packed c r s", "x is used by the loops c f r s", "exactly these", "e"),
+    ("", "stage x at e packed c r s f f", "x is used by the loops c f r s", "exactly these", "e"),
+    ("split f 4 -> f0 f1 tail=peel", "stage x at e packed c r s f0 f1", "read by 2 different indices",
+     "pack before peel", "e"),
+    ("", "stage b at m packed", "m uses one element of b", "outer loop", "m"),
+    ("", "layout w m c r", "w is used by the loops c m r s", "exactly these", None),
+    ("layout w m c r s", "layout w m c r s", "w is staged already", "once", None),
+    ("reorder n m e c r s f; vectorize f", "stage x at f window", "x.n would be inside the vector loop f",
+     "vectorize last", "f"),
+    ("peel m; split e 5 -> e0 e1", "stage w at m window", "", "", "m"),
+])
+def test_copies_refuse(before: str, step: str, why: str, fix: str, marked: str | None) -> None:
+    refused(LAYER, before, step, why, fix, marked)
+
+
+def test_window_refuses_accesses_that_differ_outside() -> None:
+    text = "split e 2 -> e0 e1 tail=peel; reorder n m c e0 f"
+    refused(LAYER, text, "stage x at f window", "accesses to x differ outside f", "an outer loop", "f")
+
+
+def test_layout_refuses_inputs() -> None:
+    with pytest.raises(ScheduleError, match="x is no weight; use stage"):
+        layout(product(8, 4), "x", ("c",))
+    with pytest.raises(ScheduleError, match="there is no tensor q; use one of x, w, y"):
+        layout(product(8, 4), "q", ("c",))
+
+
+def test_a_step_alone_checks_as_apply_does() -> None:
+    with pytest.raises(ScheduleError, match="there is no loop q"):
+        stage(product(8, 4), "x", "q", "window")
