@@ -104,6 +104,7 @@ class Tuner:
         self.worker = Worker()
 
     def __enter__(self) -> Tuner:
+        self.worker.start()
         return self
 
     def __exit__(self, *_: object) -> None:

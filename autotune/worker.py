@@ -74,7 +74,7 @@ class Worker:
     def run(self, job: Job) -> Outcome:
         """Run a job; a worker that dies or hangs is an outcome, not an error."""
         if self._process is None or self._jobs >= JOBS_PER_PROCESS:
-            self._start()
+            self.start()
         assert self._connection is not None
         self._jobs += 1
         try:
@@ -90,12 +90,15 @@ class Worker:
             self.close()
             return Outcome("crashed", f"the process ended with {code}")
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Start a process now, so that the first job does not wait for it."""
         self.close()
         self._connection, theirs = self._context.Pipe()
         self._process = self._context.Process(target=serve, args=(theirs,), daemon=True)
         self._process.start()
         theirs.close()
+        self._connection.poll(self.timeout)
+        self._connection.recv()
         self._jobs = 0
 
     def close(self) -> None:
@@ -117,7 +120,10 @@ class Worker:
 
 def serve(connection: Connection) -> None:
     """The worker's loop: a job in, its outcome out, until the other end closes."""
+    import convsched.kernels.kernel  # imported before the first job, whose time it would count against
+
     with contextlib.suppress(EOFError, KeyboardInterrupt, BrokenPipeError):
+        connection.send(convsched.kernels.kernel.__name__)
         while True:
             connection.send(run_job(connection.recv()))
 

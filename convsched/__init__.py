@@ -10,12 +10,16 @@ from convsched.machine import Machine
 from convsched.problem import Conv2d, Linear
 from convsched.schedule import Schedule, parse_schedule
 
-__all__ = ["Conv2d", "ConvschedError", "Linear", "Machine", "Schedule", "call", "compile", "parse_schedule"]
+__all__ = ["Conv2d", "ConvschedError", "Linear", "Machine", "Schedule", "call", "compile", "parse_schedule",
+           "tune"]
 
 
 def __getattr__(name: str) -> Any:
-    """``call`` needs Numba, which takes longer to import than everything else together."""
+    """``call`` needs Numba, which takes longer to import than everything else together; ``tune`` the tuner."""
     if name == "call":
         from convsched.kernels.call import call
         return call
+    if name == "tune":
+        from convsched.autotune.tune import tune
+        return tune
     raise AttributeError(f"module 'convsched' has no attribute {name!r}")

@@ -209,7 +209,8 @@ def _show_table(entry: Entry, records: Sequence[Record], most: int | None) -> Ta
     if most is not None:
         shown = [record for record in shown if record.status == "ok"][:most]
     run = f"; latest run: {entry.run.budget}, {entry.run.tried} tried" if entry.run else ""
-    columns = ("", "ms", "cold ms", "spread", "KiB", "error", "status", "flags", "algorithm", "recipe or schedule")
+    columns = ("", "ms", "cold ms", "spread", "KiB", "error", "status", "flags", "algorithm",
+               "recipe or schedule")  # fmt: skip
     title = f"{entry.key.text}\n{len(shown)} of {len(records)} candidates{run}"
     return _table(title, columns, [_show_row(record, record == entry.winner) for record in shown])
 

@@ -1,4 +1,4 @@
-"""The command line: `convsched bench` and `convsched info`.
+"""The command line: `convsched bench`, `tune`, `cache` and `info`.
 
 A command imports what it needs when it runs, so that `convsched --help` answers at once.
 """
@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from convsched.cache_cli import cache
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -92,6 +94,35 @@ def bench(
     if not report.complete:
         context.exit(INTERRUPTED)
     context.exit(1 if report.failures else 0)
+
+
+@main.command()
+@click.argument("network")
+@click.option("--budget", default="60s", show_default=True, help="60s, 5m, or 500 candidates, in all.")
+@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads a layer.")
+@click.option("--layout", type=click.Choice(LAYOUTS), default="nchw", show_default=True)
+@click.option("--layer", "wanted", default="", help="Only layers with this in their name or text.")
+@click.option("--input-size", callback=_size, metavar="HxW", help="For a model file that leaves it open.")
+@click.option("--cache", "file", type=PATH, help="The schedule cache (default: in the cache folder).")
+@click.pass_context
+def tune(
+    context: click.Context,
+    network: str,
+    budget: str,
+    threads: int,
+    layout: str,
+    wanted: str,
+    input_size: tuple[int, int] | None,
+    file: Path | None,
+) -> None:
+    """Search the best schedule of every layer of NETWORK on this machine; `bench` then uses it.
+
+    Equal layers are tuned once; the budget is spent where the work is. Ctrl-C keeps what was measured.
+    """
+    from convsched.tune_cli import run
+
+    cases, _ = _explained(lambda: _read_cases(network, input_size, wanted))
+    context.exit(_explained(lambda: run(cases, budget, threads, layout, file)))
 
 
 def _read_cases(
@@ -192,3 +223,6 @@ def _write_atomically(path: Path, text: str) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+main.add_command(cache)

@@ -146,6 +146,14 @@ def cache_folder() -> Path:
         raise MachineError("this user has no home folder; set CONVSCHED_CACHE to a folder") from None
 
 
+def has_schedules() -> bool:
+    """Whether anything was ever tuned: there is a schedule cache in the cache folder."""
+    try:
+        return (cache_folder() / "schedules.sqlite").exists()
+    except (MachineError, OSError):
+        return False
+
+
 def detect(root: Path, architecture: str, environment: Mapping[str, str]) -> Machine:
     """The machine whose /proc and /sys are below `root`. Raises MachineError for a wrong CONVSCHED_ISA."""
     name, flags = _cpu_info(root)

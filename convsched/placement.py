@@ -31,7 +31,7 @@ from convsched.ir import (
     map_value,
     storage_of,
 )
-from convsched.legality import carried, extents_of, fills_first, indices, touching
+from convsched.legality import extents_of, fills_first, indices, is_separated, touching
 
 Where = Literal["registers", "window", "packed"]
 
@@ -134,7 +134,7 @@ class _Request:
         """The bodies of the loops ``at`` that use the tensor, with the loops around (``at`` included)."""
         for item in self.program.stages:
             for path, body in _loops_named(item.body, self.at) if self.at != "root" else [((), item.body)]:
-                if any(n == self.tensor.name for _, leaf in leaves(body) for n, _ in indices(leaf)):
+                if any(_uses(leaf, self.tensor.name) for _, leaf in leaves(body)):
                     yield path, body
 
 
@@ -160,6 +160,10 @@ class _Copy:
     index_of: Callable[[Index], Index]
 
 
+def _uses(leaf: Leaf, name: str) -> bool:
+    return any(n == name for n, _ in indices(leaf))
+
+
 def _loops_named(body: Body, var: str, path: tuple[Loop, ...] = ()) -> Iterator[tuple[tuple[Loop, ...], Body]]:
     for statement in body:
         if isinstance(statement, Loop):
@@ -171,16 +175,21 @@ def _loops_named(body: Body, var: str, path: tuple[Loop, ...] = ()) -> Iterator[
 def _in_registers(request: _Request) -> Program:
     program, name = request.program, request.tensor.name
     if request.tensor.role != "local":
-        raise request.fail(f"{name} is an {request.tensor.role} tensor", "only local tensors live in registers")
+        raise request.fail(f"{name} is a tensor of role {request.tensor.role}", "only local tensors live in registers")
     if request.at == "root":
         raise request.fail("registers hold the tile of one loop", "name the loop")
     if request.order or request.align:
         raise request.fail("registers have no order in memory", "leave the order and align out")
-    everywhere = sum(n == name for s in program.stages for _, leaf in leaves(s.body) for n, _ in indices(leaf))
     scopes = list(request.scopes())
-    inside = sum(n == name for _, body in scopes for _, leaf in leaves(body) for n, _ in indices(leaf))
-    if everywhere != inside:
-        raise request.fail(f"{name} is also used outside {request.at}", "attach the other stages there first")
+    everywhere = sum(_uses(leaf, name) for s in program.stages for _, leaf in leaves(s.body))
+    inside = sum(_uses(leaf, name) for _, body in scopes for _, leaf in leaves(body))
+    users = [s.name for s in program.stages if any(_uses(leaf, name) for _, leaf in leaves(s.body))]
+    if everywhere != inside or len(users) > 1:
+        raise request.fail(f"{name} is also used outside one loop {request.at}, in {', '.join(users)}",
+                           "attach the other stages there first")
+    homes = [any(_uses(leaf, name) for _, leaf in leaves((top,))) for s in program.stages for top in s.body]
+    if sum(homes) > 1:
+        raise request.fail(f"{name} would live in the registers of two loop nests", "stage before peel")
     for path, body in scopes:
         _require_fresh(request, path, body)
     box = _box(request)
@@ -188,8 +197,6 @@ def _in_registers(request: _Request) -> Program:
     letters = tuple(request.tensor.letters[axis] for axis in kept)
     shape = tuple(box.sizes[axis] for axis in kept)
     tile = Tensor(name, letters, shape, "register", storage_of(letters, shape))
-    if len({(item.name, path[0]) for item in program.stages for path, _ in scopes if path[0] in item.body}) > 1:
-        raise request.fail(f"{name} would live in the registers of two loop nests", "stage before peel")
 
     def access(index: Index) -> Index:
         within = box.relative(index)
@@ -216,11 +223,8 @@ def _require_fresh(request: _Request, path: tuple[Loop, ...], body: Body) -> Non
 
 def _carries(var: str, body: Body, name: str, extents: Mapping[str, int]) -> bool:
     """Whether ``name`` carries values between iterations of a loop."""
-    def only(leaf: Leaf) -> Leaf:
-        return leaf if leaf.tensor == name else Store(name, next(
-            load.index for load in loads(leaf.value) if load.tensor == name), Load(name, next(
-                load.index for load in loads(leaf.value) if load.tensor == name)), leaf.where)
-    return carried(var, map_leaves(body, only), extents) == name
+    touched = [(index, leaf.where) for _, leaf in leaves(body) for n, index in indices(leaf) if n == name]
+    return not is_separated(var, touched, extents)
 
 
 def _copied(request: _Request, packed: bool) -> Program:
@@ -236,7 +240,7 @@ def _copied(request: _Request, packed: bool) -> Program:
     if request.at != "root":
         return program
     first = next(i for i, s in enumerate(program.stages)
-                 if any(n == target for _, leaf in leaves(s.body) for n, _ in indices(leaf)))
+                 if any(_uses(leaf, target) for _, leaf in leaves(s.body)))
     when: Literal["bind", "run"] = "bind" if request.tensor.role == "weight" else "run"
     pack = Stage(f"pack {request.tensor.name}", copy.body, when)
     return replace(program, stages=(*program.stages[:first], pack, *program.stages[first:]))
@@ -281,7 +285,7 @@ def _within(request: _Request, change: Callable[[Body], Body]) -> Program:
     def loop(found: Loop) -> Loop:
         if found.var != request.at:
             return replace(found, body=walk(found.body))
-        used = any(n == request.tensor.name for _, leaf in leaves(found.body) for n, _ in indices(leaf))
+        used = any(_uses(leaf, request.tensor.name) for _, leaf in leaves(found.body))
         return replace(found, body=change(found.body)) if used else found
 
     return request.program.with_body(change if request.at == "root" else walk)

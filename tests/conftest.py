@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,6 +29,9 @@ def foreign_packages(root: Path) -> list[str]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    folder = tempfile.mkdtemp(prefix="convsched-tests-")
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    os.environ["CONVSCHED_CACHE"] = folder  # neither the user's tuned schedules nor files left behind
     wrong = foreign_packages(config.rootpath)
     if wrong:
         raise pytest.UsageError(f"these tests are of {config.rootpath}, but {'; '.join(wrong)}. Run "

@@ -23,7 +23,7 @@ ORDER = (  # left may not see right
     "kernels",
     "autotune",
     "graph explain",
-    "api __init__ cli cache_cli",
+    "api __init__ cli cache_cli tune_cli",
     "bench",
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names.split()}

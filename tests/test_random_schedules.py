@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any, TypeAlias
 
 import numpy as np
 from hypothesis import HealthCheck, given, settings
@@ -52,6 +53,9 @@ from convsched.schedule import (
 )
 from convsched.verify import verify
 
+Draw: TypeAlias = Callable[..., Any]
+Array: TypeAlias = np.ndarray[Any, Any]
+
 
 @st.composite
 def problems(draw: st.DrawFn) -> Problem:
@@ -75,7 +79,7 @@ def problems(draw: st.DrawFn) -> Problem:
                   residual=residual)
 
 
-def small_integers(program: Program, seed: int) -> dict[str, np.ndarray]:
+def small_integers(program: Program, seed: int) -> dict[str, Array]:
     """An array for each input and weight."""
     rng = np.random.default_rng(seed)
     return {t.name: rng.integers(-3, 4, t.shape).astype(np.float32)
@@ -86,29 +90,29 @@ def names_of(program: Program) -> list[str]:
     return list(dict.fromkeys(n for stage in program.stages for n in loop_names(stage.body)))
 
 
-def draw_step(draw: Callable[..., object], program: Program, kind: str, number: int) -> Step:
+def draw_step(draw: Draw, program: Program, kind: str, number: int) -> Step:
     """A step of a kind with arguments that are names of the program, sensible or not."""
     names = names_of(program)
     own = [n for n in names if "." not in n]
 
     def one(options: list[str]) -> str:
-        return draw(st.sampled_from(options))  # type: ignore[return-value]
+        return str(draw(st.sampled_from(options)))
 
     def some(options: list[str], most: int) -> tuple[str, ...]:
-        return tuple(draw(st.lists(st.sampled_from(options), min_size=1, max_size=most, unique=True)))  # type: ignore[call-overload]
+        return tuple(draw(st.lists(st.sampled_from(options), min_size=1, max_size=most, unique=True)))
 
     match kind:
         case "split":
             loop = one(names)
             tail = draw(st.sampled_from(["none", "mask", "mask", "peel", "overlap"]))
-            return Split(loop, draw(st.integers(1, 5)), f"{loop}{number}o", f"{loop}{number}i", tail)  # type: ignore[arg-type]
+            return Split(loop, draw(st.integers(1, 5)), f"{loop}{number}o", f"{loop}{number}i", tail)
         case "reorder":
             return Reorder(some(names, len(names)))
         case "fuse":
             return Fuse(one(names), one(names), f"p{number}")
         case "fuse next":
             place = draw(st.integers(0, max(0, len(names) - 2)))
-            return Fuse(names[place], names[min(place + 1, len(names) - 1)], f"p{number}")  # type: ignore[index, operator, type-var]
+            return Fuse(names[place], names[min(place + 1, len(names) - 1)], f"p{number}")
         case "unroll":
             return Unroll(some(names, 3))
         case "vectorize":
@@ -121,7 +125,7 @@ def draw_step(draw: Callable[..., object], program: Program, kind: str, number: 
             return StageAt("t", one(own), "registers")
         case "window":
             return StageAt(one(["x", "x", "w", "z", "b"]), one([*own, "root"]), "window",
-                           *draw(st.sampled_from([((),), (("w", "h", "c", "n"),), (("n", "c/2", "h", "w", "c%2"),  # type: ignore[misc]
+                           *draw(st.sampled_from([((),), (("w", "h", "c", "n"),), (("n", "c/2", "h", "w", "c%2"),
                                  (("h", 4),)), (("m", "c", "r", "s"),)])))
         case "packed" | "layout":
             tensor = one(["x", "w"])
@@ -132,10 +136,10 @@ def draw_step(draw: Callable[..., object], program: Program, kind: str, number: 
             at = one([*own, "root"]) if kind == "packed" else "root"
             inside = {loop.var for stage in program.stages for around, _ in leaves(stage.body)
                       for i, loop in enumerate(around) if at in [lp.var for lp in around[:i]] or at == "root"}
-            order = tuple(draw(st.permutations([n for n in used if n in inside] or used)))  # type: ignore[call-overload]
+            order = tuple(draw(st.permutations([n for n in used if n in inside] or used)))
             return Layout("w", order) if kind == "layout" else StageAt(tensor, at, "packed", order)
         case "peel":
-            return Peel(one(names), draw(st.sampled_from(["first", "last", "last", "overlap"])))  # type: ignore[arg-type]
+            return Peel(one(names), draw(st.sampled_from(["first", "last", "last", "overlap"])))
     raise AssertionError(kind)
 
 
@@ -146,7 +150,7 @@ TILED = [["fuse next"], ["split"], ["split"], ["split"], ["tile"], ["attach init
          ["vectorize last", "vectorize"], ["parallel"], ["peel"], ["peel"], ["peel"]]
 
 
-def tile_step(draw: Callable[..., object], program: Program, kind: str, number: int) -> Step:
+def tile_step(draw: Draw, program: Program, kind: str, number: int) -> Step:
     """As ``draw_step``, for a schedule whose sums are inside a tile of the output."""
     outputs = loop_names(program.stages[0].body) if kind == "tile" else []
     around = [[loop.var for loop in a] for s in program.stages for a, leaf in leaves(s.body)
@@ -154,18 +158,18 @@ def tile_step(draw: Callable[..., object], program: Program, kind: str, number: 
     shared = [n for n in names_of(program) if all(n in path for path in around)] or ["m"]
     match kind:
         case "tile":
-            outputs = draw(st.permutations(outputs))  # type: ignore[assignment]
+            outputs = draw(st.permutations(outputs))
             cut = draw(st.integers(1, len(outputs)))
             sums = [n for n in names_of(program) if n not in outputs]
-            return Reorder((*outputs[:cut], *sums, *outputs[cut:]))  # type: ignore[misc, index]
+            return Reorder((*outputs[:cut], *sums, *outputs[cut:]))
         case "attach init" | "attach epilogue" | "registers":
             sums = [i for path in around for i, n in enumerate(path) if n[0] in "crs"]
-            at = around[0][max(0, min(sums, default=1) - draw(st.integers(1, 2)))] if around else "m"  # type: ignore[operator]
+            at = around[0][max(0, min(sums, default=1) - draw(st.integers(1, 2)))] if around else "m"
             return StageAt("t", at, "registers") if kind == "registers" else Attach(kind.split()[1], at)
         case "vectorize last":
             return Vectorize((around[0][-1] if around else "f",))
         case "parallel":
-            return Parallel(draw(st.sampled_from(shared)))  # type: ignore[arg-type]
+            return Parallel(draw(st.sampled_from(shared)))
     return draw_step(draw, program, kind, number)
 
 
@@ -193,19 +197,19 @@ def schedules(draw: st.DrawFn, program: Program) -> Schedule:
 
 def lanes_apart(body: Body) -> Body:
     """Vector loops as lanes that run statement by statement, from the last lane to the first."""
-    out: list[Loop | object] = []
+    out: list[Any] = []
     for s in body:
         if isinstance(s, Loop) and s.kind == "vector":
             mirrored = {s.var: Affine.of(s.extent - 1) - s.var}
             out += [Loop(s.var, s.extent, substitute((leaf,), mirrored)) for leaf in s.body]
         else:
             out.append(replace(s, body=lanes_apart(s.body)) if isinstance(s, Loop) else s)
-    return tuple(out)  # type: ignore[arg-type]
+    return tuple(out)
 
 
 def share(body: Body, thread: int, threads: int) -> Body:
     """One thread's part of a stage."""
-    out: list[object] = []
+    out: list[Any] = []
     for s in body:
         if isinstance(s, Loop) and s.kind == "parallel":
             first, last = s.extent * thread // threads, s.extent * (thread + 1) // threads
@@ -217,7 +221,7 @@ def share(body: Body, thread: int, threads: int) -> Body:
                 out.append(replace(s, body=inside))
         else:
             out.append(s)
-    return tuple(out)  # type: ignore[arg-type]
+    return tuple(out)
 
 
 def threaded(program: Program, threads: int) -> Program:
@@ -248,7 +252,7 @@ def threaded(program: Program, threads: int) -> Program:
     return replace(program, tensors=tuple(tensors), stages=tuple(stages))
 
 
-def run(program: Program, arrays: dict[str, np.ndarray]) -> np.ndarray:
+def run(program: Program, arrays: dict[str, Array]) -> Array:
     """The output; ``fuse`` makes one axis of two, of the same elements."""
     given = {name: array.reshape(program.tensor(name).shape) for name, array in arrays.items()}
     return interpret(program, given)["y"].reshape(-1)

@@ -1,0 +1,411 @@
+"""The schedule cache on a sound disk: what is kept, found, explained, carried and removed."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from convsched.autotune.cache import Counts, ScheduleCache
+from convsched.autotune.record import CacheError, CacheWarning, Key, MachineKey, Record
+from convsched.errors import ScheduleError
+from convsched.machine import Machine
+from convsched.problem import Conv2d
+
+PROBLEM = Conv2d(8, 16, 3, padding=1, input_size=14)
+MACHINE = Machine.example("avx512")
+KEY = Key.of(PROBLEM, MACHINE)
+
+
+def make(schedule: str = "unroll c", hot: float | None = 1.0, key: Key = KEY, **values: Any) -> Record:
+    given = {**vars(key), "algorithm": "direct", "status": "ok", "time": 1.0, **values}
+    return Record(schedule=schedule, hot=hot, **given)
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> ScheduleCache:
+    return ScheduleCache(tmp_path / "some" / "folder" / "schedules.sqlite")
+
+
+def machine(**changes: Any) -> str:
+    return replace(MachineKey.of(MACHINE), **changes).text
+
+
+def test_nothing_is_made_by_reading(cache: ScheduleCache) -> None:
+    assert cache.best(KEY) is None
+    assert cache.records(KEY) == cache.entries() == ()
+    assert cache.run_of(KEY) is None
+    assert cache.prune() == (0, 0, 0)
+    assert not cache.path.parent.exists()
+
+
+def test_the_default_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CONVSCHED_CACHE", str(tmp_path))
+    assert ScheduleCache().path == tmp_path / "schedules.sqlite"
+
+
+def test_what_is_put_is_found_by_another(cache: ScheduleCache) -> None:
+    records = [make("unroll c", 2.0), make("unroll m", 1.0, time=2.0), make("unroll s", None, status="crashed")]
+    assert all(cache.put(record) for record in records)
+    other = ScheduleCache(cache.path)
+    assert set(other.records(KEY)) == set(records)
+    assert other.best(KEY) == (records[1], "exact")
+
+
+def test_a_newer_measurement_replaces(cache: ScheduleCache) -> None:
+    for record in (make(hot=1.0, time=5.0), make(hot=3.0, time=6.0), make(hot=2.0, time=4.0)):
+        cache.put(record)
+    assert [record.hot for record in cache.records(KEY)] == [3.0]
+    cache.put(make(hot=4.0, time=6.0))
+    assert [record.hot for record in cache.records(KEY)] == [4.0]
+
+
+def test_a_candidate_is_its_algorithm_and_schedule(cache: ScheduleCache) -> None:
+    for algorithm in ("direct", "winograd(4,3)"):
+        cache.put(make(algorithm=algorithm))
+    assert len(cache.records(KEY)) == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"layout": "nhwc"}, {"threads": 2}, {"accuracy": "strict"}, {"problem": "linear c=8 m=4"},
+     {"compiler": "schedule 0"}, {"format": 0}],
+    ids=str,
+)  # fmt: skip
+def test_another_key_finds_nothing(cache: ScheduleCache, change: dict[str, Any]) -> None:
+    cache.put(make())
+    other = replace(KEY, **change)
+    assert cache.best(other) is None
+    assert cache.records(other) == ()
+
+
+def test_a_record_that_would_not_read_back_is_refused(cache: ScheduleCache) -> None:
+    with pytest.raises(CacheError, match="schedule 'hurry' is none"):
+        cache.put(make("hurry"))
+
+
+def test_the_regime(cache: ScheduleCache) -> None:
+    cache.put(make("unroll c", 1.0))
+    assert cache.best(KEY, regime="cold") is None
+    cache.put(make("unroll m", 2.0, cold=3.0))
+    hit = cache.best(KEY, regime="cold")
+    assert hit is not None
+    assert hit.record.schedule == "unroll m"
+
+
+def test_the_nearest_machine_is_asked_first(cache: ScheduleCache) -> None:
+    machines = {
+        "same isa": machine(name="other"),
+        "far": machine(cores=64),
+        "same microarchitecture": machine(cores=4),
+        "exact": machine(),
+    }
+    cache.put(make("unroll r", 0.1, machine=Machine.example("avx2") and machine(isa="avx2")))
+    assert cache.best(KEY) is None  # other instructions are no help
+    for i, (name, text) in enumerate(machines.items()):
+        cache.put(make(f"unroll c{i}", 0.5 + i, machine=text))  # the nearer, the slower: times do not compare
+        hit = cache.best(KEY)
+        assert hit is not None
+        assert (hit.record.machine, hit.tier) == (text, name.replace("far", "same microarchitecture"))
+    away = replace(KEY, machine=machine(cores=8))
+    assert cache.best(away, furthest="exact") is None
+    hit = cache.best(replace(KEY, machine=machine(name="third")), furthest="same isa")
+    assert hit is not None
+    assert hit.tier == "same isa"
+    assert cache.best(replace(KEY, machine=machine(name="third")), furthest="same microarchitecture") is None
+
+
+def test_a_machine_with_failures_only_gives_way(cache: ScheduleCache) -> None:
+    cache.put(make(hot=None, status="crashed"))
+    cache.put(make(machine=machine(cores=4)))
+    hit = cache.best(KEY)
+    assert hit is not None
+    assert hit.tier == "same microarchitecture"
+
+
+def test_a_record_that_no_longer_fits_is_a_miss_with_one_warning(cache: ScheduleCache) -> None:
+    for schedule, hot in (("unroll c", 1.0), ("unroll m", 2.0), ("unroll s", 3.0)):
+        cache.put(make(schedule, hot))
+
+    def check(record: Record) -> None:
+        if record.schedule != "unroll s":
+            raise ScheduleError(record.schedule, "there is no such loop", "use n")
+
+    with pytest.warns(CacheWarning, match="unroll c: there is no such loop; use n .and 1 more") as caught:
+        hit = cache.best(KEY, check=check)
+    assert len(caught) == 1
+    assert hit is not None
+    assert hit.record.schedule == "unroll s"
+    assert cache.best(KEY, check=check) == hit  # and the warning comes once
+
+
+def test_runs(cache: ScheduleCache) -> None:
+    assert cache.mark_run(KEY, False, "10s", 30, 1.0)
+    run = cache.run_of(KEY)
+    assert run is not None
+    assert (run.key, run.complete, run.budget, run.tried, run.time) == (KEY, False, "10s", 30, 1.0)
+    cache.mark_run(KEY, True, "60s", 200, 2.0)
+    run = cache.run_of(KEY)
+    assert run is not None
+    assert run.complete
+    assert cache.run_of(replace(KEY, threads=2)) is None
+
+
+def test_entries(cache: ScheduleCache) -> None:
+    cache.put(make("unroll m", 2.0, is_default=True))
+    cache.put(make("unroll c", 1.0))
+    cache.put(make("unroll s", None, status="crashed"))
+    other = replace(KEY, threads=2)
+    cache.put(make("unroll s", None, other, status="wrong"))
+    cache.mark_run(KEY, True, "10s", 3, 1.0)
+    first, second = cache.entries()
+    assert (first.key, second.key) == (KEY, other)
+    assert first.winner is not None
+    assert (first.winner.schedule, first.default, first.candidates) == ("unroll c", 2.0, 3)
+    assert (first.statuses, first.complete) == ({"ok": 2, "crashed": 1}, True)
+    assert (second.winner, second.default, second.complete) == (None, None, None)
+
+
+def test_explain_a_hit_and_an_empty_cache(cache: ScheduleCache) -> None:
+    assert cache.explain_miss(KEY) == f"no schedule for {KEY.text}\n  {cache.path} has no entries"
+    cache.put(make())
+    assert cache.explain_miss(KEY) == "a hit, from exact machine: direct, unroll c"
+
+
+@pytest.mark.parametrize(
+    ("stored", "text"),
+    [
+        ({"layout": "nhwc"}, "other layout (nhwc)"),
+        ({"threads": 2}, "other threads (2)"),
+        ({"accuracy": "fast"}, "other accuracy (fast)"),
+        ({"machine": machine(isa="avx2")}, "other machine (example [avx2 l1=48K"),
+        ({"problem": "conv2d c=8 m=16 k=3x3 in=28x28 bias"}, "other problem (conv2d c=8 m=16 k=3x3 in=28x28"),
+        ({"hot": None, "status": "crashed"}, "only 1 crashed"),
+        ({"hot": None, "status": "wrong", "threads": 2}, "other threads (2); only 1 wrong"),
+    ],
+    ids=str,
+)
+def test_explain_a_miss(cache: ScheduleCache, stored: dict[str, Any], text: str) -> None:
+    cache.put(make(**stored))
+    lines = cache.explain_miss(KEY).splitlines()
+    assert lines[0] == f"no schedule for {KEY.text}"
+    assert lines[1].strip().startswith(text)
+
+
+def test_explain_names_the_nearest_three(cache: ScheduleCache) -> None:
+    cache.put(make(threads=2))
+    cache.put(make(threads=2, layout="nhwc"))
+    cache.put(make(threads=2, layout="nhwc", accuracy="fast"))
+    cache.put(make(problem="linear c=8 m=4"))
+    lines = cache.explain_miss(KEY).splitlines()
+    assert [line.count("other") for line in lines] == [0, 1, 2, 3]
+
+
+def edit(cache: ScheduleCache, statement: str, *values: object) -> None:
+    with sqlite3.connect(cache.path) as db:
+        db.execute(statement, values)
+    db.close()
+
+
+def older(cache: ScheduleCache) -> None:
+    line = make().to_json().replace('"format": 1', '"format": 0').replace('"hot"', '"seconds"')
+    edit(cache, "UPDATE candidates SET format = 0, record = ?", line)
+
+
+def test_rows_of_another_format_stay_but_are_not_used(cache: ScheduleCache) -> None:
+    cache.put(make())
+    older(cache)
+    assert cache.best(KEY) is None  # without a warning: nothing is wrong with them
+    (entry,) = cache.entries()
+    assert (entry.key, entry.winner, entry.candidates) == (replace(KEY, format=0), None, 1)
+    assert "other format (0)" in cache.explain_miss(KEY)
+    cache.put(make("unroll m"))
+    assert len(cache.entries()) == 2
+
+
+FOREIGN: dict[str, tuple[str, tuple[object, ...], str]] = {
+    "no JSON": ("UPDATE candidates SET record = ?", ("what?",), "is no JSON"),
+    "bytes": ("UPDATE candidates SET record = ?", (b"\xff\x00",), "is no JSON"),
+    "bad text": ("UPDATE candidates SET record = CAST(? AS TEXT)", (b"\xff\xfe{",), "is no JSON"),
+    "null": ("UPDATE candidates SET record = NULL", (), "is no JSON"),
+    "a number": ("UPDATE candidates SET record = 7", (), "is no JSON"),
+    "other columns": ("UPDATE candidates SET schedule = 'unroll s'", (), "its columns are not its record's"),
+    "a bad schedule": ("UPDATE candidates SET schedule = 'x', record = replace(record, 'unroll c', 'x')", (),
+                       "schedule 'x' is none"),
+    "a bad time": ("UPDATE candidates SET record = replace(record, '1.0', '-1')", (), "must not be negative"),
+    "a bad machine": ("UPDATE candidates SET machine = 'mine', record = replace(record, ?, 'mine')",
+                      (KEY.machine,), "machine 'mine' is none"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", FOREIGN.values(), ids=FOREIGN.keys())
+def test_a_foreign_row_is_a_miss_with_one_warning(
+    cache: ScheduleCache, change: tuple[str, tuple[object, ...], str]
+) -> None:
+    statement, values, why = change
+    cache.put(make("unroll c"))
+    edit(cache, statement, *values)
+    with pytest.warns(CacheWarning, match="are not used") as caught:
+        assert cache.best(KEY) is None
+        assert cache.best(KEY) is None
+    assert len(caught) == 1
+    assert why in str(caught[0].message)
+    assert why in cache.explain_miss(KEY)
+    cache.put(make("unroll c", 2.0, time=0.5))  # what cannot be read does not stand in the way
+    hit = cache.best(KEY) if "machine" not in why and "columns" not in why else None
+    if hit: assert hit.record.hot == 2.0
+
+
+def test_foreign_rows_do_not_hide_the_others(cache: ScheduleCache) -> None:
+    for schedule in ("unroll c", "unroll m", "unroll s"):
+        cache.put(make(schedule))
+    edit(cache, "UPDATE candidates SET record = 'x' WHERE schedule <> 'unroll m'")
+    with pytest.warns(CacheWarning, match="and 1 more"):
+        hit = cache.best(KEY)
+    assert hit is not None
+    assert hit.record.schedule == "unroll m"
+
+
+def fill(cache: ScheduleCache, keys: int = 3, candidates: int = 20) -> list[Record]:
+    records = [
+        make(f"unroll c{j}", 1.0 + j, replace(KEY, threads=i + 1), time=100.0 * i + j, is_default=j == 9,
+             status="crashed" if j == 5 else "ok", cold=50.0 - j)
+        for i in range(keys) for j in range(candidates)
+    ]  # fmt: skip
+    for record in records:
+        cache.put(record)
+    return records
+
+
+def test_export_and_import_carry_everything(cache: ScheduleCache, tmp_path: Path) -> None:
+    records = fill(cache)
+    cache.mark_run(KEY, True, "10s", 20, 1.0)
+    cache.put(make("unroll r", 1.0, replace(KEY, layout="nhwc")))
+    older_row = "UPDATE candidates SET format = 0 WHERE layout = 'nhwc'"
+    edit(cache, older_row)
+    file = tmp_path / "schedules.jsonl"
+    file.write_text("an older export")
+    assert cache.export(file) == len(records)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    assert len(file.read_text().splitlines()) == len(records) + 1
+
+    other = ScheduleCache(tmp_path / "other.sqlite")
+    assert other.import_(file) == Counts(len(records) + 1, 0, 0)
+    assert other.import_(file) == Counts(0, 0, len(records) + 1)
+    assert set(other.records(KEY)) == set(cache.records(KEY))
+    assert other.run_of(KEY) == cache.run_of(KEY)
+    away = replace(KEY, machine=machine(cores=96))  # a machine of the same kind: nothing is to be measured
+    hit, here = other.best(away), cache.best(KEY)
+    assert hit is not None
+    assert here is not None
+    assert (hit.record, hit.tier) == (here.record, "same microarchitecture")
+
+
+def test_import_keeps_the_newer(cache: ScheduleCache, tmp_path: Path) -> None:
+    for record in (make("unroll c", 1.0, time=5.0), make("unroll m", 1.0, time=5.0)):
+        cache.put(record)
+    newer, stale, new = make("unroll c", 2.0, time=6.0), make("unroll m", 2.0, time=4.0), make("unroll s")
+    file = tmp_path / "x.jsonl"
+    file.write_text("".join(f"{record.to_json()}\n" for record in (newer, stale, new)))
+    assert cache.import_(file) == Counts(added=1, updated=1, skipped=1)
+    assert {r.schedule: r.hot for r in cache.records(KEY)} == {"unroll c": 2, "unroll m": 1, "unroll s": 1}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("", "line 2: is no JSON"),
+        ("{'a': 1}", "line 2: is no JSON"),
+        (make().to_json()[:-9], "line 2: is no JSON"),
+        (make("hurry").to_json(), "line 2: schedule 'hurry' is none"),
+        (make(format=0).to_json(), "line 2: has format 0; this convsched uses 1"),
+        (make(compiler="schedule 0").to_json(), "line 2: made with format 1 and schedule 0"),
+        (json.dumps({"kind": "run", "complete": True}), "line 2: has no problem, layout"),
+        (KEY.to_json(), 'line 2: has no "kind": "candidate"'),
+    ],
+    ids=lambda text: text[:30],
+)
+def test_import_is_all_or_nothing(cache: ScheduleCache, tmp_path: Path, line: str, message: str) -> None:
+    file = tmp_path / "x.jsonl"
+    file.write_text(f"{make().to_json()}\n{line}\n{make('unroll m').to_json()}\n")
+    with pytest.raises(CacheError) as raised:
+        cache.import_(file)
+    assert f"x.jsonl, {message}" in str(raised.value)
+    assert cache.records(KEY) == ()
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe"])
+def test_import_of_no_text(cache: ScheduleCache, tmp_path: Path, content: bytes | None) -> None:
+    file = tmp_path / "x.jsonl"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(CacheError, match=r"x\.jsonl"):
+        cache.import_(file)
+
+
+def test_export_to_no_folder(cache: ScheduleCache, tmp_path: Path) -> None:
+    with pytest.raises(CacheError, match="No such file or directory"):
+        cache.export(tmp_path / "none" / "x.jsonl")
+
+
+def test_prune_keeps_winners_and_defaults(cache: ScheduleCache) -> None:
+    fill(cache)
+    before = [cache.best(replace(KEY, threads=i), regime=r) for i in (1, 2, 3) for r in ("hot", "cold")]  # type: ignore[arg-type]
+    cache.mark_run(KEY, True, "10s", 20, 1.0)
+    removed, kept, size = cache.prune()
+    assert (removed, kept, size) == (51, 9, cache.path.stat().st_size)
+    after = [cache.best(replace(KEY, threads=i), regime=r) for i in (1, 2, 3) for r in ("hot", "cold")]  # type: ignore[arg-type]
+    assert before == after
+    assert cache.run_of(KEY) is not None
+
+
+@pytest.mark.parametrize(
+    ("prune", "kept"),
+    [
+        (lambda cache: cache.prune("all"), 60),
+        (lambda cache: cache.prune("ok"), 57),
+        (lambda cache: cache.prune("all", older_than=110.0), 30),
+        (lambda cache: cache.prune("winners", older_than=1e6), 0),
+    ],
+)
+def test_prune(cache: ScheduleCache, prune: Callable[[ScheduleCache], Any], kept: int) -> None:
+    fill(cache)
+    cache.mark_run(KEY, True, "10s", 20, 1.0)
+    assert prune(cache)[:2] == (60 - kept, kept)
+    assert sum(entry.candidates for entry in cache.entries()) == kept
+    assert (cache.run_of(KEY) is None) == (len(cache.records(KEY)) == 0)
+
+
+def test_prune_to_a_size_keeps_winners_longest(cache: ScheduleCache) -> None:
+    fill(cache, keys=5, candidates=60)
+    full = cache.path.stat().st_size
+    pruned = cache.prune("all", max_bytes=full // 4)
+    assert 0 < pruned.bytes == cache.path.stat().st_size <= full // 4
+    assert pruned.kept > 15  # as few as need be
+    for i in range(5):
+        hit = cache.best(replace(KEY, threads=i + 1))
+        assert hit is not None
+        assert hit.record.hot == 1.0
+    assert cache.prune("all", max_bytes=0).kept == 0
+
+
+def test_prune_removes_what_cannot_be_read(cache: ScheduleCache) -> None:
+    for schedule in ("unroll c", "unroll m", "unroll s"):
+        cache.put(make(schedule))
+    edit(cache, "UPDATE candidates SET record = 'x' WHERE schedule = 'unroll c'")
+    edit(cache, "UPDATE candidates SET format = 0 WHERE schedule = 'unroll m'")
+    assert cache.prune("all")[:2] == (2, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [record.schedule for record in cache.records(KEY)] == ["unroll s"]
+
+
+def test_prune_of_an_unknown_kind(cache: ScheduleCache) -> None:
+    with pytest.raises(CacheError, match="use one of winners, ok, all"):
+        cache.prune("some")  # type: ignore[arg-type]
