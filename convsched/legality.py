@@ -1,9 +1,9 @@
 """When may iterations of a loop change places? The dependence tests that all steps share.
 
-Let two accesses have indices ``c v + p`` and ``c v' + q`` along an axis, with the same coefficient ``c`` of a
-variable. If ``p`` and ``q``, which depend on other variables, always differ by less than ``|c|``, then the two
-touch the same element only where ``v = v'``: the variable is a digit, as in a mixed-radix number. Where it is,
-it cancels, and the next digit is looked for. Guards ``w < 0`` narrow what ``p`` and ``q`` can be.
+Let two accesses have indices ``c v + p`` and ``c v' + q`` along an axis, with the same coefficient of a
+variable ``v``. If ``p`` and ``q``, which depend on other variables, always differ by less than ``|c|``, then
+the two touch the same element only where ``v = v'``: the variable is a digit, as of a mixed-radix number. It
+then cancels, and the next digit is looked for. Guards ``w < 0`` narrow what ``p`` and ``q`` can be.
 
 Threads run a stage without waiting for each other: iterations ``extent i / n`` to ``extent (i + 1) / n`` of
 each parallel loop on thread ``i`` of ``n``, and what is outside of parallel loops on every thread. A tensor
@@ -241,7 +241,8 @@ def _distinct(touches: Iterable[_Touch]) -> list[_Touch]:
 
 def _same_thread(a: _Touch, b: _Touch) -> bool:
     """Whether one thread has both accesses wherever they touch the same element."""
-    assert a.parallel is not None and b.parallel is not None
+    assert a.parallel is not None
+    assert b.parallel is not None
     if (a.parallel.var, a.parallel.extent) != (b.parallel.var, b.parallel.extent):
         return False
     return a.parallel.extent == 1 or any(a.parallel.var in found for found, _ in _along_axes(a, b))

@@ -26,7 +26,6 @@ from convsched.ir import (
     Store,
     Tensor,
     leaves,
-    loads,
     map_leaves,
     map_value,
     storage_of,
@@ -118,6 +117,9 @@ def layout(program: Program, tensor: str, order: Sequence[str]) -> Program:
     return stage(program, tensor, "root", "packed", order)
 
 
+_Scope = tuple[tuple[Loop, ...], Body]  # the loops around a body, the body
+
+
 @dataclass(frozen=True)
 class _Request:
     program: Program
@@ -130,7 +132,7 @@ class _Request:
     def fail(self, why: str, fix: str) -> ScheduleError:
         return fail(self.program, self.step, why, fix, None if self.at == "root" else self.at)
 
-    def scopes(self) -> Iterator[tuple[tuple[Loop, ...], Body]]:
+    def scopes(self) -> Iterator[_Scope]:
         """The bodies of the loops ``at`` that use the tensor, with the loops around (``at`` included)."""
         for item in self.program.stages:
             for path, body in _loops_named(item.body, self.at) if self.at != "root" else [((), item.body)]:
@@ -164,7 +166,7 @@ def _uses(leaf: Leaf, name: str) -> bool:
     return any(n == name for n, _ in indices(leaf))
 
 
-def _loops_named(body: Body, var: str, path: tuple[Loop, ...] = ()) -> Iterator[tuple[tuple[Loop, ...], Body]]:
+def _loops_named(body: Body, var: str, path: tuple[Loop, ...] = ()) -> Iterator[_Scope]:
     for statement in body:
         if isinstance(statement, Loop):
             if statement.var == var:
@@ -175,7 +177,8 @@ def _loops_named(body: Body, var: str, path: tuple[Loop, ...] = ()) -> Iterator[
 def _in_registers(request: _Request) -> Program:
     program, name = request.program, request.tensor.name
     if request.tensor.role != "local":
-        raise request.fail(f"{name} is a tensor of role {request.tensor.role}", "only local tensors live in registers")
+        raise request.fail(f"{name} is a tensor of role {request.tensor.role}",
+                           "only local tensors live in registers")
     if request.at == "root":
         raise request.fail("registers hold the tile of one loop", "name the loop")
     if request.order or request.align:
@@ -229,7 +232,7 @@ def _carries(var: str, body: Body, name: str, extents: Mapping[str, int]) -> boo
 
 def _copied(request: _Request, packed: bool) -> Program:
     box = _box(request)
-    target = f"{request.tensor.name}_at_{request.at}" if request.at != "root" else f"{request.tensor.name}_packed"
+    target = f"{request.tensor.name}_{'packed' if request.at == 'root' else f'at_{request.at}'}"
     copy = _packed_copy(request, box, target) if packed else _window_copy(request, box, target)
 
     def filled(body: Body) -> Body:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Literal
 
 from convsched.checks import checked, fail, require_loop, require_new
@@ -139,7 +140,7 @@ def reorder(program: Program, order: Sequence[str]) -> Program:
     for stage in done.stages:
         for around, _ in leaves(stage.body):
             named = [loop.var for loop in around if loop.var in rank]
-            for left, right in zip(named, named[1:], strict=False):
+            for left, right in pairwise(named):
                 if rank[left] > rank[right]:
                     raise fail(program, step, f"{left} and {right} are not perfectly nested",
                                "reorder before other statements come between them", left)
@@ -235,7 +236,8 @@ def attach(program: Program, stage: str, at: str) -> Program:
         raise fail(program, step, f"there is no stage {stage}", f"use one of {', '.join(names)}", at)
     place = names.index(stage)
     if not find_loops(program.stages[place].body, at):
-        raise fail(program, step, f"stage {stage} has no loop {at}", "choose an outer loop that both have", at)
+        raise fail(program, step, f"stage {stage} has no loop {at}", "choose an outer loop that both have",
+                   at)
     for other in (place + 1, place - 1):
         if 0 <= other < len(names) and find_loops(program.stages[other].body, at):
             break

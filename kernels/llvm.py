@@ -10,6 +10,7 @@ so a register tensor indexed by a run-time loop lives on the stack instead.
 from __future__ import annotations
 
 import itertools
+
 from convsched.ir import (
     Affine,
     Body,

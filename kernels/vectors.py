@@ -147,8 +147,8 @@ _EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.66
 def _exp(w: Writer, x: str, lanes: int) -> str:
     """e^x = 2^n e^r with n = round(x / ln 2), r = x - n ln 2 in two parts, e^r by a polynomial.
 
-    Saturates at e^-87 and e^87, whose reciprocal is still normal. Coefficients: Moshier, Cephes Mathematical Library, ``expf`` (1989); 2 ulp.
-    Rounding adds 1.5 * 2^23, whose low bits then hold n.
+    Saturates at e^-87 and e^87, whose reciprocal is still normal. Rounding adds 1.5 * 2^23, whose low bits then
+    hold n. Coefficients: Moshier, Cephes Mathematical Library, ``expf`` (1989); 2 ulp.
     """
     kind, ints = vector_type(lanes), vector_type(lanes, "i32")
 

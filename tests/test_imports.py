@@ -51,13 +51,13 @@ IDS = [name for name in MODULES if not name.startswith("bench.conftest")]
 def top(module: str) -> str:
     """The word of ``ORDER`` for a module."""
     parts = module.split(".")
-    return parts[1] if parts[0] == "convsched" and len(parts) > 1 else "__init__" if parts == ["convsched"] else "bench"
+    return parts[0] if parts[0] == "bench" else [*parts, "__init__"][1]
 
 
 def nodes(tree: ast.AST) -> Iterator[ast.AST]:
     """Every node that is not under ``if TYPE_CHECKING``."""
     for child in ast.iter_child_nodes(tree):
-        if isinstance(child, ast.If) and isinstance(child.test, ast.Name) and child.test.id == "TYPE_CHECKING":
+        if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
             for statement in child.orelse:
                 yield statement
                 yield from nodes(statement)
@@ -67,7 +67,7 @@ def nodes(tree: ast.AST) -> Iterator[ast.AST]:
 
 
 def imports(path: Path) -> Iterator[tuple[int, str]]:
-    """(line, dotted name) of what a file imports; ``from a import b`` gives ``a.b`` where that is a module."""
+    """(line, dotted name) of what a file imports; ``from a import b`` gives ``a.b`` if that is a module."""
     for node in nodes(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
@@ -86,8 +86,8 @@ def test_every_module_has_a_place_in_the_order() -> None:
 
 @pytest.mark.parametrize("module", IDS)
 def test_left_does_not_see_right(module: str) -> None:
-    own = RANK[top(module)]
-    wrong = [f"{MODULES[module].relative_to(ROOT)}:{line} imports {name}" for line, name in imports(MODULES[module])
+    own, path = RANK[top(module)], MODULES[module]
+    wrong = [f"{path.relative_to(ROOT)}:{line} imports {name}" for line, name in imports(path)
              if name.split(".")[0] in ("convsched", "bench") and RANK[top(name)] > own]
     assert not wrong, f"{top(module)} may not see it: {wrong}"
 
@@ -141,7 +141,8 @@ def test_tests_refuse_to_run_against_another_checkout(tmp_path: Path) -> None:
     (tmp_path / "tests").mkdir()
     (tmp_path / "pyproject.toml").write_text("[tool.pytest.ini_options]\n")
     (tmp_path / "tests" / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
-    done = subprocess.run([sys.executable, "-m", "pytest", "tests"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "pytest", "tests"], cwd=tmp_path, capture_output=True,
+                          text=True)
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
     assert f"convsched.kernels is imported from {ROOT}" in done.stderr
     assert "pip install -e" in done.stderr

@@ -11,7 +11,7 @@ import pytest
 from convsched.errors import ScheduleError
 from convsched.examples import filtered, nests, product
 from convsched.interp import interpret
-from convsched.ir import Program, Stage
+from convsched.ir import Loop, Program, Stage
 from convsched.lower.direct import lower_direct
 from convsched.placement import layout, stage
 from convsched.problem import Conv2d
@@ -77,8 +77,10 @@ def test_registers_of_one_element() -> None:
     ("", "stage t at root registers", "the tile of one loop", "name the loop", None),
     (INNER, "stage t at e registers n c", "no order in memory", "leave the order", "e"),
     (INNER, "stage t at e registers align=n:2", "no order in memory", "leave the order", "e"),
-    ("", "stage t at e registers", "t is also used outside one loop e, in init, conv, epilogue", "attach the other stages", "e"),
-    (f"{INNER}; stage t at e registers", "stage t at e registers", "t is a tensor of role register", "only local", "e"),
+    ("", "stage t at e registers", "t is also used outside one loop e, in init, conv, epilogue",
+     "attach the other stages", "e"),
+    (f"{INNER}; stage t at e registers", "stage t at e registers", "t is a tensor of role register",
+     "only local", "e"),
 ])
 def test_registers_refuse(before: str, step: str, why: str, fix: str, marked: str | None) -> None:
     refused(LAYER, before, step, why, fix, marked)
@@ -94,8 +96,7 @@ def test_registers_refuse_a_sum_that_goes_on() -> None:
 def test_registers_refuse_a_tile_that_several_iterations_share() -> None:
     text = "reorder n e f m; attach init at f; attach epilogue at f"
     program = after(LAYER, text)
-    body = tuple(replace(s, body=s.body) for s in program.stages[0].body)
-    again = replace(program, stages=(Stage("conv", (replace(body[0], var="k", extent=2, body=body),)),))
+    again = replace(program, stages=(Stage("conv", (Loop("k", 2, program.stages[0].body),)),))
     refused(again, "", "stage t at f registers", "iterations of k depend on each other through t",
             "loops of the output only", "f")
 

@@ -22,8 +22,8 @@ from convsched.ir import (
     Body,
     Load,
     Loop,
-    Op,
     Program,
+    Reduce,
     Stage,
     leaves,
     loads,
@@ -124,9 +124,8 @@ def draw_step(draw: Draw, program: Program, kind: str, number: int) -> Step:
         case "registers":
             return StageAt("t", one(own), "registers")
         case "window":
-            return StageAt(one(["x", "x", "w", "z", "b"]), one([*own, "root"]), "window",
-                           *draw(st.sampled_from([((),), (("w", "h", "c", "n"),), (("n", "c/2", "h", "w", "c%2"),
-                                 (("h", 4),)), (("m", "c", "r", "s"),)])))
+            order, align = draw(st.sampled_from(ORDERS))
+            return StageAt(one(["x", "x", "w", "z", "b"]), one([*own, "root"]), "window", order, align)
         case "packed" | "layout":
             tensor = one(["x", "w"])
             used = [n for stage in program.stages for around, leaf in leaves(stage.body)
@@ -143,6 +142,7 @@ def draw_step(draw: Draw, program: Program, kind: str, number: int) -> Step:
     raise AssertionError(kind)
 
 
+ORDERS = [((), ()), (tuple("whcn"), ()), (("n", "c/2", "h", "w", "c%2"), (("h", 4),)), (tuple("mcrs"), ())]
 ANY = ["split", "split", "reorder", "reorder", "fuse", "fuse next", "unroll", "vectorize", "vectorize",
        "parallel", "parallel", "attach", "attach", "registers", "window", "packed", "layout", "peel", "peel"]
 TILED = [["fuse next"], ["split"], ["split"], ["split"], ["tile"], ["attach init"], ["attach epilogue"],
@@ -154,7 +154,7 @@ def tile_step(draw: Draw, program: Program, kind: str, number: int) -> Step:
     """As ``draw_step``, for a schedule whose sums are inside a tile of the output."""
     outputs = loop_names(program.stages[0].body) if kind == "tile" else []
     around = [[loop.var for loop in a] for s in program.stages for a, leaf in leaves(s.body)
-              if leaf.tensor in ("t", "t_1") and len(leaf.value.values if isinstance(leaf.value, Op) else ()) == 2]
+              if isinstance(leaf, Reduce)]
     shared = [n for n in names_of(program) if all(n in path for path in around)] or ["m"]
     match kind:
         case "tile":
@@ -163,8 +163,8 @@ def tile_step(draw: Draw, program: Program, kind: str, number: int) -> Step:
             sums = [n for n in names_of(program) if n not in outputs]
             return Reorder((*outputs[:cut], *sums, *outputs[cut:]))
         case "attach init" | "attach epilogue" | "registers":
-            sums = [i for path in around for i, n in enumerate(path) if n[0] in "crs"]
-            at = around[0][max(0, min(sums, default=1) - draw(st.integers(1, 2)))] if around else "m"
+            first = min((i for path in around for i, n in enumerate(path) if n[0] in "crs"), default=1)
+            at = around[0][max(0, first - draw(st.integers(1, 2)))] if around else "m"
             return StageAt("t", at, "registers") if kind == "registers" else Attach(kind.split()[1], at)
         case "vectorize last":
             return Vectorize((around[0][-1] if around else "f",))
@@ -184,11 +184,7 @@ def schedules(draw: st.DrawFn, program: Program) -> Schedule:
         step = (tile_step if tiled else draw_step)(draw, program, kind, number)
         try:
             program = apply_step(program, step)
-        except ScheduleError as error:
-            assert error.step
-            assert error.why
-            assert error.fix
-            assert error.nest
+        except ScheduleError:
             continue
         verify(program)
         done.append(step)
@@ -224,6 +220,15 @@ def share(body: Body, thread: int, threads: int) -> Body:
     return tuple(out)
 
 
+def with_suffix(body: Body, names: set[str], suffix: str) -> Body:
+    """The body with some tensors renamed."""
+    def renamed(name: str) -> str:
+        return name + suffix if name in names else name
+    return map_leaves(body, lambda leaf: replace(
+        leaf, tensor=renamed(leaf.tensor),
+        value=map_value(leaf.value, lambda load: Load(renamed(load.tensor), load.index))))
+
+
 def threaded(program: Program, threads: int) -> Program:
     """Each stage with parallel loops as the shares of threads, the last thread first."""
     users: dict[str, set[str]] = {}
@@ -241,12 +246,7 @@ def threaded(program: Program, threads: int) -> Program:
             stages.append(stage)
             continue
         for thread in reversed(range(threads)):
-            def own(name: str, thread: int = thread) -> str:
-                return f"{name}.{thread}" if name in private else name
-
-            body = map_leaves(share(stage.body, thread, threads), lambda leaf, own=own: replace(
-                leaf, tensor=own(leaf.tensor),
-                value=map_value(leaf.value, lambda load: Load(own(load.tensor), load.index))))
+            body = with_suffix(share(stage.body, thread, threads), private, f".{thread}")
             stages.append(replace(stage, name=f"{stage.name} {thread}", body=body))
     tensors += [replace(program.tensor(n), name=f"{n}.{i}") for n in sorted(private) for i in range(threads)]
     return replace(program, tensors=tuple(tensors), stages=tuple(stages))

@@ -1,4 +1,4 @@
-"""Every recipe fits every problem it is for, in every layout, and computes the same as the unscheduled nest."""
+"""Every recipe fits every problem it is for, in every layout, and computes what the unscheduled nest does."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def convolutions(draw: st.DrawFn, depthwise: bool = False) -> Conv2d:
     stride = (1, 1) if flat else (draw(st.integers(1, 2)), draw(st.integers(1, 2)))
     dilation = (draw(st.integers(1, 2)), draw(st.integers(1, 2)))
     padding = (0,) * 4 if flat else draw(st.tuples(*[st.integers(0, 2)] * 4))
-    size = tuple(max(draw(st.integers(1, 12)), d * (k - 1) + 1) for k, d in zip(kernel, dilation, strict=True))
+    size = tuple(max(draw(st.integers(1, 12)), d * (k - 1) + 1)
+                 for k, d in zip(kernel, dilation, strict=True))
     return Conv2d(groups * channels, groups * maps, kernel, stride, padding, dilation, groups,
                   draw(st.booleans()), input_size=size, batch_size=draw(st.integers(1, 2)),
                   activation=draw(st.sampled_from([None, "relu"])), residual=draw(st.booleans()))
@@ -82,7 +83,7 @@ def test_channels_with_any_parameters(layout: str, data: st.DataObject, problem:
     check(problem, Channels(
         lanes=data.draw(st.sampled_from([4, 8, 16])), vectors=data.draw(small), rows=data.draw(small),
         pixels=data.draw(st.integers(1, 9)), block=data.draw(small), depth=data.draw(st.integers(1, 9)),
-        unroll=data.draw(small), pack=data.draw(st.sampled_from(packs)),  # type: ignore[arg-type]
+        unroll=data.draw(small), pack=data.draw(st.sampled_from(packs)),
         parallel=data.draw(st.sampled_from(["pixels", "channels"]))), layout)
 
 

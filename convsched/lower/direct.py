@@ -2,9 +2,9 @@
 
     y[n, m, e, f] = act(b[m] + sum_{c,r,s} x[n, c, sh e + dh r - top, sw f + dw s - left] w[m, c, r, s] + z)
 
-With groups, ``m`` and ``c`` count within a group and ``g`` counts groups; a filter side of 1 has no loop. Three stages share the names of
-their loops, so that a schedule blocks them together: ``init`` starts the sum ``t`` at the bias, ``conv``
-adds the products, ``epilogue`` writes the output. Padding is the border of ``x``.
+With groups, ``m`` and ``c`` count within a group and ``g`` counts groups; a filter side of 1 has no loop. Three
+stages share the names of their loops, so that a schedule blocks them together: ``init`` starts the sum ``t`` at
+the bias, ``conv`` adds the products, ``epilogue`` writes the output. Padding is the border of ``x``.
 """
 
 from __future__ import annotations

@@ -1,0 +1,156 @@
+"""`convsched cache`: what it prints and returns; the group stands alone, as `main` adds it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from convsched.autotune.cache import ScheduleCache
+from convsched.autotune.record import Key, MachineKey, Record
+from convsched.cache_cli import cache
+from convsched.machine import Machine
+from convsched.networks import network
+from convsched.problem import Conv2d
+
+PROBLEM = Conv2d(8, 16, 3, padding=1, input_size=14)
+HOST = Machine.host()
+KEY = Key.of(PROBLEM, HOST)
+
+
+def make(schedule: str = "unroll c", hot: float | None = 1e-3, key: Key = KEY, status: str = "ok",
+         message: str = "", is_default: bool = False, time: float = 1.0) -> Record:  # fmt: skip
+    return Record(**vars(key), algorithm="direct", recipe="channels [2 x 14]", schedule=schedule, hot=hot,
+                  status=status, message=message, is_default=is_default, time=time,  # type: ignore[arg-type]
+                  flags=("loaded",), cold=hot, spread=0.01, error=0.0, workspace=2048)  # fmt: skip
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """A cache of two keys: a tuned one with a failure, and one of LeNet-5's layers, half tuned."""
+    store = ScheduleCache(tmp_path / "schedules.sqlite")
+    store.put(make("unroll m", 2e-3, is_default=True))
+    store.put(make("unroll c", 1e-3, time=86400.0 * 365))
+    store.put(make("unroll s", None, status="crashed", message="the process ended with [-11]"))
+    store.mark_run(KEY, True, "10s", 3, 1.0)
+    layer = Key.of(network("lenet5").layers[0].problem, HOST)
+    store.put(make("unroll e", 3e-3, layer))
+    store.mark_run(layer, False, "10s", 1, 1.0)
+    return store.path
+
+
+def run(command: str, *arguments: str | Path, file: Path) -> Result:
+    return CliRunner().invoke(cache, [command, *map(str, arguments), "--cache", str(file)])
+
+
+def test_list(file: Path) -> None:
+    result = run("list", file=file)
+    assert result.exit_code == 0, result.output
+    (tuned,) = [line for line in result.output.splitlines() if PROBLEM.text in line]
+    rest = tuned.replace(PROBLEM.text, "").replace(KEY.machine, "").split()
+    assert rest == ["nchw", "1", "normal", "direct", "1", "2", "2.00", "3", "1", "complete"]
+    assert KEY.machine in tuned  # its brackets are no markup
+    (half,) = [line for line in result.output.splitlines() if "c=1 m=6 k=5x5" in line]
+    assert "partial" in half
+
+
+@pytest.mark.parametrize(("wanted", "rows"), [("lenet5", 1), ("lenet", 1), ("c=8 m=16", 1), ("conv2d", 2)])
+def test_list_some(file: Path, wanted: str, rows: int) -> None:
+    assert run("list", wanted, file=file).output.count("conv2d") == rows
+
+
+def test_list_nothing(file: Path, tmp_path: Path) -> None:
+    assert "is for 'c=99'" in run("list", "c=99", file=file).output
+    result = run("list", file=tmp_path / "none.sqlite")
+    assert (result.exit_code, result.output) == (0, f"{tmp_path / 'none.sqlite'} has no entries\n")
+
+
+def test_show(file: Path) -> None:
+    result = run("show", "c=8", file=file)
+    assert result.exit_code == 0, result.output
+    assert KEY.text in result.output
+    assert "2 of 3 candidates; latest run: 10s, 3 tried" in result.output
+    best, default = (line.split() for line in result.output.splitlines() if "channels [2 x 14]" in line[10:])
+    assert best[:7] == ["best", "1", "1", "1.0%", "2", "0.0e+00", "ok"]
+    assert default[:2] == ["default", "2"]
+    assert "best: direct, channels [2 x 14]\n  unroll c\n" in result.output
+    assert "crashed" not in result.output
+    everything = run("show", "c=8", "--all", file=file).output
+    assert "crashed: the process ended with [-11]" in everything
+    assert "3 of 3 candidates" in everything
+
+
+def test_show_nothing(file: Path) -> None:
+    result = run("show", "vgg", file=file)
+    assert (result.exit_code, "is for 'vgg'" in result.output) == (1, True)
+
+
+def test_explain_miss(file: Path) -> None:
+    hit = run("explain-miss", PROBLEM.text, "--threads", "1", file=file)
+    assert hit.output == "a hit, from exact machine: direct, unroll c\n"
+    miss = run("explain-miss", PROBLEM.text, "--threads", "1", "--layout", "nhwc", file=file)
+    assert miss.exit_code == 0
+    assert "other layout (nchw)" in miss.output.splitlines()[1]
+    bad = run("explain-miss", "conv2d c=8", file=file)
+    assert (bad.exit_code, "m= k= in= is missing" in bad.output) == (1, True)
+
+
+def test_prune(file: Path) -> None:
+    assert "1 removed, 3 kept" in run("prune", file=file).output
+    assert "2 removed, 1 kept" in run("prune", "--older-than", "1970-06-01", file=file).output
+    assert "1 removed, 0 kept" in run("prune", "--max-size", "0K", file=file).output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--keep", "some"], "'some' is not one of"),
+        (["--max-size", "10x"], "'10x' is not a size such as 500K, 100M or 2G"),
+        (["--max-size", "K"], "is not a size"),
+        (["--older-than", "30d"], "does not match"),
+    ],
+)
+def test_prune_options(file: Path, arguments: list[str], message: str) -> None:
+    result = run("prune", *arguments, file=file)
+    assert (result.exit_code, message in result.output) == (2, True)
+
+
+def test_export_and_import(file: Path, tmp_path: Path) -> None:
+    lines, other = tmp_path / "x.jsonl", tmp_path / "other.sqlite"
+    assert run("export", lines, file=file).output == f"4 candidates written to {lines}\n"
+    assert run("import", lines, file=other).output == "6 added, 0 updated, 0 there already\n"
+    assert run("import", lines, file=other).output == "0 added, 0 updated, 6 there already\n"
+    assert ScheduleCache(other).best(KEY) == ScheduleCache(file).best(KEY)
+
+
+def test_import_of_a_wrong_file(file: Path, tmp_path: Path) -> None:
+    lines = tmp_path / "x.jsonl"
+    lines.write_text(f"{make('unroll r').to_json()}\nrubbish\n")
+    result = run("import", lines, file=file)
+    assert (result.exit_code, "x.jsonl, line 2: is no JSON" in result.output) == (1, True)
+    assert "Traceback" not in result.output
+
+
+def test_warnings_are_lines(file: Path) -> None:
+    file.write_bytes(b"rubbish" * 999)
+    result = run("list", file=file)
+    assert result.exit_code == 0
+    assert f"warning: {file} was corrupt" in result.stderr
+    assert "has no entries" in result.stdout
+
+
+def test_all_machines_are_listed(file: Path) -> None:
+    away = replace(KEY, machine=replace(MachineKey.of(HOST), cores=96).text)
+    ScheduleCache(file).put(make(key=away))
+    assert "cores=96]" in run("list", "c=8", file=file).output
+
+
+def test_help_needs_no_compiler() -> None:
+    code = ("import sys, convsched.cache_cli, convsched.autotune.cache; "
+            "print([m for m in ('numba', 'llvmlite', 'rich', 'onnx') if m in sys.modules])")  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "[]\n"

@@ -1,0 +1,382 @@
+"""The schedule cache when things go wrong: other writers, kill -9, corrupt files, disks that take nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from convsched.autotune import cache as cache_module
+from convsched.autotune.cache import ScheduleCache
+from convsched.autotune.record import CacheError, CacheWarning, Key, Record
+from convsched.machine import Machine
+from convsched.problem import Conv2d
+
+KEY = Key.of(Conv2d(8, 16, 3, padding=1, input_size=14), Machine.example("avx512"))
+PUTS = 100
+
+# A process that puts records without end or so many, and says after each that it is kept.
+WRITER = """
+import sys
+from itertools import count, islice
+from pathlib import Path
+from convsched.autotune.cache import ScheduleCache
+from convsched.autotune.record import Key, Record
+cache, key = ScheduleCache(Path(sys.argv[1])), Key.from_json(sys.argv[2])
+for i in islice(count(), int(sys.argv[4]) or None):
+    record = Record(**vars(key), algorithm="direct", schedule=f"unroll c{sys.argv[3]}_{i}", status="ok",
+                    hot=1.0 + i, time=float(i), recipe="x" * 3000)
+    if cache.put(record):
+        print(i, flush=True)
+"""
+
+
+def make(schedule: str = "unroll c", hot: float = 1.0, time: float = 1.0) -> Record:
+    return Record(**vars(KEY), algorithm="direct", schedule=schedule, status="ok", hot=hot, time=time)
+
+
+def writer(path: Path, name: str, puts: int = 0) -> subprocess.Popen[str]:
+    command = [sys.executable, "-W", "error", "-c", WRITER, str(path), KEY.to_json(), name, str(puts)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "schedules.sqlite"
+
+
+@pytest.fixture
+def full(path: Path) -> ScheduleCache:
+    """A cache of a few hundred kilobytes."""
+    cache = ScheduleCache(path)
+    lines = path.with_name("lines")
+    lines.write_text("".join(f"{make(f'unroll c{i}', 1.0 + i).to_json()}\n" for i in range(300)))
+    cache.import_(lines)
+    return cache
+
+
+def integrity(path: Path) -> str:
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        return str(db.execute("PRAGMA integrity_check").fetchone()[0])
+
+
+def test_concurrent_writers_lose_nothing(path: Path) -> None:
+    writers = [writer(path, str(i), PUTS) for i in range(4)]  # and all of them make the file
+    for process in writers:
+        _, errors = process.communicate(timeout=120)
+        assert (process.returncode, errors) == (0, "")
+    found = {record.schedule for record in ScheduleCache(path).records(KEY)}
+    assert found == {f"unroll c{i}_{j}" for i in range(4) for j in range(PUTS)}
+    assert integrity(path) == "ok"
+
+
+def test_concurrent_threads_lose_nothing(path: Path) -> None:
+    cache = ScheduleCache(path)
+
+    def put(name: int) -> None:
+        for i in range(25):
+            cache.put(make(f"unroll c{name}_{i}"))
+
+    threads = [threading.Thread(target=put, args=(name,)) for name in range(4)]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+    assert len(cache.records(KEY)) == 100
+
+
+def test_kill_in_mid_write_loses_nothing_that_was_kept(path: Path) -> None:
+    kept: set[str] = set()
+    for i in range(8):
+        process = writer(path, str(i))
+        assert process.stdout is not None
+        lines = [process.stdout.readline() for _ in range(random.Random(i).randrange(1, 40))]
+        threading.Event().wait(random.Random(i).random() * 3e-3)
+        process.send_signal(signal.SIGKILL)
+        rest, _ = process.communicate(timeout=60)
+        numbers = "".join([*lines, rest]).split("\n")[:-1]  # a line without an end was not all written
+        kept |= {f"unroll c{i}_{number}" for number in numbers}
+        cache = ScheduleCache(path)  # the first reader after the kill rolls back
+        assert {record.schedule for record in cache.records(KEY)} >= kept
+        assert cache.put(make())
+    assert len(kept) > 8
+    assert integrity(path) == "ok"
+
+
+def spoil_start(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.write(b"not a database at all")
+
+
+def spoil_pages(path: Path) -> None:
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        file.seek(4096)
+        file.write(random.Random(0).randbytes(size - 4096))
+
+
+def truncate(fraction: float) -> Callable[[Path], None]:
+    def spoil(path: Path) -> None:
+        with path.open("r+b") as file:
+            file.truncate(int(path.stat().st_size * fraction))
+
+    return spoil
+
+
+SPOILED: dict[str, Callable[[Path], Any]] = {
+    "garbage": lambda path: path.write_bytes(random.Random(0).randbytes(50_000)),
+    "text": lambda path: path.write_text("my notes\n"),
+    "wrong start": spoil_start,
+    "wrong pages": spoil_pages,
+    "half": truncate(0.5),
+    "nearly all": truncate(0.99),
+    "50 bytes": lambda path: path.write_bytes(path.read_bytes()[:50]),
+    "a page": lambda path: path.write_bytes(path.read_bytes()[:4096]),
+}
+USES: dict[str, Callable[[ScheduleCache], Any]] = {
+    "best": lambda cache: cache.best(KEY),
+    "put": lambda cache: cache.put(make()),
+    "entries": lambda cache: cache.entries(),
+}
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES.keys())
+@pytest.mark.parametrize("spoil", SPOILED.values(), ids=SPOILED.keys())
+def test_a_corrupt_file_is_moved_aside(
+    full: ScheduleCache, spoil: Callable[[Path], Any], use: Callable[[ScheduleCache], Any]
+) -> None:
+    spoil(full.path)
+    spoiled = full.path.read_bytes()
+    with pytest.warns(CacheWarning, match="was corrupt") as caught:
+        use(full)
+        full.best(KEY)
+        assert full.put(make("unroll m"))
+        assert "unroll m" in {record.schedule for record in full.records(KEY)}
+    assert len(caught) == 1
+    assert Path(f"{full.path}.corrupt").read_bytes() == spoiled
+    assert integrity(full.path) == "ok"
+
+
+def test_an_empty_file_is_a_new_cache(path: Path) -> None:
+    path.touch()
+    cache = ScheduleCache(path)
+    assert cache.best(KEY) is None
+    assert cache.put(make())
+    assert cache.best(KEY) is not None
+
+
+def test_the_journal_of_a_corrupt_file_does_not_spoil_the_new_one(full: ScheduleCache) -> None:
+    full.path.write_bytes(b"rubbish" * 9999)
+    journal = Path(f"{full.path}-journal")
+    journal.write_bytes(bytes.fromhex("d9d505f920a163d7") + bytes(5000))
+    with pytest.warns(CacheWarning, match="was corrupt"):
+        full.put(make())
+    assert len(full.records(KEY)) == 1
+    assert integrity(full.path) == "ok"
+
+
+def test_a_file_that_another_process_has_replaced_is_not_moved(full: ScheduleCache) -> None:
+    full._move_aside(sqlite3.DatabaseError("seen a moment ago"))
+    assert not Path(f"{full.path}.corrupt").exists()
+    assert len(full.records(KEY)) == 300
+
+
+def test_many_find_the_file_corrupt_at_once(path: Path) -> None:
+    path.write_bytes(b"rubbish" * 9999)
+    writers = [writer(path, str(i), 20) for i in range(3)]
+    for process in writers: process.communicate(timeout=60)
+    cache = ScheduleCache(path)
+    with contextlib.suppress(CacheWarning):
+        assert cache.put(make())
+    assert integrity(path) == "ok"
+    assert Path(f"{path}.corrupt").read_bytes() == b"rubbish" * 9999
+
+
+@pytest.mark.parametrize("statement", ["CREATE TABLE candidates (mine)", "PRAGMA user_version = 9"])
+def test_another_programs_database_is_left_alone(path: Path, statement: str) -> None:
+    if "user_version" in statement:
+        ScheduleCache(path).put(make())
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute(statement)
+        db.commit()
+    before = path.read_bytes()
+    cache = ScheduleCache(path)
+    with pytest.warns(CacheWarning, match="another program's database|tables of version 9") as caught:
+        assert cache.best(KEY) is None
+        assert not cache.put(make())
+    assert len(caught) == 1
+    assert path.read_bytes() == before
+    for refused in (lambda: cache.prune(), lambda: cache.export(path.with_name("x"))):
+        with pytest.raises(CacheError):
+            refused()
+
+
+@pytest.fixture
+def connect(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Callable[[str], str] | str]]:
+    """What happens to each new connection: changes of its URI, and statements it starts with."""
+    changes: list[Callable[[str], str] | str] = []
+    real = sqlite3.connect
+
+    def changed(file: str, **options: Any) -> sqlite3.Connection:
+        for change in changes:
+            file = change(file) if callable(change) else file
+        db = real(file, **options)
+        for change in changes:
+            if isinstance(change, str): db.execute(change)
+        return db
+
+    monkeypatch.setattr(cache_module.sqlite3, "connect", changed)
+    yield changes
+    changes.clear()
+
+
+def unwritable_is_no_cache(cache: ScheduleCache, why: str) -> None:
+    """Reads go on, writes warn once, and what was asked for by name raises."""
+    before = cache.path.read_bytes()
+    with pytest.warns(CacheWarning, match="there is no schedule cache") as caught:
+        assert not cache.put(make("unroll m", 0.1))
+        assert not cache.put(make("unroll s", 0.1))
+        assert not cache.mark_run(KEY, True, "10s", 3, 1.0)
+    assert len(caught) == 1
+    assert why in str(caught[0].message)
+    hit = cache.best(KEY)
+    assert hit is not None
+    assert hit.record.schedule == "unroll c0"
+    lines = cache.path.with_name("lines")
+    with pytest.raises(CacheError, match=why):
+        cache.import_(lines)
+    assert cache.path.read_bytes() == before
+    assert integrity(cache.path) == "ok"
+
+
+def test_a_read_only_file(full: ScheduleCache, connect: list[Any]) -> None:
+    connect.append(lambda uri: uri.replace("mode=rwc", "mode=ro").replace("mode=rw", "mode=ro"))
+    lines = full.path.with_name("lines")
+    lines.write_text(make("unroll r").to_json())
+    unwritable_is_no_cache(full, "attempt to write a readonly database")
+
+
+def test_a_full_disk(full: ScheduleCache, connect: list[Any]) -> None:
+    with contextlib.closing(sqlite3.connect(full.path)) as db:
+        db.execute("VACUUM")  # no page is free
+        pages = db.execute("PRAGMA page_count").fetchone()[0]
+    connect.append(f"PRAGMA max_page_count = {pages}")
+    big = [make(f"unroll x{i}") for i in range(100)]
+    full.path.with_name("lines").write_text("".join(f"{record.to_json()}\n" for record in big))
+    for i in range(100):  # the last page may have room for some
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", CacheWarning)
+            if not full.put(make(f"unroll y{i}", 500.0)):
+                break
+    fresh = ScheduleCache(full.path)
+    before = len(fresh.records(KEY))
+    with pytest.warns(CacheWarning, match="database or disk is full") as caught:
+        assert not all(fresh.put(record) for record in big)
+        assert not all([fresh.put(record) for record in big])
+    assert len(caught) == 1
+    with pytest.raises(CacheError, match="full"):
+        fresh.import_(full.path.with_name("lines"))
+    hit = fresh.best(KEY)
+    assert hit is not None
+    assert len(fresh.records(KEY)) >= before
+    connect.clear()
+    assert fresh.put(make("unroll z"))  # there is room again
+    assert integrity(full.path) == "ok"
+
+
+def test_a_limit_of_the_system_is_no_cache(full: ScheduleCache) -> None:
+    """The real thing: the system refuses to make the file larger."""
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({full.path.stat().st_size},) * 2)\n"
+    report = "import warnings; warnings.simplefilter('always')\n"
+    command = [sys.executable, "-c", limit + report + WRITER, str(full.path), KEY.to_json(), "x", "50"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
+    assert done.stderr.count("Warning: there is no schedule cache") == 1
+    kept = {f"unroll cx_{number}" for number in done.stdout.split()}
+    assert {record.schedule for record in full.records(KEY)} == kept | {f"unroll c{i}" for i in range(300)}
+    assert integrity(full.path) == "ok"
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    cache = ScheduleCache(tmp_path / "file" / "schedules.sqlite")
+    assert cache.best(KEY) is None
+    with pytest.warns(CacheWarning, match="there is no schedule cache") as caught:
+        assert not cache.put(make())
+        assert not cache.put(make())
+    assert len(caught) == 1
+
+
+def test_a_folder_in_the_files_place(path: Path) -> None:
+    path.mkdir()
+    cache = ScheduleCache(path)
+    with pytest.warns(CacheWarning, match="unable to open database file") as caught:
+        assert cache.best(KEY) is None
+        assert not cache.put(make())
+    assert len(caught) == 1
+
+
+def test_a_corrupt_file_that_cannot_be_moved(full: ScheduleCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    full.path.write_bytes(b"rubbish" * 9999)
+    monkeypatch.setattr(cache_module.os, "replace", refuse)
+    with pytest.warns(CacheWarning, match="cannot be moved aside") as caught:
+        assert full.best(KEY) is None
+        assert full.entries() == ()
+    assert len(caught) == 1
+    assert "cannot be moved aside" in full.explain_miss(KEY)
+
+
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise cache_module.MachineError("this user has no home folder; set CONVSCHED_CACHE to a folder")
+
+    monkeypatch.setattr(cache_module, "cache_folder", homeless)
+    cache = ScheduleCache()
+    with pytest.warns(CacheWarning, match="set CONVSCHED_CACHE") as caught:
+        assert cache.best(KEY) is None
+        assert not cache.put(make())
+    assert len(caught) == 1
+
+
+def test_a_lock_that_is_never_given_back(full: ScheduleCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_module, "PATIENCE", 0.05)
+    cache = ScheduleCache(full.path)
+    with contextlib.closing(sqlite3.connect(full.path, isolation_level=None)) as holder:
+        holder.execute("BEGIN EXCLUSIVE")
+        with pytest.warns(CacheWarning, match="database is locked") as caught:
+            assert not cache.put(make())
+            assert cache.best(KEY) is None
+        assert len(caught) == 1
+    assert cache.put(make())
+    assert cache._patience == 0.05
+
+
+def test_a_write_that_is_interrupted_leaves_nothing(full: ScheduleCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> str:
+        store(*_)  # type: ignore[arg-type]
+        raise KeyboardInterrupt
+
+    store = cache_module._store
+    monkeypatch.setattr(cache_module, "_store", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        full.put(make("unroll m"))
+    monkeypatch.undo()
+    assert "unroll m" not in {record.schedule for record in full.records(KEY)}
+    assert full.put(make("unroll m"))
+
+
+def test_a_copied_file_is_a_cache(full: ScheduleCache, tmp_path: Path) -> None:
+    copy = tmp_path / "copy ?#%20.sqlite"  # and a name that is no URI as it stands
+    shutil.copy(full.path, copy)
+    assert ScheduleCache(copy).records(KEY) == full.records(KEY)
