@@ -357,6 +357,7 @@ class ScheduleCache:
                 db.execute("PRAGMA journal_mode = TRUNCATE")
                 db.execute("PRAGMA synchronous = FULL")
             db.execute("BEGIN IMMEDIATE" if write else "BEGIN")
+            _check_size(db, self.path)
             if not _has_tables(db, self.path):
                 if not write:
                     raise _NothingError
@@ -397,9 +398,20 @@ def _has_tables(db: sqlite3.Connection, path: Path) -> bool:
     return True
 
 
+def _check_size(db: sqlite3.Connection, path: Path) -> None:
+    """Raises for a truncated file, which SQLite would write to until it needs a page that is missing."""
+    pages, size = (db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "page_size"))
+    if 0 < path.stat().st_size < pages * size:  # 0: a new file
+        error = sqlite3.DatabaseError("file is truncated")
+        error.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
+        raise error
+
+
 def _is_corrupt(path: Path) -> bool:
     try:
         with closing(sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True, timeout=PATIENCE)) as db:
+            db.execute("BEGIN")
+            _check_size(db, path)
             return bool(db.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok")
     except sqlite3.Error as error:
         return getattr(error, "sqlite_errorcode", 0) & 0xFF in _CORRUPT

@@ -54,6 +54,8 @@ class Search:
         default ran."""
         if self.default not in self.tried:
             self._try(self.default)
+        if self.best is None:
+            return None
         for candidate in self._racers():
             if self.spent():
                 return self.best

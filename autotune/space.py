@@ -45,7 +45,7 @@ class Domain:
     def neighbours(self, recipe: Recipe) -> Iterator[Recipe]:
         """The recipes that differ in one parameter by one place in its list of values."""
         for field in fields(recipe):
-            options = self.values[field.name]
+            options = self.values.get(field.name, ())
             current = getattr(recipe, field.name)
             at = options.index(current) if current in options else -1
             near = options if at < 0 or not isinstance(current, int) else options[max(0, at - 1):at + 2]

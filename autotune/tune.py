@@ -115,7 +115,7 @@ class Tuner:
         run = _Run(self, problem, budget)
         try:
             return run.finish(run.search.run() is not None)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, ConvschedError):
             run.mark(complete=False)
             raise
 
@@ -163,6 +163,9 @@ class _Run:
         schedule = self.text(recipe)
         before = self.known.get(schedule)
         against = self.text(incumbent) if incumbent is not None else ""
+        if incumbent is None and before is not None and before.hot is not None:
+            self.default_seconds = before.hot
+            return _recalled(before, before)
         if before is not None and incumbent is not None and (other := self.known.get(against)) is not None:
             return _recalled(before, other)
         outcome = self.tuner.worker.run(self.job(schedule, against, cold=True))

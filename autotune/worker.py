@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing.connection import Connection
@@ -61,11 +62,17 @@ class Outcome:
         return self.hot / self.incumbent
 
 
+class WorkerError(ConvschedError):
+    """A worker process that cannot be started."""
+
+
 class Worker:
     """A process that runs jobs one at a time; started at the first job, replaced when needed."""
 
-    def __init__(self, timeout: float = 60.0) -> None:
+    def __init__(self, timeout: float = 60.0, target: Callable[[Connection], None] | None = None) -> None:
+        """``timeout``: seconds a job may take; ``target``: what the process runs instead of ``serve``."""
         self.timeout = timeout
+        self._target = target or serve
         self._context = multiprocessing.get_context("spawn")
         self._process: Any = None
         self._connection: Connection | None = None
@@ -89,16 +96,25 @@ class Worker:
             code = self._process.exitcode
             self.close()
             return Outcome("crashed", f"the process ended with {code}")
+        except BaseException:
+            self.close()  # its answer to this job must not be taken for that to the next
+            raise
 
     def start(self) -> None:
-        """Start a process now, so that the first job does not wait for it."""
+        """Start a process now, so that the first job does not wait for it. Raises WorkerError."""
         self.close()
         self._connection, theirs = self._context.Pipe()
-        self._process = self._context.Process(target=serve, args=(theirs,), daemon=True)
+        self._process = self._context.Process(target=self._target, args=(theirs,), daemon=True)
         self._process.start()
         theirs.close()
-        self._connection.poll(self.timeout)
-        self._connection.recv()
+        try:
+            ready = self._connection.poll(self.timeout) and self._connection.recv()
+        except (EOFError, ConnectionResetError):
+            ready = None
+        if not ready:
+            self.close()
+            raise WorkerError("the process that runs candidates did not start: a script that tunes needs "
+                              'if __name__ == "__main__": around what it does')
         self._jobs = 0
 
     def close(self) -> None:
@@ -132,8 +148,8 @@ def run_job(job: Job) -> Outcome:
     """Compile, check, then time a candidate."""
     try:
         return _run(job)
-    except (ConvschedError, MemoryError, RuntimeError) as error:
-        return Outcome("failed", f"{type(error).__name__}: {str(error).splitlines()[0]}")
+    except Exception as error:  # whatever a candidate raises costs only this candidate
+        return Outcome("failed", ": ".join([type(error).__name__, *str(error).splitlines()[:1]]))
 
 
 def _run(job: Job) -> Outcome:
@@ -177,7 +193,7 @@ def _prepared(problem_text: str, layout: str, threads: int, schedule: str) -> tu
     conv = kernel.bind(weight, bias)
     x = to_layout(x, layout)
     residual = None if residual is None else to_layout(residual, layout)
-    out = np.zeros(kernel.y_shape, np.float32)
+    out = np.full(kernel.y_shape, np.nan, np.float32)  # what is not written is wrong
     conv(x, out=out, residual=residual)
     got = from_layout(out, problem.output_shape, layout)
     scale = float(np.sqrt(np.mean(expected**2))) or 1.0

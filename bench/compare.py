@@ -32,8 +32,9 @@ import convsched
 from convsched.autotune.measure import Timing, interleave, peak_call
 from convsched.errors import ConvschedError
 from convsched.explain.bench import bound_call
-from convsched.explain.cases import Arrays, Case, from_layout, make_arrays, relative_error
+from convsched.explain.cases import Arrays, Case, make_arrays, relative_error
 from convsched.explain.environment import versions
+from convsched.kernels.arrays import from_layout
 from convsched.machine import Machine
 from convsched.networks import network
 from convsched.problem import Conv2d
@@ -213,7 +214,7 @@ class Run:
     def _ours(self, layer: Conv2d, arrays: Arrays, threads: int) -> peers.Prepared:
         kernel = convsched.compile(layer, threads=threads, layout=self.layout)
         call, output = bound_call(kernel, layer, arrays, self.layout)
-        return peers.Prepared(call, lambda: from_layout(output, self.layout, layer.M))
+        return peers.Prepared(call, lambda: from_layout(output, layer.output_shape, self.layout))
 
     def _time(self, calls: Mapping[str, Callable[[], object]]) -> tuple[Mapping[str, Timing], float]:
         """Times in interleaved rounds, and the peak of one core measured in the same rounds.

@@ -80,6 +80,7 @@ def list_(wanted: str, file: Path | None) -> None:
         if not entries:
             click.echo(_none(store.path, wanted))
             return
+        click.echo(f"{len(entries)} keys")
         _print(_list_table(entries))
 
 
@@ -96,7 +97,11 @@ def show(context: click.Context, wanted: str, everything: bool, file: Path | Non
     with _opened(file) as store:
         entries = _matching(store.entries(), wanted)
         for entry in entries:
-            _print(_show_table(entry, store.records(entry.key), None if everything else SHOWN))
+            records = store.records(entry.key)
+            shown = _shown(entry, records, everything)
+            run = f"; latest run: {entry.run.budget}, {entry.run.tried} tried" if entry.run else ""
+            click.echo(f"{entry.key.text}\n{len(shown)} of {len(records)} candidates{run}")
+            _print(_show_table(entry, shown))
             if entry.winner is not None:
                 recipe = entry.winner.recipe or "no recipe"
                 click.echo(f"best: {entry.winner.algorithm}, {recipe}\n  {entry.winner.schedule}\n")
@@ -185,7 +190,7 @@ def _layers(wanted: str) -> set[str]:
 def _list_table(entries: Sequence[Entry]) -> Table:
     columns = ("problem", "layout", "threads", "accuracy", "algorithm", "ms", "default", "speed-up", "tried",
                "failed", "tuning", "machine")  # fmt: skip
-    return _table(f"{len(entries)} keys", columns, [_list_row(entry) for entry in entries])
+    return _table(columns, [_list_row(entry) for entry in entries])
 
 
 def _list_row(entry: Entry) -> tuple[str, ...]:
@@ -203,16 +208,16 @@ def _list_row(entry: Entry) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def _show_table(entry: Entry, records: Sequence[Record], most: int | None) -> Table:
-    """The best of a key's candidates; the failures, too, where all are wanted."""
-    shown = sorted(records, key=lambda record: (record != entry.winner, record.hot or float("inf")))
-    if most is not None:
-        shown = [record for record in shown if record.status == "ok"][:most]
-    run = f"; latest run: {entry.run.budget}, {entry.run.tried} tried" if entry.run else ""
+def _shown(entry: Entry, records: Sequence[Record], everything: bool) -> list[Record]:
+    """A key's candidates, the best first; without the failures and the slow ones, unless all are wanted."""
+    ranked = sorted(records, key=lambda record: (record != entry.winner, record.hot or float("inf")))
+    return ranked if everything else [record for record in ranked if record.status == "ok"][:SHOWN]
+
+
+def _show_table(entry: Entry, records: Sequence[Record]) -> Table:
     columns = ("", "ms", "cold ms", "spread", "KiB", "error", "status", "flags", "algorithm",
                "recipe or schedule")  # fmt: skip
-    title = f"{entry.key.text}\n{len(shown)} of {len(records)} candidates{run}"
-    return _table(title, columns, [_show_row(record, record == entry.winner) for record in shown])
+    return _table(columns, [_show_row(record, record == entry.winner) for record in records])
 
 
 def _show_row(record: Record, is_best: bool) -> tuple[str, ...]:
@@ -230,12 +235,12 @@ def _milliseconds(seconds: float | None) -> str:
     return "-" if seconds is None else f"{seconds * 1e3:.4g}"
 
 
-def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
     table.padding, table.pad_edge = (0, 1, 0, 0), False
     for column in columns:
         table.add_column(column, justify="right" if column in NUMBERS else "left", overflow="fold")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import re
 import shutil
 import signal
 import sqlite3
@@ -12,6 +13,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,14 @@ def full(path: Path) -> ScheduleCache:
     lines.write_text("".join(f"{make(f'unroll c{i}', 1.0 + i).to_json()}\n" for i in range(300)))
     cache.import_(lines)
     return cache
+
+
+def told_once(why: str, *calls: Callable[[], object]) -> list[object]:
+    """The calls' results; there is one warning in all, which says this."""
+    with pytest.warns(CacheWarning, match=re.escape(why)) as caught:
+        results = [call() for call in calls]
+    assert len(caught) == 1
+    return results
 
 
 def integrity(path: Path) -> str:
@@ -156,12 +166,9 @@ def test_a_corrupt_file_is_moved_aside(
 ) -> None:
     spoil(full.path)
     spoiled = full.path.read_bytes()
-    with pytest.warns(CacheWarning, match="was corrupt") as caught:
-        use(full)
-        full.best(KEY)
-        assert full.put(make("unroll m"))
-        assert "unroll m" in {record.schedule for record in full.records(KEY)}
-    assert len(caught) == 1
+    find, put = partial(full.best, KEY), partial(full.put, make("unroll m"))
+    assert told_once("was corrupt", partial(use, full), find, put)[2]
+    assert "unroll m" in {record.schedule for record in full.records(KEY)}
     assert Path(f"{full.path}.corrupt").read_bytes() == spoiled
     assert integrity(full.path) == "ok"
 
@@ -201,8 +208,12 @@ def test_many_find_the_file_corrupt_at_once(path: Path) -> None:
     assert Path(f"{path}.corrupt").read_bytes() == b"rubbish" * 9999
 
 
-@pytest.mark.parametrize("statement", ["CREATE TABLE candidates (mine)", "PRAGMA user_version = 9"])
-def test_another_programs_database_is_left_alone(path: Path, statement: str) -> None:
+@pytest.mark.parametrize(
+    ("statement", "why"),
+    [("CREATE TABLE candidates (mine)", "another program's database"),
+     ("PRAGMA user_version = 9", "has tables of version 9; this convsched uses 1")],
+)  # fmt: skip
+def test_another_programs_database_is_left_alone(path: Path, statement: str, why: str) -> None:
     if "user_version" in statement:
         ScheduleCache(path).put(make())
     with contextlib.closing(sqlite3.connect(path)) as db:
@@ -210,10 +221,7 @@ def test_another_programs_database_is_left_alone(path: Path, statement: str) -> 
         db.commit()
     before = path.read_bytes()
     cache = ScheduleCache(path)
-    with pytest.warns(CacheWarning, match="another program's database|tables of version 9") as caught:
-        assert cache.best(KEY) is None
-        assert not cache.put(make())
-    assert len(caught) == 1
+    assert told_once(why, partial(cache.best, KEY), partial(cache.put, make())) == [None, False]
     assert path.read_bytes() == before
     for refused in (lambda: cache.prune(), lambda: cache.export(path.with_name("x"))):
         with pytest.raises(CacheError):
@@ -228,7 +236,7 @@ def connect(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Callable[[str], st
 
     def changed(file: str, **options: Any) -> sqlite3.Connection:
         for change in changes:
-            file = change(file) if callable(change) else file
+            file = change(str(file)) if callable(change) else file
         db = real(file, **options)
         for change in changes:
             if isinstance(change, str): db.execute(change)
@@ -242,12 +250,8 @@ def connect(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Callable[[str], st
 def unwritable_is_no_cache(cache: ScheduleCache, why: str) -> None:
     """Reads go on, writes warn once, and what was asked for by name raises."""
     before = cache.path.read_bytes()
-    with pytest.warns(CacheWarning, match="there is no schedule cache") as caught:
-        assert not cache.put(make("unroll m", 0.1))
-        assert not cache.put(make("unroll s", 0.1))
-        assert not cache.mark_run(KEY, True, "10s", 3, 1.0)
-    assert len(caught) == 1
-    assert why in str(caught[0].message)
+    put, mark = partial(cache.put, make("unroll m", 0.1)), partial(cache.mark_run, KEY, True, "10s", 3, 1.0)
+    assert told_once(why, put, put, mark) == [False, False, False]
     hit = cache.best(KEY)
     assert hit is not None
     assert hit.record.schedule == "unroll c0"
@@ -279,10 +283,7 @@ def test_a_full_disk(full: ScheduleCache, connect: list[Any]) -> None:
                 break
     fresh = ScheduleCache(full.path)
     before = len(fresh.records(KEY))
-    with pytest.warns(CacheWarning, match="database or disk is full") as caught:
-        assert not all(fresh.put(record) for record in big)
-        assert not all([fresh.put(record) for record in big])
-    assert len(caught) == 1
+    assert not all(told_once("database or disk is full", *(partial(fresh.put, record) for record in big)))
     with pytest.raises(CacheError, match="full"):
         fresh.import_(full.path.with_name("lines"))
     hit = fresh.best(KEY)
@@ -309,19 +310,14 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     cache = ScheduleCache(tmp_path / "file" / "schedules.sqlite")
     assert cache.best(KEY) is None
-    with pytest.warns(CacheWarning, match="there is no schedule cache") as caught:
-        assert not cache.put(make())
-        assert not cache.put(make())
-    assert len(caught) == 1
+    put = partial(cache.put, make())
+    assert told_once("there is no schedule cache", put, put) == [False, False]
 
 
 def test_a_folder_in_the_files_place(path: Path) -> None:
     path.mkdir()
     cache = ScheduleCache(path)
-    with pytest.warns(CacheWarning, match="unable to open database file") as caught:
-        assert cache.best(KEY) is None
-        assert not cache.put(make())
-    assert len(caught) == 1
+    assert told_once("unable to open database file", partial(cache.best, KEY), partial(cache.put, make())) == [None, False]
 
 
 def test_a_corrupt_file_that_cannot_be_moved(full: ScheduleCache, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,10 +326,7 @@ def test_a_corrupt_file_that_cannot_be_moved(full: ScheduleCache, monkeypatch: p
 
     full.path.write_bytes(b"rubbish" * 9999)
     monkeypatch.setattr(cache_module.os, "replace", refuse)
-    with pytest.warns(CacheWarning, match="cannot be moved aside") as caught:
-        assert full.best(KEY) is None
-        assert full.entries() == ()
-    assert len(caught) == 1
+    assert told_once("cannot be moved aside", partial(full.best, KEY), full.entries) == [None, ()]
     assert "cannot be moved aside" in full.explain_miss(KEY)
 
 
@@ -343,10 +336,7 @@ def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(cache_module, "cache_folder", homeless)
     cache = ScheduleCache()
-    with pytest.warns(CacheWarning, match="set CONVSCHED_CACHE") as caught:
-        assert cache.best(KEY) is None
-        assert not cache.put(make())
-    assert len(caught) == 1
+    assert told_once("set CONVSCHED_CACHE", partial(cache.best, KEY), partial(cache.put, make())) == [None, False]
 
 
 def test_a_lock_that_is_never_given_back(full: ScheduleCache, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -354,10 +344,8 @@ def test_a_lock_that_is_never_given_back(full: ScheduleCache, monkeypatch: pytes
     cache = ScheduleCache(full.path)
     with contextlib.closing(sqlite3.connect(full.path, isolation_level=None)) as holder:
         holder.execute("BEGIN EXCLUSIVE")
-        with pytest.warns(CacheWarning, match="database is locked") as caught:
-            assert not cache.put(make())
-            assert cache.best(KEY) is None
-        assert len(caught) == 1
+        put, find = partial(cache.put, make()), partial(cache.best, KEY)
+        assert told_once("database is locked", put, find) == [False, None]
     assert cache.put(make())
     assert cache._patience == 0.05
 

@@ -18,16 +18,8 @@ from convsched.autotune.blas import blas_threads
 from convsched.autotune.measure import Timing, interleave, once
 from convsched.baseline import gemm_baseline
 from convsched.errors import ConvschedError
-from convsched.explain.cases import (
-    ERROR_BOUND,
-    Array,
-    Arrays,
-    Case,
-    from_layout,
-    make_arrays,
-    relative_error,
-    to_layout,
-)
+from convsched.explain.cases import ERROR_BOUND, Array, Arrays, Case, make_arrays, relative_error
+from convsched.kernels.arrays import from_layout, to_layout
 from convsched.problem import Linear, Problem
 from convsched.reference import convolve
 
@@ -136,7 +128,7 @@ def _run_layer(case: Case, compile_layer: Compile, settings: Settings) -> Row:
         call, output = bound_call(kernel, problem, arrays, layout)
         call()
         expected = convolve(problem, arrays.x, arrays.weight, arrays.bias, arrays.residual)
-        error = relative_error(from_layout(output, layout, problem.M), expected)
+        error = relative_error(from_layout(output, problem.output_shape, layout), expected)
     except ConvschedError as failure:
         return Row(case.name, problem, case.count, failure=str(failure))
     row = Row(

@@ -21,7 +21,6 @@ from convsched.graph.onnx_layers import ModelLayer
 from convsched.problem import Conv2d, Problem
 
 Array = NDArray[np.float32]
-BLOCK = 16  # channels of a block in the layout nchw16c
 
 # The bound that answers are held to: max |error| / rms(output) against the oracle in float64.
 ERROR_BOUND = 5e-5
@@ -84,29 +83,6 @@ def relative_error(y: Array, expected: NDArray[np.float64]) -> float:
     if np.isnan(largest):
         return float("inf")
     return largest / scale if scale else largest
-
-
-def to_layout(array: Array, layout: str) -> Array:
-    """An NCHW array in the layout of a kernel's arrays; the last block of nchw16c is filled with zeros."""
-    if layout == "nchw" or array.ndim == 2:
-        return array
-    if layout == "nhwc":
-        return np.ascontiguousarray(array.transpose(0, 2, 3, 1))
-    n, c, h, w = array.shape
-    blocks = -(-c // BLOCK)
-    padded = np.zeros((n, blocks * BLOCK, h, w), np.float32)
-    padded[:, :c] = array
-    return np.ascontiguousarray(padded.reshape(n, blocks, BLOCK, h, w).transpose(0, 1, 3, 4, 2))
-
-
-def from_layout(array: Array, layout: str, channels: int) -> Array:
-    """The NCHW array of a kernel's output."""
-    if layout == "nchw" or array.ndim == 2:
-        return array
-    if layout == "nhwc":
-        return array.transpose(0, 3, 1, 2)
-    n, blocks, h, w, block = array.shape
-    return array.transpose(0, 1, 4, 2, 3).reshape(n, blocks * block, h, w)[:, :channels]
 
 
 def read_image(path: Path) -> Array:
