@@ -18,6 +18,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
+from copy import copy
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -158,9 +159,11 @@ class ScheduleCache:
             for tier, machine in _nearest(here, {row[_MACHINE] for row in rows}, unused):
                 if TIERS.index(tier) > TIERS.index(furthest) or tier == "none":
                     break
-                records = _readable([row for row in rows if row[_MACHINE] == machine], unused)
+                there = [row for row in rows if row[_MACHINE] == machine]
+                records = _readable(there, unused, check=False)  # of the texts: only the best one's
                 while record := choose(records, regime):
                     try:
+                        record.check()
                         if check is not None: check(record)
                     except ConvschedError as error:
                         unused.append(f"{record.key.text}: {str(error).splitlines()[0]}")
@@ -186,7 +189,8 @@ class ScheduleCache:
         """Why there is no schedule for a key: the nearest entries and what differs, for people."""
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", CacheWarning)
-            fresh = ScheduleCache(self.path)  # tells again what this one has told already
+            fresh = copy(self)
+            fresh._told = set()  # tells again what this one has told already
             hit, entries = fresh.best(key), fresh.entries()
         if hit:
             lines = [f"a hit, from {hit.tier} machine: {hit.record.algorithm}, {hit.record.schedule}"]
@@ -234,8 +238,7 @@ class ScheduleCache:
 
         return self._attempt(store, write=True)
 
-    def prune(self, keep: Keep = "winners", older_than: float | None = None,
-              max_bytes: int | None = None) -> Pruned:  # fmt: skip
+    def prune(self, keep: Keep = "winners", older_than: float | None = None, max_bytes: int | None = None) -> Pruned:
         """Remove candidates: but the winners, hot and cold, and the defaults ("winners"), or the failures
         ("ok"), or none ("all"); those measured before Unix second `older_than`; those of other formats or
         unreadable; then the oldest, winners last, until the file is within `max_bytes`."""
@@ -354,15 +357,16 @@ class ScheduleCache:
         with closing(db):
             db.text_factory = lambda text: text.decode("utf-8", "replace")
             if write:
+                _has_tables(db, self.path)  # raises before anything is changed in another program's file
                 db.execute("PRAGMA journal_mode = TRUNCATE")
                 db.execute("PRAGMA synchronous = FULL")
             db.execute("BEGIN IMMEDIATE" if write else "BEGIN")
-            _check_size(db, self.path)
-            if not _has_tables(db, self.path):
-                if not write:
-                    raise _NothingError
-                for statement in _CREATE:
-                    db.execute(statement)
+            if _has_tables(db, self.path):
+                _check_size(db, self.path)
+            elif not write:
+                raise _NothingError
+            else:
+                for statement in _CREATE: db.execute(statement)
             yield db
             db.execute("COMMIT")
 
@@ -401,17 +405,19 @@ def _has_tables(db: sqlite3.Connection, path: Path) -> bool:
 def _check_size(db: sqlite3.Connection, path: Path) -> None:
     """Raises for a truncated file, which SQLite would write to until it needs a page that is missing."""
     pages, size = (db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "page_size"))
-    if 0 < path.stat().st_size < pages * size:  # 0: a new file
+    if path.stat().st_size < pages * size:
         error = sqlite3.DatabaseError("file is truncated")
         error.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
         raise error
 
 
 def _is_corrupt(path: Path) -> bool:
+    if not path.is_file():  # gone, or a device: nothing to rename
+        return False
     try:
         with closing(sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True, timeout=PATIENCE)) as db:
             db.execute("BEGIN")
-            _check_size(db, path)
+            if db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]: _check_size(db, path)
             return bool(db.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok")
     except sqlite3.Error as error:
         return getattr(error, "sqlite_errorcode", 0) & 0xFF in _CORRUPT
@@ -436,13 +442,13 @@ def _store(db: sqlite3.Connection, item: Record | Run, again: bool = True) -> st
     return "updated" if found else "added"
 
 
-def _readable(rows: Sequence[Row], unused: list[str]) -> list[Record]:
+def _readable(rows: Sequence[Row], unused: list[str], check: bool = True) -> list[Record]:
     """The records of those rows that are as convsched wrote them; why the others are not used."""
     records = []
     for row in rows:
         try:
             record = Record.from_json(row[-1])
-            record.check()
+            if check: record.check()
             if _columns(record) != row[:-1]:
                 raise CacheError("its columns are not its record's")
             records.append(record)

@@ -194,10 +194,10 @@ def race(program: Program) -> tuple[str, str] | None:
                 for position, (tensor, index) in enumerate(indices(leaf)):
                     touches.setdefault(tensor, []).append(
                         _Touch(leaf, index, position == 0, home, loop, extents))
-        own = {t for t in touches if program.tensor(t).role == "register"
-               or (program.tensor(t).role == "local" and _uses(program, stage, t))}
         for tensor, found in touches.items():
-            if any(t.writes for t in found) and _meets(tensor, found, tensor in own, homes):
+            role = program.tensor(tensor).role
+            own = role == "register" or (role == "local" and _is_alone(program, stage, tensor))
+            if any(t.writes for t in found) and _meets(tensor, found, own, role == "register", homes):
                 return next((t.parallel.var for t in found if t.parallel is not None), name), tensor
     return None
 
@@ -216,21 +216,24 @@ def _homes(body: Body, path: tuple[Loop, ...] = ()) -> Iterator[_Home]:
             yield from _homes(statement.body, (*path, statement))
 
 
-def _uses(program: Program, stage: Stage, tensor: str) -> bool:
+def _is_alone(program: Program, stage: Stage, tensor: str) -> bool:
     """Whether no other stage touches a tensor."""
     return not any(name == tensor for other in program.stages if other is not stage
                    for _, leaf in leaves(other.body) for name, _ in indices(leaf))
 
 
-def _meets(tensor: str, touches: list[_Touch], own: bool, homes: list[_Home]) -> bool:
-    """Whether two threads may touch one element of a tensor that is written."""
+def _meets(tensor: str, touches: list[_Touch], own: bool, register: bool, homes: list[_Home]) -> bool:
+    """Whether two threads may touch one element of a tensor that is written, or registers would have to keep
+    values while a parallel loop ends or begins."""
     inside = [t for t in touches if t.parallel is not None]
     if not inside:
         return not own
     if len(inside) < len(touches):
-        return not own or any(t.writes for t in inside)
+        return register or not own or any(t.writes for t in inside)
     if own and all(fills_first(homes[home][2], tensor) for home in {t.home for t in inside}):
         return False
+    if register:
+        return True
     return any((a.writes or b.writes) and not _same_thread(a, b) and (a.home == b.home or not _apart(a, b))
                for a, b in combinations_with_replacement(_distinct(inside), 2))
 

@@ -222,7 +222,7 @@ def prune(body: Body, extents: Mapping[str, int]) -> Body:
     for statement in body:
         if isinstance(statement, Loop):
             extent = statement.extent
-            if statement.kind != "vector":
+            if statement.kind not in ("vector", "parallel"):  # lanes and shares of threads stay as they are
                 while extent > 1 and _is_dead(statement.body, {**extents, statement.var: extent},
                                               statement.var, extent - 1):
                     extent -= 1

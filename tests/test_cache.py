@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sqlite3
 import warnings
@@ -324,38 +323,6 @@ def test_import_keeps_the_newer(cache: ScheduleCache, tmp_path: Path) -> None:
     file.write_text("".join(f"{record.to_json()}\n" for record in (newer, stale, new)))
     assert cache.import_(file) == Counts(added=1, updated=1, skipped=1)
     assert {r.schedule: r.hot for r in cache.records(KEY)} == {"unroll c": 2, "unroll m": 1, "unroll s": 1}
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("", "line 2: is no JSON"),
-        ("{'a': 1}", "line 2: is no JSON"),
-        (make().to_json()[:-9], "line 2: is no JSON"),
-        (make("hurry").to_json(), "line 2: schedule 'hurry' is none"),
-        (make(format=0).to_json(), "line 2: has format 0; this convsched uses 1"),
-        (make(compiler="schedule 0").to_json(), "line 2: made with format 1 and schedule 0"),
-        (json.dumps({"kind": "run", "complete": True}), "line 2: has no problem, layout"),
-        (KEY.to_json(), 'line 2: has no "kind": "candidate"'),
-    ],
-    ids=lambda text: text[:30],
-)
-def test_import_is_all_or_nothing(cache: ScheduleCache, tmp_path: Path, line: str, message: str) -> None:
-    file = tmp_path / "x.jsonl"
-    file.write_text(f"{make().to_json()}\n{line}\n{make('unroll m').to_json()}\n")
-    with pytest.raises(CacheError) as raised:
-        cache.import_(file)
-    assert f"x.jsonl, {message}" in str(raised.value)
-    assert cache.records(KEY) == ()
-
-
-@pytest.mark.parametrize("content", [None, b"\xff\xfe"])
-def test_import_of_no_text(cache: ScheduleCache, tmp_path: Path, content: bytes | None) -> None:
-    file = tmp_path / "x.jsonl"
-    if content is not None:
-        file.write_bytes(content)
-    with pytest.raises(CacheError, match=r"x\.jsonl"):
-        cache.import_(file)
 
 
 def test_export_to_no_folder(cache: ScheduleCache, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -74,7 +75,7 @@ def test_show(file: Path) -> None:
     assert result.exit_code == 0, result.output
     assert KEY.text in result.output
     assert "2 of 3 candidates; latest run: 10s, 3 tried" in result.output
-    best, default = (line.split() for line in result.output.splitlines() if "channels [2 x 14]" in line[10:])
+    best, default = (line.split() for line in result.output.splitlines() if "loaded" in line)
     assert best[:7] == ["best", "1", "1", "1.0%", "2", "0.0e+00", "ok"]
     assert default[:2] == ["default", "2"]
     assert "best: direct, channels [2 x 14]\n  unroll c\n" in result.output
@@ -127,12 +128,33 @@ def test_export_and_import(file: Path, tmp_path: Path) -> None:
     assert ScheduleCache(other).best(KEY) == ScheduleCache(file).best(KEY)
 
 
-def test_import_of_a_wrong_file(file: Path, tmp_path: Path) -> None:
-    lines = tmp_path / "x.jsonl"
-    lines.write_text(f"{make('unroll r').to_json()}\nrubbish\n")
-    result = run("import", lines, file=file)
-    assert (result.exit_code, "x.jsonl, line 2: is no JSON" in result.output) == (1, True)
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("", ", line 2: is no JSON"),
+        ("{'a': 1}", ", line 2: is no JSON"),
+        (make().to_json()[:-9], ", line 2: is no JSON"),
+        (make("hurry").to_json(), ", line 2: schedule 'hurry' is none"),
+        (replace(make(), format=0).to_json(), ", line 2: has format 0; this convsched uses 1"),
+        (replace(make(), compiler="schedule 0").to_json(), ", line 2: made with format 1 and schedule 0"),
+        (json.dumps({"kind": "run", "complete": True}), ", line 2: has no problem, layout"),
+        (KEY.to_json(), ', line 2: has no "kind": "candidate"'),
+        (b"\xff\xfe", "can't decode byte"),
+        (None, "No such file or directory"),
+    ],
+    ids=lambda text: str(text)[:30],
+)
+def test_import_is_all_or_nothing(tmp_path: Path, line: str | bytes | None, message: str) -> None:
+    source, file = tmp_path / "x.jsonl", tmp_path / "schedules.sqlite"
+    around = f"{make().to_json()}\n".encode()
+    if line is not None:
+        source.write_bytes(around + (line.encode() if isinstance(line, str) else line) + b"\n" + around)
+    result = run("import", source, file=file)
+    assert result.exit_code == 1
+    assert "x.jsonl" in result.output
+    assert message in result.output
     assert "Traceback" not in result.output
+    assert not file.exists()
 
 
 def test_warnings_are_lines(file: Path) -> None:

@@ -228,6 +228,18 @@ def test_another_programs_database_is_left_alone(path: Path, statement: str, why
             refused()
 
 
+def test_another_programs_wal_is_left_alone(path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("CREATE TABLE mine (x)")
+        db.executemany("INSERT INTO mine VALUES (?)", [("x" * 5000,)] * 50)  # not in the file itself yet
+        told_once("another program's database", partial(ScheduleCache(path).put, make()))
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        assert db.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
+        assert db.execute("SELECT count(*) FROM mine").fetchone()[0] == 50
+    assert not Path(f"{path}.corrupt").exists()
+
+
 @pytest.fixture
 def connect(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Callable[[str], str] | str]]:
     """What happens to each new connection: changes of its URI, and statements it starts with."""
@@ -317,7 +329,8 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
 def test_a_folder_in_the_files_place(path: Path) -> None:
     path.mkdir()
     cache = ScheduleCache(path)
-    assert told_once("unable to open database file", partial(cache.best, KEY), partial(cache.put, make())) == [None, False]
+    find, put = partial(cache.best, KEY), partial(cache.put, make())
+    assert told_once("unable to open database file", find, put) == [None, False]
 
 
 def test_a_corrupt_file_that_cannot_be_moved(full: ScheduleCache, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,7 +349,9 @@ def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(cache_module, "cache_folder", homeless)
     cache = ScheduleCache()
-    assert told_once("set CONVSCHED_CACHE", partial(cache.best, KEY), partial(cache.put, make())) == [None, False]
+    find, put = partial(cache.best, KEY), partial(cache.put, make())
+    assert told_once("set CONVSCHED_CACHE", find, put) == [None, False]
+    assert "set CONVSCHED_CACHE" in cache.explain_miss(KEY)
 
 
 def test_a_lock_that_is_never_given_back(full: ScheduleCache, monkeypatch: pytest.MonkeyPatch) -> None:
