@@ -27,7 +27,7 @@ from convsched.kernels.arrays import (
     clear_tail,
 )
 from convsched.kernels.llvm import arguments, emit, names, symbols
-from convsched.kernels.packing import Copy, aligned_zeros, copies
+from convsched.kernels.packing import Copy, aligned_zeros, copies, plain
 from convsched.kernels.pool import run_all
 from convsched.lower.direct import lower_direct
 from convsched.machine import Machine
@@ -211,9 +211,8 @@ class Kernel:
         """Pack the weights: (M, C/groups, R, S) float32, bias (M,). Denormals in the weights become zero."""
         weights = check_weights(self.problem, weight, bias)
         packed = {c.target: c.run(weights[c.source]) for c in self.interface.copies}
-        plain = {n: Copy(n, n, a.shape, a.shape, _identity(a.ndim), (0,) * a.ndim).run(a)
-                 for n, a in weights.items() if n in self.interface.names}
-        return BoundKernel(self, {**packed, **plain})
+        as_given = {n: plain(n, a).run(a) for n, a in weights.items() if n in self.interface.names}
+        return BoundKernel(self, {**packed, **as_given})
 
     def __call__(self, x: Array, weight: Array, bias: Array | None = None, *, out: Array | None = None,
                  residual: Array | None = None) -> Array:
@@ -295,6 +294,3 @@ class BoundKernel:
 def _share(function: Callable[..., None], table: Any, thread: int, threads: int) -> Callable[[], None]:
     return lambda: function(table, thread, threads)
 
-
-def _identity(rank: int) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(int(i == j) for j in range(rank)) for i in range(rank))

@@ -156,6 +156,7 @@ class _Emitter:
         carried = {r: self.registers.get(r, "zeroinitializer" if r[2] > 1 else "0.0")
                    for r in self.written(loop.body)}
         phis = {r: w.fresh("a") for r in carried}
+        outside = dict(self.registers)
         self.registers.update(phis)
         self.point.dynamic[loop.var] = var
         w.scopes.append(type(w.scopes[0])(loop.var))
@@ -174,6 +175,8 @@ class _Emitter:
                          f"[ {self.registers[register]}, %{w.label} ]")
         w.scopes[-1].lines += [*lines, *scope.hoisted, *scope.lines]
         w.start_block(done)
+        if loop.kind == "parallel":  # a thread may have no iteration: nothing from inside is known after it
+            self.registers = outside
         del self.point.dynamic[loop.var]
 
     def share(self, extent: int) -> tuple[str, str]:
@@ -294,7 +297,7 @@ def _on_stack(program: Program, stage: Stage) -> set[str]:
             if program.tensor(name).role != "register":
                 continue
             used = [kinds[v] for a in index for v in a.variables]
-            if any(lp.kind in ("serial", "parallel") and lp.extent > 1 for lp in used):
+            if any(lp.kind == "parallel" or (lp.kind == "serial" and lp.extent > 1) for lp in used):
                 stacked.add(name)
             width = next((lp.extent for lp in used if lp.kind == "vector"), 1)
             if seen.setdefault(name, width) != width:

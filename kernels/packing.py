@@ -6,16 +6,16 @@ strides ``A^T strides(w)``. Elements outside ``w`` are zero.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from convsched.address import offset
 from convsched.errors import LoweringError
-from convsched.ir import Load, Loop, Program, Store
+from convsched.ir import Load, Program, Stage, Store, leaves
 
 Array = npt.NDArray[np.float32]
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector
@@ -25,12 +25,13 @@ ALIGNMENT = 64  # bytes: a cache line, and the widest vector
 class Copy:
     """One packing stage: ``coefficients[axis][i]`` of loop ``i`` in the source's index along ``axis``.
 
-    The target has one axis a loop; ``shape`` exceeds ``extents`` where loops stop short of a zero tail.
+    ``strides`` are the loops' in the target, in elements; what no loop writes of its ``elements`` is zero.
     """
 
     target: str
     source: str
-    shape: tuple[int, ...]
+    elements: int
+    strides: tuple[int, ...]
     extents: tuple[int, ...]
     coefficients: tuple[tuple[int, ...], ...]
     constants: tuple[int, ...]
@@ -42,7 +43,7 @@ class Copy:
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> Copy:
         """The copy of a JSON value."""
-        return Copy(value["target"], value["source"], tuple(value["shape"]), tuple(value["extents"]),
+        return Copy(value["target"], value["source"], value["elements"], tuple(value["strides"]), tuple(value["extents"]),
                     tuple(map(tuple, value["coefficients"])), tuple(value["constants"]))
 
     def run(self, source: Array) -> Array:
@@ -56,29 +57,42 @@ class Copy:
         strides = [sum(row[i] * s for row, s in zip(self.coefficients, source.strides, strict=True))
                    for i in range(len(self.extents))]
         view = np.lib.stride_tricks.as_strided(start, self.extents, strides, writeable=False)
-        packed = aligned_zeros(math.prod(self.shape))
-        packed.reshape(self.shape)[tuple(map(slice, self.extents))] = view
+        packed = aligned_zeros(self.elements)
+        np.lib.stride_tricks.as_strided(packed, self.extents, [4 * s for s in self.strides])[...] = view
         flush_denormals(packed)
         return packed
 
 
+def plain(name: str, array: Array) -> Copy:
+    """The copy that only aligns an array and flushes its denormals."""
+    strides = tuple(s // array.itemsize for s in np.empty(array.shape, np.float32).strides)
+    identity = tuple(tuple(int(i == j) for j in range(array.ndim)) for i in range(array.ndim))
+    return Copy(name, name, array.size, strides, array.shape, identity, (0,) * array.ndim)
+
+
 def copies(program: Program) -> tuple[Copy, ...]:
     """The packing stages of a program."""
-    return tuple(_copy(program, stage.name, stage.body) for stage in program.stages if stage.when == "bind")
+    return tuple(_copy(program, stage) for stage in program.stages if stage.when == "bind")
 
 
-def _copy(program: Program, name: str, body: Sequence[object]) -> Copy:
-    loops: list[Loop] = []
-    statement = body[0]
-    while isinstance(statement, Loop):
-        loops.append(statement)
-        statement = statement.body[0]
-    if not isinstance(statement, Store) or not isinstance(statement.value, Load):
-        raise LoweringError(f"stage {name!r} runs when weights are bound but is no plain copy")
-    index = statement.value.index
+def _copy(program: Program, stage: Stage) -> Copy:
+    found = list(leaves(stage.body))
+    (loops, statement), single = found[0], len(found) == 1
+    if not single or not isinstance(statement, Store) or not isinstance(statement.value, Load):
+        raise LoweringError(f"stage {stage.name!r} runs when weights are bound; leave it a single copy")
+    index, target = statement.value.index, program.tensor(statement.tensor)
+    extents = {loop.var: loop.extent for loop in loops}
+    source = program.tensor(statement.value.tensor)
+    reach = {a - size for a, size in zip(index, source.shape, strict=True)}
+    inside = all(a.bounds(extents)[1] < size for a, size in zip(statement.index, target.shape, strict=True))
+    if not inside or not reach.issuperset(statement.where):
+        raise LoweringError(f"stage {stage.name!r} runs when weights are bound; split its loops into equal parts")
+    place = offset(target, statement.index, extents)
+    if place.rest or place.affine.constant:
+        raise LoweringError(f"stage {stage.name!r} runs when weights are bound; leave its order in memory")
     return Copy(
-        target=statement.tensor, source=statement.value.tensor, shape=program.tensor(statement.tensor).shape,
-        extents=tuple(loop.extent for loop in loops),
+        target=target.name, source=source.name, elements=target.elements,
+        strides=tuple(place.affine.coefficient(loop.var) for loop in loops), extents=tuple(extents.values()),
         coefficients=tuple(tuple(a.coefficient(loop.var) for loop in loops) for a in index),
         constants=tuple(a.constant for a in index))
 

@@ -1,0 +1,58 @@
+"""Schedules written by hand, down to machine code: packing loops, registers, parallel loops in odd places."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import convsched as cs
+from convsched.problem import Problem
+from convsched.reference import convolve
+
+LAYER = cs.Conv2d(16, 32, 3, padding=1, input_size=(14, 14), activation="relu")
+BASE = """
+    split m 16 -> m0 m1; split f 14 -> f0 f1; reorder m0 e f0 c r s f1 m1
+    attach init at f0; attach epilogue at f0; stage t at f0 registers
+    layout w m0 c r s m1; unroll f1; vectorize m1
+"""
+
+
+@pytest.mark.parametrize("steps", [
+    "split w.m0 2 -> wa wb", "reorder w.r w.c", "unroll w.s", "vectorize w.m1", "parallel w.m0",
+    "layout b m0 m1", "stage b at m0 window m", "split w.c 5 -> wa wb tail=peel",
+])
+def test_packing_loops_take_steps(steps: str) -> None:
+    rng = np.random.default_rng(0)
+    shapes = (LAYER.input_shape, LAYER.weight_shape, LAYER.bias_shape)
+    x, weight, bias = (rng.integers(-3, 4, shape).astype(np.float32) for shape in shapes)
+    try:
+        kernel = cs.compile(LAYER, schedule=f"{BASE}; {steps}")
+    except cs.ConvschedError as error:
+        assert "weights are bound" in str(error)  # noqa: PT017
+        assert "peel" in steps  # noqa: PT017
+        return
+    np.testing.assert_array_equal(kernel(x, weight, bias), convolve(LAYER, x, weight, bias))
+
+
+def test_ragged_packing_is_refused() -> None:
+    with pytest.raises(cs.ConvschedError, match="split its loops into equal parts"):
+        cs.compile(LAYER, schedule=f"{BASE}; split w.c 5 -> wa wb tail=mask")
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize(("layer", "schedule"), [
+    # a parallel loop that a thread may skip, before code that uses the same registers
+    (cs.Conv2d(6, 3, (1, 2), groups=3, input_size=(5, 4)),
+     "split e 2 -> e1o e1i tail=mask; reorder g n m e1o e1i c s f; attach init at e1i; attach epilogue at e1i;"
+     "stage t at e1i registers; vectorize f; parallel e1o; peel g first"),
+    # a register tensor indexed by a parallel loop of one iteration
+    (cs.Linear(2, 3, bias=False),
+     "attach init at m; attach epilogue at m; stage t at n registers; split m 3 -> m0 m1; unroll m1; parallel m0"),
+])
+def test_parallel_loops_and_registers(layer: Problem, schedule: str, threads: int) -> None:
+    rng = np.random.default_rng(0)
+    x, weight, bias = (rng.integers(-3, 4, shape).astype(np.float32)
+                       for shape in (layer.input_shape, layer.weight_shape, layer.bias_shape))
+    given = bias if layer.bias else None
+    kernel = cs.compile(layer, schedule=schedule, threads=threads)
+    np.testing.assert_array_equal(kernel(x, weight, given), convolve(layer, x, weight, given))
