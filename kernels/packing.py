@@ -43,7 +43,8 @@ class Copy:
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> Copy:
         """The copy of a JSON value."""
-        return Copy(value["target"], value["source"], value["elements"], tuple(value["strides"]), tuple(value["extents"]),
+        return Copy(value["target"], value["source"], value["elements"], tuple(value["strides"]),
+                    tuple(value["extents"]),
                     tuple(map(tuple, value["coefficients"])), tuple(value["constants"]))
 
     def run(self, source: Array) -> Array:
