@@ -89,11 +89,14 @@ class Search:
         """Measure the neighbours of the incumbent until none improves; False if the budget ended it."""
         while self.best is not None:
             start = self.best
-            for candidate in self._ranked([r for r in self.near(start.recipe) if r not in self.tried]):
+            near = [r for r in self.near(start.recipe) if r not in self.tried]
+            for candidate in self._ranked(near):
                 if self.spent():
                     return False
                 if self._try(candidate):
                     break
+            if any(r not in self._estimates for r in near):
+                return False  # the budget ended before the model had seen them
             if self.best is start:
                 return True
         return True

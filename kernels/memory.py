@@ -184,14 +184,14 @@ class Memory:
         mask = self.within(tensor, index, lanes)
         place = self.place(tensor, index, lanes)
         if lanes.count > 1 and place.stride == 0 and place.scattered is None and not _by_lane(mask):
-            return self._broadcast(tensor, place, lanes, index)
+            return self._broadcast(tensor, place, lanes, index, mask)
         key = (tensor.name, place.pointer, place.constant, place.stride, lanes.count, mask, place.scattered)
         if key not in self.loaded:
             self.loaded[key] = self._load(tensor, index, place, lanes, mask)
         return self.loaded[key]
 
-    def _broadcast(self, tensor: Tensor, place: Place, lanes: Lanes, index: Index) -> str:
-        key = (tensor.name, place.pointer, place.constant, "broadcast", lanes.count)
+    def _broadcast(self, tensor: Tensor, place: Place, lanes: Lanes, index: Index, mask: Mask | None) -> str:
+        key = (tensor.name, place.pointer, place.constant, "broadcast", lanes.count, mask)
         if key not in self.loaded:
             self.loaded[key] = splat(self.w, self.load(tensor, index, Lanes()), lanes.count)
         return self.loaded[key]

@@ -15,7 +15,7 @@ import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from convsched.errors import ScheduleError
+from convsched.errors import LoweringError, ScheduleError
 from convsched.interp import interpret
 from convsched.ir import (
     Affine,
@@ -32,7 +32,10 @@ from convsched.ir import (
     map_value,
     substitute,
 )
+from convsched.kernels.arrays import from_layout, to_layout
+from convsched.kernels.kernel import Kernel
 from convsched.lower.direct import lower_direct
+from convsched.machine import Machine
 from convsched.problem import Conv2d, Linear, Problem
 from convsched.schedule import (
     Attach,
@@ -272,3 +275,25 @@ def test_random_schedule_equals_the_unscheduled_nest(data: st.DataObject) -> Non
     np.testing.assert_array_equal(run(scheduled, arrays), expected)
     machine = scheduled.with_body(lanes_apart)
     np.testing.assert_array_equal(run(threaded(machine, 3), arrays), expected)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_random_schedule_as_machine_code(data: st.DataObject) -> None:
+    """What LLVM makes of it, on 1 and on 3 threads; only weights may be packed in ways it refuses."""
+    problem = data.draw(problems(), "problem")
+    layout = data.draw(st.sampled_from(["nchw", "nhwc", "nchw16c"]), "layout")
+    program = lower_direct(problem, layout)
+    schedule = data.draw(schedules(program), "schedule")
+    arrays = small_integers(program, 1)
+    expected = run(program, arrays).reshape(problem.output_shape)
+    given = [to_layout(arrays["x"].reshape(problem.input_shape), layout), arrays["w"].reshape(problem.weight_shape)]
+    residual = to_layout(arrays["z"].reshape(problem.output_shape), layout) if "z" in arrays else None
+    for threads in (1, 3):
+        try:
+            kernel = Kernel(problem, schedule, layout=layout, threads=threads, machine=Machine.host())
+        except LoweringError as error:
+            assert "weights are bound" in str(error)  # noqa: PT017
+            return
+        y = kernel(*given, arrays.get("b"), residual=residual)
+        np.testing.assert_array_equal(from_layout(y, problem.output_shape, layout), expected)

@@ -35,6 +35,15 @@ def test_ragged_packing_is_refused(tail: str, rule: str) -> None:
         cs.compile(LAYER, schedule=f"{BASE}; split w.c 5 -> wa wb tail={tail}")
 
 
+def test_zeros_of_the_border_and_elements_at_the_same_address_are_told_apart() -> None:
+    """x[0, 0, 0, 1] lies in the border, where x[0, 0, 1, 0] is stored."""
+    layer = cs.Conv2d(1, 2, (1, 2), padding=(0, 0, 0, 1), input_size=(2, 1), bias=False)
+    x, weight = np.float32([2, 3]).reshape(layer.input_shape), np.float32([1, 5, 7, 11]).reshape(layer.weight_shape)
+    kernel = cs.compile(layer, schedule="reorder n c s e f m; attach init at n; attach epilogue at n;"
+                                        "stage t at n registers; unroll s e; vectorize m")
+    np.testing.assert_array_equal(kernel(x, weight), convolve(layer, x, weight))
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize(("layer", "schedule"), [
     # a parallel loop that a thread may skip, before code that uses the same registers
