@@ -34,6 +34,7 @@ from convsched.ir import (
 )
 from convsched.kernels.arrays import from_layout, to_layout
 from convsched.kernels.kernel import Kernel
+from convsched.kernels.source import run_source
 from convsched.lower.direct import lower_direct
 from convsched.machine import Machine
 from convsched.problem import Conv2d, Linear, Problem
@@ -273,6 +274,8 @@ def test_random_schedule_equals_the_unscheduled_nest(data: st.DataObject) -> Non
     arrays = small_integers(program, 1)
     expected = run(program, arrays)
     np.testing.assert_array_equal(run(scheduled, arrays), expected)
+    given = {name: array.reshape(scheduled.tensor(name).shape) for name, array in arrays.items()}
+    np.testing.assert_array_equal(run_source(scheduled, given)["y"].reshape(-1), expected)
     machine = scheduled.with_body(lanes_apart)
     np.testing.assert_array_equal(run(threaded(machine, 3), arrays), expected)
 
