@@ -287,6 +287,14 @@ class Program:
         return replace(self, tensors=(*kept[:place], tensor, *kept[place:]))
 
 
+def nested(loops: Mapping[str, int], leaf: Leaf) -> Body:
+    """A statement inside serial loops, given with their extents from the outermost in."""
+    body: Body = (leaf,)
+    for var, extent in reversed(list(loops.items())):
+        body = (Loop(var, extent, body),)
+    return body
+
+
 def leaves(body: Body, loops: tuple[Loop, ...] = ()) -> Iterator[tuple[tuple[Loop, ...], Leaf]]:
     """Every statement with the loops around it, outermost first, in program order."""
     for statement in body:

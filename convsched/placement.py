@@ -20,14 +20,13 @@ from convsched.ir import (
     Load,
     Loop,
     Program,
-    Reduce,
     Stage,
-    Statement,
     Store,
     Tensor,
     leaves,
     map_leaves,
     map_value,
+    nested,
     storage_of,
 )
 from convsched.legality import extents_of, fills_first, indices, is_separated, touching
@@ -321,7 +320,7 @@ def _window_copy(request: _Request, box: _Box, target: str) -> _Copy:
                  _in_reach(request, read, dict(zip(names, box.sizes, strict=True))))
     walk = dict.fromkeys(entry[0] for entry in order)
     loops = {f"{source.name}.{letter}": box.sizes[source.letters.index(letter)] for letter in walk}
-    return _Copy(buffer, _nest(loops, copy), box.relative)
+    return _Copy(buffer, nested(loops, copy), box.relative)
 
 
 def _require_axes(request: _Request, order: Sequence[str]) -> None:
@@ -365,7 +364,7 @@ def _packed_copy(request: _Request, box: _Box, target: str) -> _Copy:
     copy = Store(target, tuple(Affine.of(names[var]) for var in request.order), Load(source.name, read),
                  _in_reach(request, read, extents))
     place = tuple(Affine.of(var) for var in request.order)
-    return _Copy(buffer, _nest(extents, copy), lambda _: place)
+    return _Copy(buffer, nested(extents, copy), lambda _: place)
 
 
 def _source_index(request: _Request) -> Index:
@@ -389,10 +388,3 @@ def _in_reach(request: _Request, read: Index, inner: Mapping[str, int]) -> tuple
         if position.bounds(extents)[1] >= end:
             guards.append(position - end)
     return tuple(guards)
-
-
-def _nest(loops: Mapping[str, int], leaf: Store | Reduce) -> Body:
-    body: tuple[Statement, ...] = (leaf,)
-    for var, extent in reversed(list(loops.items())):
-        body = (Loop(var, extent, body),)
-    return body

@@ -11,10 +11,8 @@ from __future__ import annotations
 
 from convsched.ir import (
     Affine,
-    Body,
     Const,
     Load,
-    Loop,
     Op,
     Program,
     Reduce,
@@ -23,6 +21,7 @@ from convsched.ir import (
     Store,
     Tensor,
     Value,
+    nested,
     storage_of,
 )
 from convsched.lower.epilogue import activation
@@ -56,13 +55,6 @@ def _tensor(name: str, letters: str, shape: tuple[int, ...], role: Role,
     return Tensor(name, names, shape, role, storage_of(names, shape, order), border)
 
 
-def _nest(extents: dict[str, int], leaf: Store | Reduce) -> Body:
-    body: Body = (leaf,)
-    for var, extent in reversed(extents.items()):
-        body = (Loop(var, extent, body),)
-    return body
-
-
 def _program(problem: Problem, tensors: list[Tensor], outer: dict[str, int], inner: dict[str, int],
              product: Value) -> Program:
     """Init, conv and epilogue around a product; ``outer`` are the loops of the output."""
@@ -79,9 +71,9 @@ def _program(problem: Problem, tensors: list[Tensor], outer: dict[str, int], inn
     if problem.bias:
         tensors.append(_tensor("b", "m", (problem.M,), "weight"))
     stages = (
-        Stage("init", _nest(outer, Store("t", point, start))),
-        Stage("conv", _nest({**outer, **inner}, Reduce("t", point, product))),
-        Stage("epilogue", _nest(outer, Store("y", point, activation(problem.activation, result)))),
+        Stage("init", nested(outer, Store("t", point, start))),
+        Stage("conv", nested({**outer, **inner}, Reduce("t", point, product))),
+        Stage("epilogue", nested(outer, Store("y", point, activation(problem.activation, result)))),
     )
     return Program(problem.text, (*tensors, local), stages)
 
