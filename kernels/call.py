@@ -80,6 +80,8 @@ def call(native: Native, x: Any, out: Any) -> None:
         raise ValueError("x and out must be C-contiguous float32")
     if native.z_slot >= 0:
         raise ValueError("the layer has a residual; call it from Python")
+    if x.ctypes.data < out.ctypes.data + 4 * out.size and out.ctypes.data < x.ctypes.data + 4 * x.size:
+        raise ValueError("out overlaps x; give it memory of its own")
     native.table[native.x_slot] = x.ctypes.data
     native.table[native.y_slot] = out.ctypes.data
     for address in native.stages:

@@ -8,6 +8,7 @@ borrows from the kernel: concurrent calls get one each, and a warm call allocate
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -274,21 +275,25 @@ class BoundKernel:
             else:
                 run_all([_share(function, workspace.tables[i], i, threads) for i in range(threads)])
 
-    @cached_property
+    @property
     def native(self) -> Native:
         """Addresses and shapes for ``convsched.call(conv.native, x, y)`` in ``@numba.njit`` code.
 
-        The workspace in it belongs to one caller at a time. Valid as long as this object lives.
+        Each has a workspace of its own, for one caller at a time; its table keeps code and weights alive.
         """
         workspace = self._borrow()
-        self._native_workspace = workspace
         table = np.array([address or 0 for address in workspace.tables[0]], np.int64)
+        weakref.finalize(table, _release, (self, workspace))
         stages = np.array(self.kernel.addresses, np.int64)
         return Native(stages, table, self.kernel.x_shape, self.kernel.y_shape, self._slots["x"],
                       self._slots["y"], self._slots.get("z", -1), (self.kernel.problem.M - 1) % 16 + 1)
 
     def __repr__(self) -> str:
         return f"BoundKernel({self.kernel!r})"
+
+
+def _release(held: object) -> None:
+    """What a native table kept alive goes with it."""
 
 
 def _share(function: Callable[..., None], table: Any, thread: int, threads: int) -> Callable[[], None]:
