@@ -148,3 +148,11 @@ def test_layers_with_a_residual_refuse() -> None:
     x, out = (np.zeros(shape, np.float32) for shape in (layer.input_shape, layer.output_shape))
     with pytest.raises(ValueError, match="the layer has a residual; call it from Python"):
         cs.call(conv.native, x, out)
+
+
+def test_out_may_not_overlap_x() -> None:
+    layer = cs.Conv2d(4, 4, 3, padding=1, input_size=5)
+    x, weight, bias = integers(layer)
+    native = cs.compile(layer, threads=1).bind(weight, bias).native
+    with pytest.raises(ValueError, match="overlaps"):
+        cs.call(native, x, x)
