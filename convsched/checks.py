@@ -1,16 +1,28 @@
-"""What every step checks before and after: the names it is given, and the kinds of the loops it leaves.
+"""What every step checks before and after: the names it is given, and the nest it leaves.
 
-All of them raise ``ScheduleError`` with the nest printed and the loop marked.
+All of them raise ``ScheduleError`` with the nest printed and the loop marked. The limits keep a compilation
+within minutes: the time of the compiler grows with the square of the statements of one block of code.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
+from convsched.address import offset
 from convsched.errors import ScheduleError
-from convsched.ir import Body, Loop, Program, find_loops, loop_names
+from convsched.ir import Body, Load, Loop, Program, Stage, Store, find_loops, leaves, loop_names
 from convsched.legality import race
 from convsched.text import print_nest
+
+DEPTH = 20  # the most loops around a statement, as Python nests no more; recipes have up to 15
+COPIES = 512  # the most statements of a nest, as printed; recipes have up to 40
+LANES = 512  # the most iterations of a vector loop; recipes have one vector, at most 16
+STATEMENTS = 16384  # the most statements that unrolled loops write out; recipes have up to 5000
+REGISTERS = 65536  # the most elements of all register tensors: 256 KiB of stack; recipes have up to 512
+PADDING = 256  # the most a schedule may add: elements of a buffer for one that is copied, or statements run for one
+SMALL = 2**20  # elements (4 MiB) or statements (1 ms) that are few enough whatever is added
+_VECTOR = 16  # lanes of the widest vector instruction: a longer vector loop is several statements
 
 
 def fail(program: Program, step: str, why: str, fix: str, mark: str | None = None) -> ScheduleError:
@@ -40,12 +52,24 @@ def require_new(program: Program, step: str, names: Sequence[str]) -> None:
 
 
 def checked(before: Program, step: str, after: Program) -> Program:
-    """The program after a step, if vector and parallel loops still hold what they may."""
+    """The program after a step, if loops still hold what they may, and weights are packed by plain copies."""
+    paths = [path for stage in after.stages for path, _ in leaves(stage.body)]
+    deepest = max(paths, key=len)
+    if len(deepest) > DEPTH:
+        raise fail(before, step, f"{len(deepest)} loops would be around a statement", f"leave at most {DEPTH}",
+                   deepest[0].var)
+    if len(paths) > COPIES:
+        raise fail(before, step, f"the nest would have {len(paths)} statements", f"peel less: at most {COPIES}")
     for stage in after.stages:
         found = _misplaced(stage.body)
         if found is not None:
             loop, why, fix = found
             raise fail(before, step, why, fix, loop)
+        is_new = stage.when == "bind" and stage not in before.stages
+        broken = _broken_packing(after, stage) if is_new else None
+        if broken is not None:
+            why, fix = broken
+            raise fail(before, step, f"stage {stage.name!r} runs when weights are bound and {why}", fix)
     shared = race(after)
     if shared is not None:
         loop, tensor = shared
@@ -70,3 +94,58 @@ def _misplaced(body: Body, parallel: str | None = None) -> tuple[str, str, str] 
         if found is not None:
             return found
     return None
+
+
+def _broken_packing(program: Program, stage: Stage) -> tuple[str, str] | None:
+    """Why a stage is no copy that is a view of the weights with other strides, and the fix; None if it is one."""
+    (loops, statement), *others = leaves(stage.body)
+    if others or not isinstance(statement, Store) or not isinstance(statement.value, Load):
+        return "would be more than a copy", "leave it a single copy"
+    target, source = program.tensor(statement.tensor), program.tensor(statement.value.tensor)
+    extents = {loop.var: loop.extent for loop in loops}
+    ends = {a - size for a, size in zip(statement.value.index, source.shape, strict=True)}
+    inside = all(a.bounds(extents)[1] < size for a, size in zip(statement.index, target.shape, strict=True))
+    if not inside or not ends.issuperset(statement.where):
+        return "would be cut short by a guard", "split its loops into equal parts"
+    place = offset(target, statement.index, extents)
+    if place.rest or place.affine.constant:
+        return (f"would store {target.name} as {' '.join(target.order)}, across blocks",
+                "split the loops that use it and pack in their order with layout")
+    return None
+
+
+def bounded(before: Program, program: Program) -> Program:
+    """A finished program, if what it writes out can be compiled (unrolled loops, vectors and registers), and runs
+    not many more statements than the unscheduled one: each ragged split may double them."""
+    paths = [path for stage in program.stages for path, _ in leaves(stage.body)]
+    for loop in (loop for path in paths for loop in path):
+        if loop.kind == "vector" and loop.extent > LANES:
+            raise fail(program, f"vectorize {loop.var}", f"{loop.var} has {loop.extent} iterations",
+                       f"split it first: a vector loop has at most {LANES}", loop.var)
+    total = sum(map(_statements, paths))
+    if total > STATEMENTS:
+        unrolled = [loop for loop in max(paths, key=_statements) if loop.kind == "unroll"]
+        names = " ".join(loop.var for loop in unrolled)
+        raise fail(program, f"unroll {names}", f"{total} statements would be written out", f"unroll fewer or shorter "
+                   f"loops: at most {STATEMENTS}", max(unrolled, key=lambda loop: loop.extent).var)
+    elements = sum(t.elements for t in program.tensors if t.role == "register")
+    if elements > REGISTERS:
+        names = " ".join(t.name for t in program.tensors if t.role == "register")
+        raise fail(program, f"stage {names} in registers", f"they would have {elements} elements",
+                   f"stage a smaller tile: at most {REGISTERS}")
+    runs, needed = _runs(program), _runs(before)
+    if runs > max(SMALL, needed * PADDING):
+        raise fail(program, "schedule", f"{runs} statements would run where the nest without it runs {needed}",
+                   f"use factors that divide: at most {PADDING} times as many")
+    return program
+
+
+def _runs(program: Program) -> int:
+    """How many statements run, those that a guard turns off included."""
+    return sum(prod(loop.extent for loop in path) for stage in program.stages for path, _ in leaves(stage.body))
+
+
+def _statements(path: Sequence[Loop]) -> int:
+    """How often a statement is written out; a vector loop longer than an instruction counts as several."""
+    lanes = prod(loop.extent for loop in path if loop.kind == "vector")
+    return prod(loop.extent for loop in path if loop.kind == "unroll") * -(-lanes // _VECTOR)

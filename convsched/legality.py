@@ -12,8 +12,8 @@ that only one stage uses is each thread's own.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from itertools import combinations_with_replacement
 
 from convsched.ir import (
@@ -139,26 +139,18 @@ def is_separated(var: str, touched: list[Access], extents: Mapping[str, int]) ->
 
 def without(body: Body, tensors: set[str]) -> Body:
     """The body without the statements that store to some tensors."""
-    kept: list[Loop | Leaf] = []
-    for statement in body:
-        if isinstance(statement, Loop):
-            kept.append(Loop(statement.var, statement.extent, without(statement.body, tensors),
-                             statement.kind))
-        elif statement.tensor not in tensors:
-            kept.append(statement)
-    return tuple(kept)
+    return _only(body, lambda leaf: leaf.tensor not in tensors)
 
 
 def touching(body: Body, tensors: set[str]) -> Body:
     """The body with only the statements that touch one of some tensors."""
-    kept: list[Loop | Leaf] = []
-    for statement in body:
-        if isinstance(statement, Loop):
-            kept.append(Loop(statement.var, statement.extent, touching(statement.body, tensors),
-                             statement.kind))
-        elif any(name in tensors for name, _ in indices(statement)):
-            kept.append(statement)
-    return tuple(kept)
+    return _only(body, lambda leaf: any(name in tensors for name, _ in indices(leaf)))
+
+
+def _only(body: Body, keep: Callable[[Leaf], bool]) -> Body:
+    """The body with only some statements; loops stay, also around none."""
+    return tuple(replace(s, body=_only(s.body, keep)) if isinstance(s, Loop) else s
+                 for s in body if isinstance(s, Loop) or keep(s))
 
 
 def fills_first(body: Body, tensor: str) -> bool:

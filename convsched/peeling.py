@@ -80,8 +80,12 @@ def peel(program: Program, loop: str, which: Which = "last") -> Program:
 def _is_home(program: Program, loop: Loop) -> bool:
     """Whether a loop is an outermost one with register tensors, which belong to one outermost statement."""
     return (any(loop is statement for stage in program.stages for statement in stage.body)
-            and any(program.tensor(name).role == "register"
-                    for _, leaf in leaves(loop.body) for name, _ in indices(leaf)))
+            and bool(_registers(program, loop.body)))
+
+
+def _registers(program: Program, body: Body) -> set[str]:
+    """The register tensors that a body touches."""
+    return {name for _, leaf in leaves(body) for name, _ in indices(leaf) if program.tensor(name).role == "register"}
 
 
 def _guards(loop: Loop) -> set[Affine]:
@@ -177,8 +181,7 @@ def _own_registers(program: Program) -> Program:
         body = list(stage.body)
         seen: set[str] = set()
         for position, statement in enumerate(body):
-            used = {name for _, leaf in leaves((statement,)) for name, _ in indices(leaf)
-                    if program.tensor(name).role == "register"}
+            used = _registers(program, (statement,))
             for name in sorted(used & seen):
                 copy = next(f"{name}_{i}" for i in range(1, 1 + len(program.tensors) + 1)
                             if f"{name}_{i}" not in program.by_name)
@@ -223,9 +226,7 @@ def prune(body: Body, extents: Mapping[str, int]) -> Body:
         if isinstance(statement, Loop):
             extent = statement.extent
             if statement.kind not in ("vector", "parallel"):  # lanes and shares of threads stay as they are
-                while extent > 1 and _is_dead(statement.body, {**extents, statement.var: extent},
-                                              statement.var, extent - 1):
-                    extent -= 1
+                extent = _needed(statement, extents)
             inside = prune(statement.body, {**extents, statement.var: extent})
             if inside:
                 out.append(replace(statement, extent=extent, body=inside))
@@ -238,11 +239,25 @@ def prune(body: Body, extents: Mapping[str, int]) -> Body:
     return tuple(out)
 
 
-def _is_dead(body: Body, extents: Mapping[str, int], var: str, value: int) -> bool:
-    """Whether no statement runs when ``var`` has this value."""
-    at: Mapping[str, Affine] = {var: Affine.of(value)}
-    for around, leaf in leaves(body):
-        inside = {**extents, **{loop.var: loop.extent for loop in around}}
-        if not any(w.substitute(at).bounds(inside)[0] >= 0 for w in leaf.where):
-            return False
-    return True
+def _needed(loop: Loop, extents: Mapping[str, int]) -> int:
+    """How many iterations of a loop there are up to the last in which a statement runs; at least one.
+
+    A guard ``k v + rest < 0`` with ``rest >= low`` may hold up to ``v = (-low - 1) // k``, or from
+    ``v = low // -k + 1`` where ``k < 0``.
+    """
+    last = 0
+    for around, leaf in leaves(loop.body):
+        inside = {**extents, **{found.var: found.extent for found in around}}
+        start, end = 0, loop.extent - 1
+        for guard in leaf.where:
+            k = guard.coefficient(loop.var)
+            low = (guard - Affine.of(loop.var) * k).bounds(inside)[0]
+            if k > 0:
+                end = min(end, (-low - 1) // k)
+            elif k < 0:
+                start = max(start, low // -k + 1)
+            elif low >= 0:
+                end = -1
+        if start <= end:
+            last = max(last, end)
+    return last + 1

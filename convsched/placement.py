@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Literal
 
-from convsched.checks import checked, fail, require_loop
+from convsched.checks import PADDING, SMALL, checked, fail, require_loop
 from convsched.errors import ScheduleError
 from convsched.ir import (
     Affine,
@@ -30,6 +31,7 @@ from convsched.ir import (
     storage_of,
 )
 from convsched.legality import extents_of, fills_first, indices, is_separated, touching
+from convsched.peeling import prune
 
 Where = Literal["registers", "window", "packed"]
 
@@ -78,6 +80,8 @@ def stage(program: Program, tensor: str, at: str, where: Where, order: Sequence[
     ``align`` rounds the stride of an entry of ``order`` up to a multiple (elements).
     """
     step = " ".join(["stage", tensor, "at", at, where, *order])
+    if align:
+        step += " align=" + ",".join(f"{entry}:{multiple}" for entry, multiple in align.items())
     mark = None if at == "root" else at
     if tensor not in program.by_name:
         names = ", ".join(t.name for t in program.tensors)
@@ -89,7 +93,8 @@ def stage(program: Program, tensor: str, at: str, where: Where, order: Sequence[
         return checked(program, step, _in_registers(request))
     if program.tensor(tensor).role not in ("input", "weight"):
         raise request.fail(f"{tensor} is written by the program", "stage it in registers")
-    if any(loop.startswith(f"{tensor}.") for item in program.stages for loop in extents_of(item.body)):
+    loops = [loop for item in program.stages for loop in extents_of(item.body)]
+    if request.target in program.by_name or any(loop.startswith(f"{tensor}.") for loop in loops):
         raise request.fail(f"{tensor} is staged already", "stage it once")
     return checked(program, step, _copied(request, packed=where == "packed"))
 
@@ -128,6 +133,11 @@ class _Request:
     order: tuple[str, ...]
     align: dict[str, int]
 
+    @property
+    def target(self) -> str:
+        """The buffer's name."""
+        return f"{self.tensor.name}_{'packed' if self.at == 'root' else f'at_{self.at}'}"
+
     def fail(self, why: str, fix: str) -> ScheduleError:
         return fail(self.program, self.step, why, fix, None if self.at == "root" else self.at)
 
@@ -137,6 +147,13 @@ class _Request:
             for path, body in _loops_named(item.body, self.at) if self.at != "root" else [((), item.body)]:
                 if any(_uses(leaf, self.tensor.name) for _, leaf in leaves(body)):
                     yield path, body
+
+    def around(self) -> dict[str, int]:
+        """The extents of the loops around those bodies, the greatest where a loop has several."""
+        extents: dict[str, int] = {}
+        for path, _ in self.scopes():
+            extents.update({loop.var: max(loop.extent, extents.get(loop.var, 0)) for loop in path})
+        return extents
 
 
 @dataclass(frozen=True)
@@ -217,22 +234,26 @@ def _require_fresh(request: _Request, path: tuple[Loop, ...], body: Body) -> Non
                            "attach the stage that sets it first")
     own = touching(body, {name})
     extents = {**{loop.var: loop.extent for loop in path}, **extents_of(own)}
+    touched = [(index, leaf.where) for _, leaf in leaves(own) for n, index in indices(leaf) if n == name]
     for loop in path:
-        if loop.extent > 1 and _carries(loop.var, own, name, extents):
+        if loop.extent > 1 and not is_separated(loop.var, touched, extents):
             raise request.fail(f"iterations of {loop.var} depend on each other through {name}",
                                "stage inside the loops of the output only")
 
 
-def _carries(var: str, body: Body, name: str, extents: Mapping[str, int]) -> bool:
-    """Whether ``name`` carries values between iterations of a loop."""
-    touched = [(index, leaf.where) for _, leaf in leaves(body) for n, index in indices(leaf) if n == name]
-    return not is_separated(var, touched, extents)
-
-
 def _copied(request: _Request, packed: bool) -> Program:
     box = _box(request)
-    target = f"{request.tensor.name}_{'packed' if request.at == 'root' else f'at_{request.at}'}"
-    copy = _packed_copy(request, box, target) if packed else _window_copy(request, box, target)
+    order, target = request.order or request.tensor.order, request.target
+    for entry, multiple in request.align.items():
+        if entry not in order or multiple < 1:
+            raise request.fail(f"align={entry}:{multiple} names no stride of {' '.join(order)}",
+                               "use an entry of the order and a positive multiple")
+    copy = _packed_copy(request, box) if packed else _window_copy(request, box)
+    copied = prod(loop.extent for around, _ in leaves(prune(copy.body, request.around())) for loop in around)
+    most = max(SMALL, copied * PADDING)
+    if copy.buffer.elements > most:
+        raise request.fail(f"the buffer would have {copy.buffer.elements} elements for {copied} that are copied",
+                           f"use smaller multiples, blocks or factors: at most {most} elements")
 
     def filled(body: Body) -> Body:
         used = _redirected(body, request.tensor.name, target, copy.index_of)
@@ -269,10 +290,8 @@ def _box(request: _Request) -> _Box:
     for axis in range(len(request.tensor.shape)):
         outer = {index[axis] - index[axis].part(inner) - index[axis].constant for index, _ in found}
         if len(outer) != 1:
-            raise request.fail(f"accesses to {request.tensor.name} differ outside {request.at}",
-                               "choose an outer loop")
-        bounds = [(index[axis].part(extents) + index[axis].constant).bounds(extents)
-                  for index, extents in found]
+            raise request.fail(f"accesses to {request.tensor.name} differ outside {request.at}", "choose an outer loop")
+        bounds = [(index[axis].part(extents) + index[axis].constant).bounds(extents) for index, extents in found]
         low = min(b[0] for b in bounds)
         base.append(next(iter(outer)) + low)
         sizes.append(max(b[1] for b in bounds) - low + 1)
@@ -307,19 +326,18 @@ def _redirected(body: Body, name: str, target: str, index_of: Callable[[Index], 
     return map_leaves(body, change)
 
 
-def _window_copy(request: _Request, box: _Box, target: str) -> _Copy:
+def _window_copy(request: _Request, box: _Box) -> _Copy:
     source = request.tensor
     order = request.order or source.order
     _require_axes(request, order)
-    _require_aligned(request, order)
     names = [f"{source.name}.{letter}" for letter in source.letters]
-    buffer = Tensor(target, source.letters, box.sizes, "local",
-                    storage_of(source.letters, box.sizes, order, request.align))
     read = tuple(b + n for b, n in zip(box.base, names, strict=True))
-    copy = Store(target, tuple(Affine.of(n) for n in names), Load(source.name, read),
+    copy = Store(request.target, tuple(Affine.of(n) for n in names), Load(source.name, read),
                  _in_reach(request, read, dict(zip(names, box.sizes, strict=True))))
     walk = dict.fromkeys(entry[0] for entry in order)
     loops = {f"{source.name}.{letter}": box.sizes[source.letters.index(letter)] for letter in walk}
+    storage = storage_of(source.letters, box.sizes, order, request.align)
+    buffer = Tensor(request.target, source.letters, box.sizes, "local", storage)
     return _Copy(buffer, nested(loops, copy), box.relative)
 
 
@@ -330,21 +348,14 @@ def _require_axes(request: _Request, order: Sequence[str]) -> None:
     whole = sum(map(len, parts.values())) == len(order)
     for part in parts.values():
         block = part[0][1:] if part else ""
-        blocked = block.isascii() and block.isdigit() and int(block) > 0
+        blocked = block.isascii() and block.isdigit() and len(block) < 10 and int(block) > 0
         whole = whole and (part == [""] or (blocked and part == [f"%{block}", f"/{block}"]))
     if not whole:
         raise request.fail(f"the order {' '.join(order)} does not name the axes {' '.join(letters)}",
                            "name each axis once, as c or as c/16 and c%16")
 
 
-def _require_aligned(request: _Request, order: Sequence[str]) -> None:
-    for entry, multiple in request.align.items():
-        if entry not in order or multiple < 1:
-            raise request.fail(f"align={entry}:{multiple} names no stride of {' '.join(order)}",
-                               "use an entry of the order and a positive multiple")
-
-
-def _packed_copy(request: _Request, box: _Box, target: str) -> _Copy:
+def _packed_copy(request: _Request, box: _Box) -> _Copy:
     source = request.tensor
     index = _source_index(request)
     used = {var for i in index for var in i.variables if var in box.inner}
@@ -353,15 +364,14 @@ def _packed_copy(request: _Request, box: _Box, target: str) -> _Copy:
                            "name exactly these, in the order they should be stored")
     if not used:
         raise request.fail(f"{request.at} uses one element of {source.name}", "choose an outer loop")
-    _require_aligned(request, request.order)
     names = {var: f"{source.name}.{var}" for var in request.order}
     shape = tuple(box.inner[var] for var in request.order)
-    buffer = Tensor(target, request.order, shape, "local",
-                    storage_of(request.order, shape, None, request.align))
+    storage = storage_of(request.order, shape, None, request.align)
+    buffer = Tensor(request.target, request.order, shape, "local", storage)
     renamed = {var: Affine.of(name) for var, name in names.items()}
     read = tuple(i.substitute(renamed) for i in index)
     extents = {names[var]: box.inner[var] for var in request.order}
-    copy = Store(target, tuple(Affine.of(names[var]) for var in request.order), Load(source.name, read),
+    copy = Store(request.target, tuple(Affine.of(names[var]) for var in request.order), Load(source.name, read),
                  _in_reach(request, read, extents))
     place = tuple(Affine.of(var) for var in request.order)
     return _Copy(buffer, nested(extents, copy), lambda _: place)
@@ -379,9 +389,7 @@ def _source_index(request: _Request) -> Index:
 
 def _in_reach(request: _Request, read: Index, inner: Mapping[str, int]) -> tuple[Affine, ...]:
     """Guards that keep a copy inside the tensor where a ragged split makes the box reach past its end."""
-    extents = dict(inner)
-    for path, _ in request.scopes():
-        extents.update({loop.var: max(loop.extent, extents.get(loop.var, 0)) for loop in path})
+    extents = {**inner, **request.around()}
     guards = []
     for axis, position in enumerate(read):
         end = request.tensor.shape[axis] + request.tensor.frame(axis)[1]

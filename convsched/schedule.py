@@ -5,18 +5,21 @@ The text form is one step after another, separated by ``;``:
     split m 32 -> m0 m1 tail=mask; reorder m0 e c m1; fuse e f -> p; unroll m1; vectorize m2; parallel m0
     stage x at e window h c w align=h:16; layout w m0 c r s m1; attach epilogue at e; peel m0 last
 
-``parse_schedule(schedule.text) == schedule`` for every schedule.
+``parse_schedule(schedule.text) == schedule`` for every schedule: a step checks its fields when it is made,
+so that no object can say what no text says.
 """
 
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Literal, assert_never
+from typing import ClassVar, Literal, assert_never, get_args
 
 from convsched import fusing, peeling, placement, steps
+from convsched.checks import bounded, fail
 from convsched.errors import ScheduleError
 from convsched.ir import Program
 from convsched.peeling import Which
@@ -24,9 +27,76 @@ from convsched.placement import Where
 from convsched.steps import Tail
 from convsched.verify import verify
 
+MOST = 2**31 - 1  # the greatest number in a step: sizes of loops and strides made of it fit 64-bit addresses
+STEPS = 1000  # the most steps of a schedule; those of the recipes have up to 50
+
+_NAME = r"[A-Za-z_][A-Za-z0-9_.]*"
+_NAMES = rf"{_NAME}(?: {_NAME})*"
+_ENTRY = r"[A-Za-z0-9_./%]+"
+_NUMBER = r"[0-9]{1,40}"
+
+
+def _is_name(value: object, pattern: str = _NAME) -> bool:
+    return isinstance(value, str) and re.fullmatch(pattern, value) is not None
+
+
+def _is_number(value: object) -> bool:
+    return type(value) is int and 0 <= value <= MOST
+
+
+def _is_align(value: object) -> bool:
+    return (isinstance(value, tuple)
+            and all(isinstance(pair, tuple) and len(pair) == 2 and _is_name(pair[0], _ENTRY) and _is_number(pair[1])
+                    for pair in value)
+            and len({entry for entry, _ in value}) == len(value))
+
+
+def _one_of(*words: str) -> _Rule:
+    return (lambda value: isinstance(value, str) and value in words), f"one of {', '.join(words)}"
+
+
+_Rule = tuple[Callable[[object], bool], str]  # whether a field may have a value, and what it may have
+_A_NAME: _Rule = (_is_name, "a name such as 'm0', of letters, digits, _ and .")
+_SEVERAL: _Rule = (lambda v: isinstance(v, tuple) and bool(v) and all(map(_is_name, v)),
+                   "a tuple of names such as ('m0', 'c')")
+_RULES: dict[str, _Rule] = {
+    **dict.fromkeys(("loop", "outer", "inner", "first", "second", "fused", "tensor", "at", "stage"), _A_NAME),
+    "factor": (_is_number, f"an integer of at most {MOST}, not negative"),
+    **dict.fromkeys(("loops", "Layout.order"), _SEVERAL),
+    "StageAt.order": (lambda v: isinstance(v, tuple) and all(_is_name(entry, _ENTRY) for entry in v),
+                      "a tuple of names such as ('h', 'c/16')"),
+    "align": (_is_align, f"a tuple of pairs such as ('h', 16), each entry once, of integers of at most {MOST}"),
+    "tail": _one_of(*get_args(Tail)),
+    "where": _one_of(*get_args(Where)),
+    "which": _one_of(*get_args(Which)),
+}
+
+
+class _Checked:
+    """Raises ScheduleError where a step is made with a field that its text could not say."""
+
+    __dataclass_fields__: ClassVar[dict[str, object]]
+
+    def __post_init__(self) -> None:
+        for field in self.__dataclass_fields__:
+            own = f"{type(self).__name__}.{field}"
+            is_allowed, allowed = _RULES[own if own in _RULES else field]
+            value = getattr(self, field)
+            if not is_allowed(value):
+                raise ScheduleError(f"{type(self).__name__}({field}={_shown(value)})", "is no step",
+                                    f"{field} is {allowed}")
+
+
+def _shown(value: object) -> str:
+    """A value, shortened; an integer of thousands of digits has no decimal form."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:
+        return type(value).__name__
+
 
 @dataclass(frozen=True)
-class Split:
+class Split(_Checked):
     """``loop = factor * outer + inner``; see ``steps.split``."""
 
     loop: str
@@ -41,7 +111,7 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Reorder:
+class Reorder(_Checked):
     """Permute loops; see ``steps.reorder``."""
 
     loops: tuple[str, ...]
@@ -51,7 +121,7 @@ class Reorder:
 
 
 @dataclass(frozen=True)
-class Fuse:
+class Fuse(_Checked):
     """One loop of two; see ``fusing.fuse``."""
 
     first: str
@@ -63,7 +133,7 @@ class Fuse:
 
 
 @dataclass(frozen=True)
-class Unroll:
+class Unroll(_Checked):
     """Write out the iterations of loops; see ``steps.set_kind``."""
 
     loops: tuple[str, ...]
@@ -73,7 +143,7 @@ class Unroll:
 
 
 @dataclass(frozen=True)
-class Vectorize:
+class Vectorize(_Checked):
     """Run loops as vector instructions; see ``steps.set_kind``."""
 
     loops: tuple[str, ...]
@@ -83,7 +153,7 @@ class Vectorize:
 
 
 @dataclass(frozen=True)
-class Parallel:
+class Parallel(_Checked):
     """Divide a loop among the threads; see ``steps.set_kind``."""
 
     loop: str
@@ -93,7 +163,7 @@ class Parallel:
 
 
 @dataclass(frozen=True)
-class StageAt:
+class StageAt(_Checked):
     """A buffer for part of a tensor; see ``placement.stage``."""
 
     tensor: str
@@ -108,7 +178,7 @@ class StageAt:
 
 
 @dataclass(frozen=True)
-class Layout:
+class Layout(_Checked):
     """A weight packed in the order of use; see ``placement.layout``."""
 
     tensor: str
@@ -119,7 +189,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Attach:
+class Attach(_Checked):
     """A stage computed inside a loop of its neighbour; see ``steps.attach``."""
 
     stage: str
@@ -130,7 +200,7 @@ class Attach:
 
 
 @dataclass(frozen=True)
-class Peel:
+class Peel(_Checked):
     """An own copy of the nest for the first or last iteration; see ``peeling.peel``."""
 
     loop: str
@@ -156,6 +226,15 @@ class Schedule:
 
     steps: tuple[Step, ...] = ()
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.steps, tuple):
+            raise ScheduleError(f"Schedule({_shown(self.steps)})", f"is a {type(self.steps).__name__}",
+                                "give a tuple of steps; parse_schedule takes a text")
+        for step in self.steps:
+            if not isinstance(step, Step):
+                raise ScheduleError(_shown(step), "is no step",
+                                    f"use {', '.join(kind.__name__ for kind in get_args(Step))}")
+
     @cached_property
     def text(self) -> str:
         """The one-line text form."""
@@ -171,34 +250,40 @@ class Schedule:
     @staticmethod
     def from_json(value: Sequence[dict[str, object]]) -> Schedule:
         """The schedule of a JSON value; raises ScheduleError where it is none."""
-        kinds: dict[str, Callable[..., Step]] = {kind.__name__: kind for kind in Step.__args__}
+        kinds: dict[str, Callable[..., Step]] = {kind.__name__: kind for kind in get_args(Step)}
         if not isinstance(value, list | tuple) or not all(isinstance(item, dict) for item in value):
-            raise ScheduleError(str(value), "is no schedule", "give a list of objects, one a step")
+            raise ScheduleError(_shown(value), "is no schedule", "give a list of objects, one a step")
         made: list[Step] = []
         for item in value:
+            kind = item.get("step")
             fields = {str(k): _tuples(v) for k, v in item.items() if k != "step"}
+            if not isinstance(kind, str) or kind not in kinds:
+                raise ScheduleError(_shown(item), "is no step", f"use {', '.join(kinds)}")
             try:
-                step = kinds[str(item.get("step"))](**fields)
-                is_step = parse_schedule(str(step)).steps == (step,)
-            except (KeyError, TypeError, ValueError) as error:
-                raise ScheduleError(str(item), f"is no step ({error})", f"use {', '.join(kinds)}") from None
-            if not is_step:
-                raise ScheduleError(str(item), "is no step: its text would be another's", "check its fields")
-            made.append(step)
+                made.append(kinds[kind](**fields))
+            except TypeError as error:
+                raise ScheduleError(_shown(item), f"is no step ({error})", f"give the fields of {kind}") from None
         return Schedule(tuple(made))
 
 
 def _tuples(value: object) -> object:
-    return tuple(_tuples(v) for v in value) if isinstance(value, list | tuple) else value
+    """The lists of a field as tuples: those of ``align`` hold lists."""
+    if not isinstance(value, list):
+        return value
+    return tuple(tuple(v) if isinstance(v, list) else v for v in value)
 
 
 def apply(program: Program, schedule: Schedule) -> Program:
-    """The scheduled program, verified. Raises ScheduleError at the first step that does not fit."""
+    """The scheduled program, verified. Raises ScheduleError at the first step that does not fit, or where the
+    code would not end: see the limits in ``checks``."""
+    if len(schedule.steps) > STEPS:
+        raise fail(program, "schedule", f"has {len(schedule.steps)} steps", f"use at most {STEPS}")
+    scheduled = program
     for step in schedule.steps:
-        program = apply_step(program, step)
-    program = peeling.simplify(program)
-    verify(program)
-    return program
+        scheduled = apply_step(scheduled, step)
+    scheduled = bounded(program, peeling.simplify(scheduled))
+    verify(scheduled)
+    return scheduled
 
 
 def apply_step(program: Program, step: Step) -> Program:
@@ -234,12 +319,10 @@ def _each(program: Program, loops: tuple[str, ...], kind: Literal["unroll", "vec
     return program
 
 
-_NAME = r"[A-Za-z_][\w.]*"
-_NAMES = rf"{_NAME}(?: {_NAME})*"
-_ENTRIES = r"[\w./%]+(?: [\w./%]+)*"
+_ENTRIES = rf"{_ENTRY}(?: {_ENTRY})*"
 _FORMS: tuple[tuple[str, str, Callable[[dict[str, str]], Step]], ...] = (
     ("split LOOP FACTOR -> OUTER INNER [tail=mask|peel|overlap]",
-     rf"split (?P<loop>{_NAME}) (?P<factor>\d+) -> (?P<outer>{_NAME}) (?P<inner>{_NAME})"
+     rf"split (?P<loop>{_NAME}) (?P<factor>{_NUMBER}) -> (?P<outer>{_NAME}) (?P<inner>{_NAME})"
      r"(?: tail=(?P<tail>mask|peel|overlap))?",
      lambda m: Split(m["loop"], int(m["factor"]), m["outer"], m["inner"], m["tail"] or "none")),  # type: ignore[arg-type]
     ("reorder LOOP ...", rf"reorder (?P<loops>{_NAMES})", lambda m: Reorder(tuple(m["loops"].split()))),
@@ -251,7 +334,7 @@ _FORMS: tuple[tuple[str, str, Callable[[dict[str, str]], Step]], ...] = (
     ("parallel LOOP", rf"parallel (?P<loop>{_NAME})", lambda m: Parallel(m["loop"])),
     ("stage TENSOR at LOOP registers|window|packed [ORDER ...] [align=ENTRY:MULTIPLE,...]",
      rf"stage (?P<tensor>{_NAME}) at (?P<at>{_NAME}) (?P<where>registers|window|packed)"
-     rf"(?: (?P<order>{_ENTRIES}))?(?: align=(?P<align>\S+:\d+(?:,\S+:\d+)*))?",
+     rf"(?: (?P<order>{_ENTRIES}))?(?: align=(?P<align>{_ENTRY}:{_NUMBER}(?:,{_ENTRY}:{_NUMBER})*))?",
      lambda m: StageAt(m["tensor"], m["at"], m["where"], tuple((m["order"] or "").split()),  # type: ignore[arg-type]
                        _parse_align(m["align"] or ""))),
     ("layout TENSOR LOOP ...", rf"layout (?P<tensor>{_NAME}) (?P<order>{_NAMES})",

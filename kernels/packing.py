@@ -14,8 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from convsched.address import offset
-from convsched.errors import LoweringError
-from convsched.ir import Load, Program, Stage, Store, leaves
+from convsched.ir import Load, Program, Stage, leaves
 
 Array = npt.NDArray[np.float32]
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector
@@ -72,27 +71,21 @@ def plain(name: str, array: Array) -> Copy:
 
 
 def copies(program: Program) -> tuple[Copy, ...]:
-    """The packing stages of a program."""
+    """The packing stages of a program; the steps of a schedule leave them copies, cut into equal parts."""
     return tuple(_copy(program, stage) for stage in program.stages if stage.when == "bind")
 
 
 def _copy(program: Program, stage: Stage) -> Copy:
-    found = list(leaves(stage.body))
-    (loops, statement), single = found[0], len(found) == 1
-    if not single or not isinstance(statement, Store) or not isinstance(statement.value, Load):
-        raise LoweringError(f"stage {stage.name!r} runs when weights are bound; leave it a single copy")
-    index, target = statement.value.index, program.tensor(statement.tensor)
+    (loops, statement), = leaves(stage.body)
+    assert isinstance(statement.value, Load)
     extents = {loop.var: loop.extent for loop in loops}
-    source = program.tensor(statement.value.tensor)
-    reach = {a - size for a, size in zip(index, source.shape, strict=True)}
-    inside = all(a.bounds(extents)[1] < size for a, size in zip(statement.index, target.shape, strict=True))
-    if not inside or not reach.issuperset(statement.where):
-        raise LoweringError(f"stage {stage.name!r} runs when weights are bound; split its loops into equal parts")
+    target = program.tensor(statement.tensor)
     place = offset(target, statement.index, extents)
-    if place.rest or place.affine.constant:
-        raise LoweringError(f"stage {stage.name!r} runs when weights are bound; leave its order in memory")
+    assert not place.rest
+    assert not place.affine.constant
+    index = statement.value.index
     return Copy(
-        target=target.name, source=source.name, elements=target.elements,
+        target=target.name, source=statement.value.tensor, elements=target.elements,
         strides=tuple(place.affine.coefficient(loop.var) for loop in loops), extents=tuple(extents.values()),
         coefficients=tuple(tuple(a.coefficient(loop.var) for loop in loops) for a in index),
         constants=tuple(a.constant for a in index))

@@ -42,7 +42,7 @@ def refused(program: Program, text: str, step: str, why: str, fix: str, marked: 
     error = caught.value
     assert why in error.why, error.why
     assert fix in error.fix, error.fix
-    assert error.step == step.partition(" align=")[0].replace("layout w", "stage w at root packed")
+    assert error.step == step.replace("layout w", "stage w at root packed")
     assert error.nest.startswith(program.name)
     arrows = [line for line in error.nest.splitlines() if line.endswith(" <--")]
     assert bool(arrows) == (marked is not None)

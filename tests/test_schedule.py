@@ -32,7 +32,7 @@ NAMES = st.from_regex(r"[a-z_][a-z0-9_.]{0,5}", fullmatch=True)
 SEVERAL = st.lists(NAMES, min_size=1, max_size=4).map(tuple)
 ENTRIES = NAMES | st.builds("{}{}{}".format, st.sampled_from("nchw"), st.sampled_from("/%"),
                             st.integers(1, 64))
-ALIGNS = st.lists(st.tuples(ENTRIES, st.integers(0, 512)), max_size=2).map(tuple)
+ALIGNS = st.lists(st.tuples(ENTRIES, st.integers(0, 512)), max_size=2, unique_by=lambda pair: pair[0]).map(tuple)
 STEPS: st.SearchStrategy[Step] = st.one_of(
     st.builds(Split, NAMES, st.integers(0, 999), NAMES, NAMES,
               st.sampled_from(["none", "mask", "peel", "overlap"])),
