@@ -2,59 +2,62 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+import operator
+from typing import TYPE_CHECKING
 
 from convsched.analytic import default_recipe
 from convsched.errors import LoweringError, ScheduleError
-from convsched.lower.direct import LAYOUTS
 from convsched.machine import Machine, default_threads, has_schedules
+from convsched.names import (
+    ACCURACIES,
+    ALGORITHMS,
+    BACKENDS,
+    LAYOUTS,
+    MAX_THREADS,
+    Accuracy,
+    Backend,
+    Layout,
+)
 from convsched.problem import Conv2d, Linear, Problem
 from convsched.schedule import Schedule, parse_schedule
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
+    from typing import SupportsIndex
 
     from convsched.autotune.cache import ScheduleCache
     from convsched.autotune.record import Record
     from convsched.kernels.kernel import Kernel
     from convsched.recipes import Recipe
 
-ALGORITHMS = ("direct",)
-ACCURACIES = ("strict", "normal", "fast")
-BACKENDS = ("llvm", "numba")
-
 
 def compile(layer: Problem, *, algorithm: str | None = None, schedule: Schedule | str | None = None,
-            threads: int | None = None, accuracy: Literal["strict", "normal", "fast"] = "normal",
-            layout: Literal["nchw", "nhwc", "nchw16c"] = "nchw", cache: ScheduleCache | bool = True,
-            backend: Literal["llvm", "numba"] = "llvm") -> Kernel:
+            threads: SupportsIndex | None = None, accuracy: Accuracy = "normal", layout: Layout = "nchw",
+            cache: ScheduleCache | bool | None = None, backend: Backend = "llvm") -> Kernel:
     """Compile a layer for this machine; never measures.
 
     ``schedule``: a Schedule or its text; if None, the best that tuning left in the schedule cache, else the
-    analytic default. ``cache``: a ScheduleCache, True for the one in the cache folder, False for none.
-    ``threads``: how many run a call
-    (default: CONVSCHED_THREADS, else the cores this process may use). ``layout``: of activations in and
-    out: "nchw", "nhwc", or "nchw16c", (N, ceil(C/16), H, W, 16) with zero tails. ``accuracy``: the class of
-    error allowed; direct convolution satisfies all. ``backend``: "llvm", or "numba" for the same nest as
-    Numba source. Raises ScheduleError where a schedule does not fit, LoweringError for the rest.
+    analytic default. ``cache``: a ScheduleCache, None or True for the one in the cache folder, False for none.
+    ``threads``: how many run a call, at most 1024 (default: CONVSCHED_THREADS, else the cores this process may
+    use). ``layout``: of activations in and out: "nchw", "nhwc", or "nchw16c", (N, ceil(C/16), H, W, 16) with
+    zero tails. ``accuracy``: the class of error allowed; direct convolution satisfies all. ``backend``: "llvm",
+    or "numba" for the same nest as Numba source. Raises ScheduleError where a schedule does not fit,
+    LoweringError for the rest.
     """
     if not isinstance(layer, Conv2d | Linear):
         raise LoweringError(f"compile takes a Conv2d or a Linear, not {type(layer).__name__}")
-    _choose("algorithm", algorithm or "direct", ALGORITHMS)
+    if algorithm is not None:
+        _choose("algorithm", algorithm, ALGORITHMS)
     _choose("accuracy", accuracy, ACCURACIES)
-    _choose("layout", layout, tuple(LAYOUTS))
+    _choose("layout", layout, LAYOUTS)
     _choose("backend", backend, BACKENDS)
-    if threads is None:
-        threads = default_threads()
-    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
-        raise LoweringError(f"threads={threads!r}: use a positive integer")
+    _check_cache(cache)
+    count = min(default_threads(), MAX_THREADS) if threads is None else _thread_count(threads)
     machine = Machine.host()
-    from convsched.kernels.kernel import Kernel
-    from convsched.kernels.numba_kernel import NumbaKernel
+    kind = _kernel_type(backend)
 
     def build(schedule: Schedule, recipe: Recipe | None = None) -> Kernel:
-        kind = Kernel if backend == "llvm" else NumbaKernel
-        return kind(layer, schedule, layout=layout, threads=threads, machine=machine, recipe=recipe,
+        return kind(layer, schedule, layout=layout, threads=count, machine=machine, recipe=recipe,
                     accuracy=accuracy)
 
     if isinstance(schedule, str):
@@ -64,22 +67,30 @@ def compile(layer: Problem, *, algorithm: str | None = None, schedule: Schedule 
     if schedule is not None:
         raise ScheduleError("schedule", f"is a {type(schedule).__name__}", "give a Schedule or its text")
     if cache is not False:
-        kernel = _remembered(layer, machine, layout, threads, accuracy, cache, build)
+        kernel = _remembered(layer, machine, layout, count, accuracy, cache, build)
         if kernel is not None:
             return kernel
-    recipe = default_recipe(layer, machine, layout, threads)
+    recipe = default_recipe(layer, machine, layout, count)
     return build(recipe.schedule(layer, layout), recipe)
 
 
+def _kernel_type(backend: Backend) -> type[Kernel]:
+    """The class of a backend's kernels; only the second one needs Numba, which is slow to import."""
+    if backend == "numba":
+        from convsched.kernels.numba_kernel import NumbaKernel
+        return NumbaKernel
+    from convsched.kernels.kernel import Kernel
+    return Kernel
+
+
 def _remembered(layer: Problem, machine: Machine, layout: str, threads: int, accuracy: str,
-                cache: ScheduleCache | bool, build: Callable[[Schedule], Kernel]) -> Kernel | None:
+                cache: ScheduleCache | bool | None, build: Callable[[Schedule], Kernel]) -> Kernel | None:
     """A kernel of the schedule that tuning found; one that no longer fits is passed over."""
-    if cache is True:
-        if not has_schedules():
+    if cache is None or isinstance(cache, bool):
+        if not has_schedules():  # without one, the tuner's modules need not be imported
             return None
         from convsched.autotune.cache import ScheduleCache
         cache = ScheduleCache()
-    assert not isinstance(cache, bool)
     from convsched.autotune.record import Key
     kernels: dict[str, Kernel] = {}
 
@@ -90,6 +101,26 @@ def _remembered(layer: Problem, machine: Machine, layout: str, threads: int, acc
     return None if hit is None else kernels[hit.record.schedule]
 
 
-def _choose(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
+def _choose(name: str, value: object, allowed: Collection[str]) -> None:
+    if not isinstance(value, str) or value not in allowed:
         raise LoweringError(f"{name}={value!r}: use one of {', '.join(allowed)}")
+
+
+def _check_cache(cache: object) -> None:
+    if cache is None or isinstance(cache, bool):
+        return
+    from convsched.autotune.cache import ScheduleCache
+    if not isinstance(cache, ScheduleCache):
+        raise LoweringError(f"cache={cache!r}: use a convsched.autotune.cache.ScheduleCache, None or True for the one "
+                            "in the cache folder, or False for none")
+
+
+def _thread_count(threads: object) -> int:
+    rule = f"use an integer from 1 to {MAX_THREADS}, or None for the cores this process may use"
+    try:
+        count = operator.index(threads)  # type: ignore[arg-type]
+    except TypeError:
+        raise LoweringError(f"threads={threads!r}: {rule}") from None
+    if isinstance(threads, bool) or not 1 <= count <= MAX_THREADS:
+        raise LoweringError(f"threads={threads!r}: {rule}")
+    return count

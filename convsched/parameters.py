@@ -29,6 +29,10 @@ ACTIVATIONS: dict[str, tuple[str, ...]] = {
     "clip": ("lo", "hi"),
 }
 
+MAX_BYTES = 2**56
+"""Of a tensor, its padding included: all that a process can address on a CPU of today (five-level page tables
+leave it 56 bits). Blocks of 16 channels, at most 16 times as much, stay within 64-bit offsets."""
+
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
@@ -39,11 +43,12 @@ def by(pair: tuple[int, int]) -> str:
 
 @dataclass(frozen=True)
 class Check:
-    """The rules of the parameters; every method returns the normalised value or raises ProblemError."""
+    """The rules of the parameters; every method returns the normalised value, if any, or raises ProblemError."""
 
     problem: str
 
     def fail(self, parameter: str, value: object, rule: str) -> ProblemError:
+        """The error of a parameter's value that breaks a rule."""
         return ProblemError(self.problem, parameter, value, rule)
 
     def integer(self, parameter: str, value: object, whole: object, least: int) -> int:
@@ -60,6 +65,7 @@ class Check:
         return number
 
     def positive(self, parameter: str, value: object) -> int:
+        """An int of at least 1."""
         return self.integer(parameter, value, value, 1)
 
     def sides(self, parameter: str, value: object, least: int, lengths: tuple[int, ...]) -> tuple[int, ...]:
@@ -71,6 +77,7 @@ class Check:
         return tuple(self.integer(parameter, side, value, least) for side in value)  # type: ignore[attr-defined]
 
     def pair(self, parameter: str, value: object) -> tuple[int, int]:
+        """(height, width), each at least 1; one number stands for both."""
         if _is_number(value):
             side = self.positive(parameter, value)
             return (side, side)
@@ -97,11 +104,13 @@ class Check:
         return (top, left, bottom, right)
 
     def flag(self, parameter: str, value: object) -> bool:
+        """A bool; nothing else is taken for one."""
         if not isinstance(value, bool | np.bool_):
             raise self.fail(parameter, value, "must be True or False")
         return bool(value)
 
     def activation(self, value: object) -> Activation:
+        """None, the name of an activation, or its name and parameters."""
         if value is None:
             return None
         listed = isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0
@@ -138,6 +147,7 @@ class Check:
         return number
 
     def groups(self, groups: int, in_channels: int, out_channels: int) -> None:
+        """Both numbers of channels must be multiples of the groups."""
         for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
             if channels % groups:
                 legal = _list(_divisors(math.gcd(in_channels, out_channels)))
@@ -147,11 +157,20 @@ class Check:
     def output(
         self, size: tuple[int, int], padding: tuple[int, int, int, int], extent: tuple[int, int]
     ) -> None:
+        """The padded input must hold the dilated filter, of size ``extent``."""
         padded = (size[0] + padding[0] + padding[2], size[1] + padding[1] + padding[3])
         if padded[0] < extent[0] or padded[1] < extent[1]:
             sizes = f"the padded input {by(padded)} is smaller than the dilated filter {by(extent)}"
             fix = "pad more, or use a smaller filter"
             raise self.fail("input_size", size, f"{sizes}, so the output is empty; {fix}")
+
+    def tensors(self, **shapes: tuple[int, ...]) -> None:
+        """Each tensor of float32, given by its name and its shape with padding, must fit in memory."""
+        for name, shape in shapes.items():
+            size = 4 * math.prod(shape)
+            if size > MAX_BYTES:
+                rule = f"a tensor of {size} bytes, more than any CPU can address ({MAX_BYTES})"
+                raise self.fail(name, shape, f"{rule}; use smaller sizes")
 
 
 def _is_number(value: object) -> bool:

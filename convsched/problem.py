@@ -15,13 +15,12 @@ N batch, C x H x W input, M x E x F output, R x S filter.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, SupportsIndex, TypeAlias
 
-from convsched.errors import ProblemError
-from convsched.parameters import Activation, Check, Pair, by
+from convsched.parameters import Activation, Check, Pair
+from convsched.problem_text import conv2d_text, linear_text, parse_words
 
 _BYTES = 4  # of a float32
 
@@ -97,6 +96,9 @@ class Conv2d:
             object.__setattr__(self, name, value)
         check.groups(self.groups, self.in_channels, self.out_channels)
         check.output(size, self.padding, extent)
+        top, left, bottom, right = self.padding
+        padded = (self.N, self.C, self.H + top + bottom, self.W + left + right)
+        check.tensors(input=padded, weight=self.weight_shape, output=self.output_shape)
 
     @property
     def N(self) -> int:
@@ -204,12 +206,7 @@ class Conv2d:
     @property
     def text(self) -> str:
         """The canonical one-line text; what is at its default is left out, but for the bias."""
-        words = [f"conv2d c={self.C} m={self.M} k={by(self.kernel_size)} in={by(self.input_size)}"]
-        if self.stride != (1, 1): words.append(f"stride={by(self.stride)}")
-        if any(self.padding): words.append("pad=" + ",".join(map(str, self.padding)))
-        if self.dilation != (1, 1): words.append(f"dil={by(self.dilation)}")
-        if self.groups != 1: words.append(f"g={self.groups}")
-        return " ".join(words + _common_words(self))
+        return conv2d_text(self)
 
     def __str__(self) -> str:
         return self.text
@@ -264,6 +261,7 @@ class Linear:
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
+        check.tensors(input=self.input_shape, weight=self.weight_shape, output=self.output_shape)
 
     @property
     def as_conv2d(self) -> Conv2d:
@@ -336,7 +334,7 @@ class Linear:
     @property
     def text(self) -> str:
         """The canonical one-line text; what is at its default is left out, but for the bias."""
-        return " ".join([f"linear c={self.C} m={self.M}", *_common_words(self)])
+        return linear_text(self)
 
     def __str__(self) -> str:
         return self.text
@@ -351,65 +349,5 @@ def parse_problem(text: str) -> Problem:
     >>> parse_problem("conv2d c=8 m=16 k=3x3 in=14x14 pad=same act=clip(0.0,6.0)").padding
     (1, 1, 1, 1)
     """
-    kind, *words = text.split() or [""]
-    if kind not in _KEYS:
-        raise ProblemError("parse_problem", "text", text, "starts with neither conv2d nor linear")
-    keys = _KEYS[kind]
-    arguments: dict[str, object] = {"bias": False}
-    seen: set[str] = set()
-    for word in words:
-        key, equals, value = word.partition("=")
-        if key in seen:
-            raise ProblemError("parse_problem", "text", text, f"{key} is given twice")
-        seen.add(key)
-        if key in ("bias", "residual") and not equals:
-            arguments[key] = True
-        elif key in keys and value:
-            arguments[keys[key]] = _value(text, word, key, value)
-        else:
-            known = " ".join(f"{name}=" for name in keys)
-            raise ProblemError("parse_problem", "text", text, f"{word!r} is not one of {known} bias residual")
-    if missing := [f"{key}=" for key in _REQUIRED[kind] if key not in seen]:
-        raise ProblemError("parse_problem", "text", text, f"{' '.join(missing)} is missing")
+    kind, arguments = parse_words(text)
     return Conv2d(**arguments) if kind == "conv2d" else Linear(**arguments)  # type: ignore[arg-type]
-
-
-_COMMON_KEYS = {"n": "batch_size", "act": "activation"}
-_KEYS = {
-    "conv2d": {
-        "c": "in_channels", "m": "out_channels", "k": "kernel_size", "in": "input_size", "stride": "stride",
-        "pad": "padding", "dil": "dilation", "g": "groups", **_COMMON_KEYS,
-    },
-    "linear": {"c": "in_features", "m": "out_features", **_COMMON_KEYS},
-}  # fmt: skip
-_REQUIRED = {"conv2d": ("c", "m", "k", "in"), "linear": ("c", "m")}
-
-
-def _value(text: str, word: str, key: str, value: str) -> object:
-    """The value of one word of a problem's text, its rules still unchecked."""
-    try:
-        if key in ("k", "in", "stride", "dil"):
-            return tuple(int(side) for side in value.split("x"))
-        if key == "pad":
-            return value if value in ("same", "valid") else tuple(int(side) for side in value.split(","))
-        if key == "act":
-            call = re.fullmatch(r"(\w+)\((.*)\)", value)
-            return (call[1], *map(float, call[2].split(","))) if call else value
-        return int(value)
-    except ValueError:
-        raise ProblemError("parse_problem", "text", text, f"{word!r} does not hold numbers") from None
-
-
-def _common_words(problem: Problem) -> list[str]:
-    """The words of a problem's text that both kinds share."""
-    words = [] if problem.N == 1 else [f"n={problem.N}"]
-    if problem.bias: words.append("bias")
-    match problem.activation:
-        case None:
-            pass
-        case str(name):
-            words.append(f"act={name}")
-        case (name, *parameters):
-            words.append(f"act={name}({','.join(map(repr, parameters))})")
-    if problem.residual: words.append("residual")
-    return words

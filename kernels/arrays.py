@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -42,8 +44,7 @@ def from_layout(array: Array, shape: tuple[int, ...], layout: str) -> Array:
 
 def check_input(name: str, value: object, shape: tuple[int, ...]) -> Array:
     """A float32 C-contiguous, aligned array of that shape; input that is not so is copied."""
-    if not isinstance(value, np.ndarray):
-        raise ArrayError(f"{name} is a {type(value).__name__}; give a NumPy array of shape {shape}, float32")
+    value = _as_array(name, value, shape)
     if value.shape != shape:
         raise ArrayError(f"{name} has shape {value.shape}; this kernel takes {shape}")
     if value.dtype != np.float32:
@@ -58,8 +59,7 @@ def check_output(value: object, shape: tuple[int, ...], inputs: dict[str, Array]
 
     ``out`` may be the residual itself: each element is read before it is written.
     """
-    if not isinstance(value, np.ndarray):
-        raise ArrayError(f"out is a {type(value).__name__}; give a NumPy array of shape {shape}, float32")
+    value = _as_array("out", value, shape)
     if value.shape != shape or value.dtype != np.float32:
         raise ArrayError(f"out has shape {value.shape} and dtype {value.dtype}; "
                          f"this kernel writes {shape} float32")
@@ -82,6 +82,13 @@ def check_weights(problem: Problem, weight: object, bias: object) -> dict[str, A
     elif bias is not None:
         raise ArrayError("bias is given but the layer has bias=False")
     return arrays
+
+
+def _as_array(name: str, value: object, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    """The value, if it is an array; a masked one is refused, since a kernel would read what the mask hides."""
+    if not isinstance(value, np.ndarray) or isinstance(value, np.ma.MaskedArray):
+        raise ArrayError(f"{name} is a {type(value).__name__}; give a NumPy array of shape {shape}, float32")
+    return value
 
 
 def clear_tail(problem: Problem, layout: str, out: Array) -> None:

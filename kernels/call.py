@@ -7,6 +7,7 @@ from typing import Any
 import llvmlite.ir as llvm_ir
 import numba
 from numba.core import cgutils, types
+from numba.core.errors import TypingError
 from numba.extending import intrinsic, overload
 
 from convsched.kernels.kernel import Native
@@ -51,6 +52,21 @@ def _choose_check(array: Any) -> Any:
     return always if array.layout == "C" else by_strides
 
 
+def _refuse_read_only(out: Any) -> None:
+    """An output is written to: its type must allow that."""
+    raise NotImplementedError("for compiled code")
+
+
+@overload(_refuse_read_only)
+def _check_mutable(out: Any) -> Any:
+    def fine(out: Any) -> None:
+        pass
+
+    if isinstance(out, types.Array) and not out.mutable:
+        raise TypingError(f"out is read-only ({out}): give an array that can be written, such as out.copy()")
+    return fine
+
+
 def _clear_tail(out: Any, last_block: int) -> None:
     """Zero the channels of a blocked output that no map owns."""
     raise NotImplementedError("for compiled code")
@@ -71,13 +87,16 @@ def _choose_clear(out: Any, last_block: int) -> Any:
 def call(native: Native, x: Any, out: Any) -> None:
     """Run ``conv.native`` of a bound kernel on C-contiguous float32 arrays of its shapes, on one thread.
 
-    For layers without a residual. Raises ValueError for other arrays. Not to be called by two threads at
-    once with the same ``native``.
+    For layers without a residual. Raises ValueError for other arrays; a read-only ``out`` is a TypingError,
+    as it is in Numba. Not to be called by two threads at once with the same ``native``.
     """
+    _refuse_read_only(out)
     if x.shape != native.x_shape or out.shape != native.y_shape:
         raise ValueError("x or out has a wrong shape for this kernel")
     if not _is_float32_in_order(x) or not _is_float32_in_order(out):
         raise ValueError("x and out must be C-contiguous float32")
+    if x.ctypes.data % 4 or out.ctypes.data % 4:
+        raise ValueError("x and out must be aligned to 4 bytes")
     if native.z_slot >= 0:
         raise ValueError("the layer has a residual; call it from Python")
     if x.ctypes.data < out.ctypes.data + 4 * out.size and out.ctypes.data < x.ctypes.data + 4 * x.size:

@@ -11,8 +11,8 @@ import ctypes
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -33,7 +33,7 @@ from convsched.kernels.pool import run_all
 from convsched.lower.direct import lower_direct
 from convsched.machine import Machine
 from convsched.problem import Problem
-from convsched.schedule import Schedule, apply
+from convsched.schedule import Schedule, apply, parse_schedule
 from convsched.text import print_nest
 
 if TYPE_CHECKING:
@@ -100,7 +100,11 @@ class Workspace:
 
 
 class Native(NamedTuple):
-    """A bound kernel as plain data, for ``convsched.call`` inside ``@numba.njit`` functions."""
+    """A bound kernel as plain data, for ``convsched.call`` inside ``@numba.njit`` functions.
+
+    It holds addresses of this process, and only its own ``table`` keeps what they point to alive: it cannot be
+    copied or pickled.
+    """
 
     stages: Any
     table: Any
@@ -111,13 +115,18 @@ class Native(NamedTuple):
     z_slot: int
     last_block: int  # channels in the last block of a blocked output
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("native holds addresses of this process; copy or pickle the bound kernel, "
+                        "and take the copy's native")
+
 
 class Kernel:
     """Compiled code for one problem, layout and number of threads.
 
     ``kernel(x, weight, bias)`` packs the weights at each call; ``kernel.bind(weight, bias)`` packs them
     once. Arrays are float32 in the kernel's layout; weights are (M, C/groups, R, S). Raises ArrayError for
-    arrays that do not fit.
+    arrays that do not fit. A copy, or a kernel read from a pickle, is compiled anew from problem and schedule
+    (or comes from the object cache), for the machine that reads it.
     """
 
     algorithm = "direct"
@@ -201,7 +210,7 @@ class Kernel:
             f"work       {p.macs / 1e6:.1f} M multiply-adds, {p.bytes / 1e6:.2f} MB moved at least, "
             f"{p.flops / p.bytes:.1f} flop a byte",
             f"machine    {self.machine.text}",
-            f"algorithm  {self.algorithm}, layout {self.layout}, {self.threads} threads, "
+            f"algorithm  {self.algorithm}, layout {self.layout}, {self.threads} thread{'s' * (self.threads != 1)}, "
             f"workspace {self.workspace_bytes / 1024:.0f} KiB",
             f"recipe     {self.recipe if self.recipe is not None else 'written by hand'}",
             f"schedule   {self.schedule.text or 'none: the loops as they stand'}",
@@ -210,9 +219,9 @@ class Kernel:
 
     def bind(self, weight: Array, bias: Array | None = None) -> BoundKernel:
         """Pack the weights: (M, C/groups, R, S) float32, bias (M,). Denormals in the weights become zero."""
-        weights = check_weights(self.problem, weight, bias)
-        packed = {c.target: c.run(weights[c.source]) for c in self.interface.copies}
-        as_given = {n: plain(n, a).run(a) for n, a in weights.items() if n in self.interface.names}
+        given = check_weights(self.problem, weight, bias)
+        packed = {c.target: c.run(given[c.source]) for c in self.interface.copies}
+        as_given = {n: plain(n, a).run(a) for n, a in given.items() if n in self.interface.names}
         return BoundKernel(self, {**packed, **as_given})
 
     def __call__(self, x: Array, weight: Array, bias: Array | None = None, *, out: Array | None = None,
@@ -220,12 +229,19 @@ class Kernel:
         """The layer's output for unbound weights."""
         return self.bind(weight, bias)(x, out=out, residual=residual)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _remake, (type(self), self.problem, self.schedule.text, self.layout, self.threads, self.recipe,
+                         self.accuracy)
+
     def __repr__(self) -> str:
         return f"Kernel({self.problem.text!r}, {self.algorithm}, {self.layout}, threads={self.threads})"
 
 
 class BoundKernel:
-    """A kernel with its packed ``weights``: ``y = conv(x)``, ``conv(x, out=y)``, ``conv(x, residual=r)``."""
+    """A kernel with its packed ``weights``: ``y = conv(x)``, ``conv(x, out=y)``, ``conv(x, residual=r)``.
+
+    Copies and pickles hold the packed weights, and the kernel as its own copies do.
+    """
 
     def __init__(self, kernel: Kernel, weights: Mapping[str, Array]) -> None:
         self.kernel = kernel
@@ -253,14 +269,19 @@ class BoundKernel:
         return y
 
     def _borrow(self) -> Workspace:
+        """An idle workspace, else a new one; ``pop`` is atomic, so that of two threads each gets its own."""
         try:
             return self._idle.pop()
         except IndexError:
-            workspace = Workspace(self.kernel.interface, self.kernel.threads)
-            for table in workspace.tables:
-                for name, array in self.weights.items():
-                    table[self._slots[name]] = array.ctypes.data
-            return workspace
+            return self._workspace(self.kernel.threads)
+
+    def _workspace(self, threads: int) -> Workspace:
+        """A workspace whose tables hold the weights; x, y and z are still to be set."""
+        workspace = Workspace(self.kernel.interface, threads)
+        for table in workspace.tables:
+            for name, array in self.weights.items():
+                table[self._slots[name]] = array.ctypes.data
+        return workspace
 
     def _run(self, workspace: Workspace, inputs: Mapping[str, Array], y: Array) -> None:
         slots, threads = self._slots, self.kernel.threads
@@ -273,7 +294,7 @@ class BoundKernel:
             if threads == 1 or not parallel:
                 function(workspace.tables[0], 0, 1)
             else:
-                run_all([_share(function, workspace.tables[i], i, threads) for i in range(threads)])
+                run_all([partial(function, table, i, threads) for i, table in enumerate(workspace.tables)])
 
     @property
     def native(self) -> Native:
@@ -281,21 +302,34 @@ class BoundKernel:
 
         Each has a workspace of its own, for one caller at a time; its table keeps code and weights alive.
         """
-        workspace = self._borrow()
+        workspace = self._workspace(1)
         table = np.array([address or 0 for address in workspace.tables[0]], np.int64)
         weakref.finalize(table, _release, (self, workspace))
         stages = np.array(self.kernel.addresses, np.int64)
         return Native(stages, table, self.kernel.x_shape, self.kernel.y_shape, self._slots["x"],
                       self._slots["y"], self._slots.get("z", -1), (self.kernel.problem.M - 1) % 16 + 1)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebind, (type(self), self.kernel, self.kernel.interface.copies, self.weights)
+
     def __repr__(self) -> str:
         return f"BoundKernel({self.kernel!r})"
 
 
+def _remake(kind: type[Kernel], problem: Problem, schedule: str, layout: str, threads: int,
+            recipe: Recipe | None, accuracy: str) -> Kernel:
+    """A kernel from what its pickle holds, compiled for this machine."""
+    return kind(problem, parse_schedule(schedule), layout=layout, threads=threads, machine=Machine.host(),
+                recipe=recipe, accuracy=accuracy)
+
+
+def _rebind(kind: type[BoundKernel], kernel: Kernel, packing: tuple[Copy, ...],
+            weights: Mapping[str, Array]) -> BoundKernel:
+    """A bound kernel from what its pickle holds; unpickled arrays are not aligned."""
+    if kernel.interface.copies != packing:
+        raise ArrayError("the weights were packed by another version of convsched; bind them again")
+    return kind(kernel, {name: plain(name, packed).run(packed) for name, packed in weights.items()})
+
+
 def _release(held: object) -> None:
     """What a native table kept alive goes with it."""
-
-
-def _share(function: Callable[..., None], table: Any, thread: int, threads: int) -> Callable[[], None]:
-    return lambda: function(table, thread, threads)
-

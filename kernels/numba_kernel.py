@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from numba import types
 
 from convsched.errors import LoweringError
 from convsched.kernels.kernel import BoundKernel, Interface, Kernel, Native
@@ -38,13 +39,20 @@ class NumbaKernel(Kernel):
 
     @property
     def llvm(self) -> str:
-        """The LLVM IR of the signatures compiled so far."""
-        return "\n".join(self.function.inspect_llvm().values())
+        """The LLVM IR that Numba makes of the source."""
+        return str(self.function.inspect_llvm(self._signature()))
 
     @property
     def assembly(self) -> str:
-        """The assembly of the signatures compiled so far."""
-        return "\n".join(self.function.inspect_asm().values())
+        """The machine code, as the assembler would read it."""
+        return str(self.function.inspect_asm(self._signature()))
+
+    def _signature(self) -> Any:
+        """The types of the arguments of a call, compiled for if no call has been."""
+        buffers = [types.float32[::1]] * len(self.interface.names)
+        signature = (*buffers, types.int64, types.int64)
+        self.function.compile(signature)
+        return signature
 
     def bind(self, weight: Array, bias: Array | None = None) -> BoundKernel:
         """As ``Kernel.bind``; the result has no ``native``."""

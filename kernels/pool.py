@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 _lock = threading.Lock()
 _pools: dict[int, ThreadPoolExecutor] = {}
@@ -27,7 +27,10 @@ if hasattr(os, "register_at_fork"):
 
 
 def run_all(tasks: Sequence[Callable[[], object]]) -> None:
-    """Run the tasks at once, the first in the calling thread; returns when all are done."""
+    """Run the tasks at once, the first in the calling thread.
+
+    Returns when all are done, also after an error in one of them or an interrupt, which is then raised.
+    """
     if len(tasks) == 1:
         tasks[0]()
         return
@@ -35,7 +38,26 @@ def run_all(tasks: Sequence[Callable[[], object]]) -> None:
         pool = _pools.get(len(tasks))
         if pool is None:
             pool = _pools[len(tasks)] = ThreadPoolExecutor(len(tasks) - 1, "convsched")
-    futures = [pool.submit(task) for task in tasks[1:]]
-    tasks[0]()
-    for future in futures:
-        future.result()
+    try:
+        futures = [pool.submit(task) for task in tasks[1:]]
+    except RuntimeError:  # the system starts no more threads; what is queued must not run later
+        with _lock:
+            _pools.pop(len(tasks), None)
+        pool.shutdown(cancel_futures=True)
+        raise
+    try:
+        tasks[0]()
+        for future in futures:
+            future.result()
+    except BaseException:
+        _finish(futures)
+        raise
+
+
+def _finish(futures: Sequence[Future[object]]) -> None:
+    """Wait for all, interrupted or not: until then they write to the caller's arrays."""
+    try:
+        wait(futures)
+    except BaseException:
+        _finish(futures)
+        raise

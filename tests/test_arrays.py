@@ -79,6 +79,7 @@ def misaligned(array: Any) -> Any:
         ({"x": np.zeros(X, object)}, "x has dtype object"),
         ({"x": f32(*X).tolist()}, r"x is a list; give a NumPy array of shape \(1, 5, 6, 9\), float32"),
         ({"x": None}, "x is a NoneType"),
+        ({"x": np.ma.masked_array(f32(*X))}, "x is a MaskedArray; give a NumPy array"),
         ({"x": 1.0}, "x is a float"),
         ({"weight": f32(7, 5, 3)}, r"weight has shape \(7, 5, 3\); this kernel takes \(7, 5, 3, 3\)"),
         ({"weight": f32(5, 7, 3, 3)}, r"weight has shape \(5, 7, 3, 3\)"),
@@ -94,6 +95,7 @@ def misaligned(array: Any) -> Any:
         ({"out": f32(1, 7, 6, 8)}, r"out has shape \(1, 7, 6, 8\) and dtype float32; this kernel writes"),
         ({"out": np.zeros(Y)}, "out has shape .* and dtype float64"),
         ({"out": f32(*Y).tolist()}, "out is a list"),
+        ({"out": np.ma.masked_array(f32(*Y))}, "out is a MaskedArray"),
         ({"out": f32(1, 7, 6, 18)[..., ::2]}, "out must be C-contiguous"),
         ({"out": f32(9, 6, 7, 1).T}, "out must be C-contiguous"),
         ({"out": read_only(*Y)}, "out must be C-contiguous, aligned and writeable"),
@@ -298,3 +300,25 @@ def test_a_warm_call_with_out_allocates_nothing_big(name: str, threads: int) -> 
         tracemalloc.stop()
     assert peak - before < 64 * 1024
     assert after - before < 16 * 1024
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc", "nchw16c"])
+def test_a_warm_call_with_out_allocates_no_arrays(layout: Any) -> None:
+    """On one thread: 200 calls keep nothing each, and no call needs more than its few Python objects."""
+    problem = LAYERS["dense"]
+    x, weight, bias, _ = integers(problem)
+    laid = to_layout(x, layout)
+    conv = cs.compile(problem, layout=layout, threads=1).bind(weight, bias)
+    out = conv(laid)
+    tracemalloc.start()
+    try:
+        conv(laid, out=out)
+        before, _ = tracemalloc.get_traced_memory()
+        tracemalloc.reset_peak()
+        for _ in range(200):
+            conv(laid, out=out)
+        after, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert after - before < 4096  # 20 bytes a call
+    assert peak - before < 8192  # the output alone has 31200

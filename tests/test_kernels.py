@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import convsched as cs
+from convsched import names
 from convsched.analytic import default_recipe
 from convsched.kernels.arrays import activation_shape, from_layout, to_layout
 from convsched.kernels.kernel import Kernel
@@ -21,7 +22,7 @@ from convsched.parameters import Activation
 from convsched.problem import Conv2d, Linear, Problem
 from convsched.reference import convolve
 
-LAYOUTS = ("nchw", "nhwc", "nchw16c")
+LAYOUTS = tuple(names.LAYOUTS)
 EXACT: list[Activation] = [None, "relu", "relu6", ("clip", -9.0, 20.0), ("leaky_relu", 0.5)]
 SMOOTH: list[Activation] = ["sigmoid", "tanh", "silu", "hardswish", "hardsigmoid", ("elu", 1.5)]
 STRICT = 1e-5  # max |error| / rms(output)

@@ -1,5 +1,10 @@
 """Bound kernels called from a user's own ``@numba.njit`` functions."""
 
+import copy
+import gc
+import pickle
+import tracemalloc
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -125,6 +130,16 @@ def test_wrong_dtypes_and_orders_are_refused(bad: str) -> None:
         cs.call(conv.native, x, out)
 
 
+def test_misaligned_arrays_are_refused() -> None:
+    x, weight, bias = integers(LAYERS[0])
+    native = cs.compile(LAYERS[0], threads=1).bind(weight, bias).native
+    out = np.zeros(LAYERS[0].output_shape, np.float32)
+    moved_x, moved_out = (np.zeros(a.nbytes + 1, np.uint8)[1:].view(np.float32).reshape(a.shape) for a in (x, out))
+    for arrays in ((moved_x, out), (x, moved_out)):
+        with pytest.raises(ValueError, match="aligned to 4 bytes"):
+            cs.call(native, *arrays)
+
+
 def test_slices_that_are_contiguous_are_taken() -> None:
     layer = LAYERS[1]
     x, weight, bias = integers(layer)
@@ -156,3 +171,73 @@ def test_out_may_not_overlap_x() -> None:
     native = cs.compile(layer, threads=1).bind(weight, bias).native
     with pytest.raises(ValueError, match="overlaps"):
         cs.call(native, x, x)
+
+
+def test_a_read_only_out_is_refused_and_stays_as_it_is() -> None:
+    layer = LAYERS[1]
+    x, weight, bias = integers(layer)
+    native = cs.compile(layer, threads=1).bind(weight, bias).native
+    out = np.full(layer.output_shape, 7, np.float32)
+    for array in (x, out):
+        array.flags.writeable = False
+    with pytest.raises(numba.TypingError, match="out is read-only"):
+        cs.call(native, x, out)
+    with pytest.raises(numba.TypingError, match="out is read-only"):
+        twice(native, x, out)
+    assert (out == 7).all()
+    written = np.empty(layer.output_shape, np.float32)
+    cs.call(native, x, written)  # a read-only x is as good as any
+    np.testing.assert_array_equal(written, convolve(layer, x, weight))
+
+
+def test_a_native_keeps_code_and_weights_alive() -> None:
+    """Each of many outlives its kernel and weights, whose memory would else be used again by the next ones."""
+    layer = LAYERS[0]
+    x, weight, bias = integers(layer)
+    natives = []
+    for factor in range(1, 6):
+        natives.append(cs.compile(layer, threads=1).bind(factor * weight, bias).native)
+        gc.collect()
+    out = np.empty(layer.output_shape, np.float32)
+    for factor, native in enumerate(natives, 1):
+        total = twice(native, x, out)
+        once, both = (convolve(layer, times * x, factor * weight, bias) for times in (1, 2))
+        np.testing.assert_array_equal(out, both)
+        assert total == once.sum() + both.sum()
+
+
+def test_a_dropped_native_gives_its_weights_back() -> None:
+    _, weight, bias = integers(LAYERS[0])
+    conv = cs.compile(LAYERS[0], threads=1).bind(weight, bias)
+    packed = weakref.ref(next(iter(conv.weights.values())))
+    native = conv.native
+    del conv
+    gc.collect()
+    assert packed() is not None
+    del native
+    gc.collect()
+    assert packed() is None
+
+
+def test_a_native_is_made_for_one_thread_whatever_the_kernel_runs_on() -> None:
+    _, weight, bias = integers(LAYERS[0])
+    one, many = (cs.compile(LAYERS[0], schedule="", threads=threads).bind(weight, bias) for threads in (1, 64))
+    tracemalloc.start()
+    try:
+        sizes = []
+        for conv in (one, many):
+            before, _ = tracemalloc.get_traced_memory()
+            native = conv.native
+            sizes.append(tracemalloc.get_traced_memory()[0] - before)
+            del native
+    finally:
+        tracemalloc.stop()
+    assert sizes[1] < 2 * sizes[0]
+
+
+def test_a_native_cannot_be_copied_or_pickled() -> None:
+    _, weight, bias = integers(LAYERS[0])
+    native = cs.compile(LAYERS[0], threads=1).bind(weight, bias).native
+    for duplicate in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="copy or pickle the bound kernel, and take the copy's native"):
+            duplicate(native)

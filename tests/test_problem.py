@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -189,6 +190,35 @@ def test_a_broken_rule_of_linear_is_named(change: dict[str, Any], message: str) 
     with pytest.raises(ProblemError) as caught:
         Linear(**({"in_features": 3, "out_features": 4} | change))
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Conv2d(1, 1, 1, input_size=2**32), "Conv2d(input=(1, 1, 4294967296, 4294967296)): "),
+        (lambda: Conv2d(2**40, 1, 1, groups=1, input_size=1, batch_size=2**40), "Conv2d(input="),
+        (lambda: Conv2d(1, 1, 1, 2**62, 2**62, input_size=8), "Conv2d(input="),  # with its padding
+        (lambda: Conv2d(2**30, 2**30, 1, input_size=1), "Conv2d(weight=(1073741824, 1073741824, 1, 1)): "),
+        (lambda: Conv2d(1, 2**40, 1, input_size=2**10), "Conv2d(output=(1, 1099511627776, 1024, 1024)): "),
+        (lambda: Linear(2**40, 1, batch_size=2**40), "Linear(input="),
+        (lambda: Linear(2**62, 2**62), "Linear(input="),
+        (lambda: Linear(2**40, 2**40), "Linear(weight="),
+        (lambda: Linear(1, 2**40, batch_size=2**40), "Linear(output="),
+        (lambda: parse_problem("linear c=1099511627776 m=1099511627776"), "Linear(weight="),
+    ],
+)
+def test_a_tensor_beyond_all_memory_is_named(make: Callable[[], Problem], message: str) -> None:
+    with pytest.raises(ProblemError) as caught:
+        make()
+    assert str(caught.value).startswith(message)
+    size = 4 * math.prod(caught.value.value)  # type: ignore[call-overload]
+    assert caught.value.rule == (f"a tensor of {size} bytes, more than any CPU can address (72057594037927936); "
+                                 "use smaller sizes")  # fmt: skip
+
+
+def test_the_greatest_tensor_is_a_problem() -> None:
+    assert Linear(2**54, 1).bytes == 4 * (2**55 + 2)
+    assert Conv2d(1, 1, 1, 2**70, input_size=2**27).output_shape == (1, 1, 1, 1)
 
 
 @pytest.mark.parametrize(

@@ -25,14 +25,8 @@ from convsched.ir import (
     storage_of,
 )
 from convsched.lower.epilogue import activation
+from convsched.names import LAYOUTS
 from convsched.problem import Conv2d, Linear, Problem
-
-LAYOUTS: dict[str, tuple[str, ...]] = {
-    "nchw": ("n", "c", "h", "w"),
-    "nhwc": ("n", "h", "w", "c"),
-    "nchw16c": ("n", "c/16", "h", "w", "c%16"),
-}
-"""The storage orders of activations that a problem's arrays may have."""
 
 
 def lower_direct(problem: Problem, layout: str = "nchw") -> Program:

@@ -1,0 +1,102 @@
+"""The one-line text of a problem: the words of its parameters, and the parameters of its words.
+
+    conv2d c=256 m=256 k=3x3 in=56x56 pad=1,1,1,1 bias act=relu
+    linear c=2048 m=1000 bias
+
+What is at its default is left out, but for the bias.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from convsched.errors import ProblemError
+from convsched.parameters import by
+
+if TYPE_CHECKING:
+    from convsched.problem import Conv2d, Linear, Problem
+
+_COMMON_KEYS = {"n": "batch_size", "act": "activation"}
+_KEYS = {
+    "conv2d": {
+        "c": "in_channels", "m": "out_channels", "k": "kernel_size", "in": "input_size", "stride": "stride",
+        "pad": "padding", "dil": "dilation", "g": "groups", **_COMMON_KEYS,
+    },
+    "linear": {"c": "in_features", "m": "out_features", **_COMMON_KEYS},
+}  # fmt: skip
+_REQUIRED = {"conv2d": ("c", "m", "k", "in"), "linear": ("c", "m")}
+
+
+def conv2d_text(layer: Conv2d) -> str:
+    """The canonical text of a convolution."""
+    words = [f"conv2d c={layer.C} m={layer.M} k={by(layer.kernel_size)} in={by(layer.input_size)}"]
+    if layer.stride != (1, 1): words.append(f"stride={by(layer.stride)}")
+    if any(layer.padding): words.append("pad=" + ",".join(map(str, layer.padding)))
+    if layer.dilation != (1, 1): words.append(f"dil={by(layer.dilation)}")
+    if layer.groups != 1: words.append(f"g={layer.groups}")
+    return " ".join(words + _common_words(layer))
+
+
+def linear_text(layer: Linear) -> str:
+    """The canonical text of a fully connected layer."""
+    return " ".join([f"linear c={layer.C} m={layer.M}", *_common_words(layer)])
+
+
+def parse_words(text: str) -> tuple[str, dict[str, object]]:
+    """The kind of a problem's text, "conv2d" or "linear", and the arguments that make the problem.
+
+    Raises ProblemError for words that are unknown, missing, twice or no numbers; the values' rules are checked
+    where the problem is made.
+    """
+    kind, *words = text.split() or [""]
+    if kind not in _KEYS:
+        raise ProblemError("parse_problem", "text", text, "starts with neither conv2d nor linear")
+    keys = _KEYS[kind]
+    arguments: dict[str, object] = {"bias": False}
+    seen: set[str] = set()
+    for word in words:
+        key, equals, value = word.partition("=")
+        if key in seen:
+            raise ProblemError("parse_problem", "text", text, f"{key} is given twice")
+        seen.add(key)
+        if key in ("bias", "residual") and not equals:
+            arguments[key] = True
+        elif key in keys and value:
+            arguments[keys[key]] = _value(text, word, key, value)
+        else:
+            known = " ".join(f"{name}=" for name in keys)
+            raise ProblemError("parse_problem", "text", text, f"{word!r} is not one of {known} bias residual")
+    if missing := [f"{key}=" for key in _REQUIRED[kind] if key not in seen]:
+        raise ProblemError("parse_problem", "text", text, f"{' '.join(missing)} is missing")
+    return kind, arguments
+
+
+def _value(text: str, word: str, key: str, value: str) -> object:
+    """The value of one word, its rules still unchecked."""
+    try:
+        if key in ("k", "in", "stride", "dil"):
+            return tuple(int(side) for side in value.split("x"))
+        if key == "pad":
+            return value if value in ("same", "valid") else tuple(int(side) for side in value.split(","))
+        if key == "act":
+            call = re.fullmatch(r"(\w+)\((.*)\)", value)
+            return (call[1], *map(float, call[2].split(","))) if call else value
+        return int(value)
+    except ValueError:
+        raise ProblemError("parse_problem", "text", text, f"{word!r} does not hold numbers") from None
+
+
+def _common_words(problem: Problem) -> list[str]:
+    """The words that both kinds share."""
+    words = [] if problem.N == 1 else [f"n={problem.N}"]
+    if problem.bias: words.append("bias")
+    match problem.activation:
+        case None:
+            pass
+        case str(name):
+            words.append(f"act={name}")
+        case (name, *parameters):
+            words.append(f"act={name}({','.join(map(repr, parameters))})")
+    if problem.residual: words.append("residual")
+    return words

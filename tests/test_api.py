@@ -1,0 +1,306 @@
+"""What ``compile`` may be asked for, and what a kernel is besides callable: its texts, its copies, its threads."""
+
+import copy
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+
+import convsched as cs
+from convsched.autotune.cache import ScheduleCache
+from convsched.autotune.record import Key, Record
+from convsched.errors import ArrayError, LoweringError, ScheduleError
+from convsched.kernels import pool
+from convsched.kernels.kernel import BoundKernel, Kernel
+from convsched.kernels.numba_kernel import NumbaKernel
+from convsched.machine import Machine
+from convsched.names import ACCURACIES, BACKENDS, LAYOUTS, MAX_THREADS, Layout
+from convsched.reference import convolve
+
+LAYER = cs.Conv2d(5, 20, 3, padding=1, input_size=(6, 9), activation="relu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CONVSCHED_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def integers() -> tuple[Any, Any, Any]:
+    """x, weight and bias of small integers: every sum is exact."""
+    rng = np.random.default_rng(0)
+    x, weight, bias = (rng.integers(-3, 4, s).astype(np.float32)
+                       for s in (LAYER.input_shape, LAYER.weight_shape, LAYER.bias_shape))  # fmt: skip
+    return x, weight, bias
+
+
+def check(kernel: Kernel | BoundKernel) -> None:
+    """The kernel computes the layer, with the weights of ``integers``."""
+    x, weight, bias = integers()
+    y = kernel(x, weight, bias) if isinstance(kernel, Kernel) else kernel(x)
+    np.testing.assert_array_equal(y, convolve(LAYER, x, weight, bias))
+
+
+def bound(**options: Any) -> BoundKernel:
+    _, weight, bias = integers()
+    return cs.compile(LAYER, **{"threads": 1, **options}).bind(weight, bias)
+
+
+def run_python(code: str, *arguments: str) -> str:
+    """What a new process prints that runs the code; an error there fails the test."""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, *arguments], capture_output=True, text=True,
+                          timeout=120)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+# What compile takes
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"algorithm": ""}, "algorithm='': use one of direct"),
+        ({"algorithm": "magic"}, "algorithm='magic': use one of direct"),
+        ({"algorithm": ("direct",)}, r"algorithm=\('direct',\): use one of direct"),
+        ({"accuracy": "exact"}, "accuracy='exact': use one of strict, normal, fast"),
+        ({"accuracy": None}, "accuracy=None: use one of strict, normal, fast"),
+        ({"layout": "NCHW"}, "layout='NCHW': use one of nchw, nhwc, nchw16c"),
+        ({"layout": ["nchw"]}, r"layout=\['nchw'\]: use one of nchw"),
+        ({"layout": np.array(["nchw", "nhwc"])}, "use one of nchw, nhwc, nchw16c"),
+        ({"backend": "cuda"}, "backend='cuda': use one of llvm, numba"),
+        ({"cache": "x.sqlite"}, "cache=.x.sqlite.: use a convsched.autotune.cache.ScheduleCache, None or True"),
+        ({"cache": 0}, "cache=0: use a .*ScheduleCache"),
+        ({"cache": ScheduleCache}, "cache=<class .*: use a .*ScheduleCache"),
+        ({"cache": "x", "schedule": ""}, "cache='x': use a .*ScheduleCache"),
+        ({"threads": 0}, "threads=0: use an integer from 1 to 1024, or None for the cores"),
+        ({"threads": -1}, "threads=-1: use an integer"),
+        ({"threads": 2.0}, "threads=2.0: use an integer"),
+        ({"threads": "2"}, "threads='2': use an integer"),
+        ({"threads": True}, "threads=True: use an integer"),
+        ({"threads": np.True_}, "threads=.*True.*: use an integer"),
+        ({"threads": np.array([1, 2])}, "use an integer from 1"),
+        ({"threads": MAX_THREADS + 1}, "threads=1025: use an integer from 1 to 1024"),
+        ({"threads": 10**6}, "threads=1000000: use an integer from 1 to 1024"),
+    ],
+)
+def test_what_compile_does_not_take_is_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(LoweringError, match=message):
+        cs.compile(LAYER, **options)
+
+
+@pytest.mark.parametrize("layer", [None, "conv2d c=1 m=1 k=1x1 in=1x1", cs.Conv2d, LAYER.input_shape])
+def test_what_is_no_layer_is_named(layer: Any) -> None:
+    with pytest.raises(LoweringError, match="compile takes a Conv2d or a Linear, not "):
+        cs.compile(layer)
+
+
+@pytest.mark.parametrize("schedule", [5, ["unroll c"], b"unroll c", cs.Schedule])
+def test_what_is_no_schedule_is_named(schedule: Any) -> None:
+    with pytest.raises(ScheduleError, match="give a Schedule or its text"):
+        cs.compile(LAYER, schedule=schedule)
+
+
+@pytest.mark.parametrize("threads", [np.int64(2), np.uint8(2), np.array(2)])
+def test_threads_may_be_any_integer(threads: Any) -> None:
+    kernel = cs.compile(LAYER, threads=threads)
+    assert type(kernel.threads) is int
+    assert kernel.threads == 2
+    check(kernel)
+
+
+def test_the_greatest_number_of_threads_compiles() -> None:
+    assert cs.compile(LAYER, threads=MAX_THREADS).threads == MAX_THREADS
+
+
+def tuned(cache: ScheduleCache) -> str:
+    """The schedule of the only record in a cache, as tuning on one thread would leave it."""
+    schedule = "unroll s"
+    assert cache.put(Record(**vars(Key.of(LAYER, Machine.host())), algorithm="direct", recipe="by hand",
+                            schedule=schedule, hot=1e-6, status="ok", time=1.0))  # fmt: skip
+    return schedule
+
+
+def test_none_and_true_are_the_cache_in_the_cache_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CONVSCHED_CACHE", str(tmp_path))
+    default = cs.compile(LAYER, threads=1).schedule
+    choices: tuple[bool | None, ...] = (None, True, False)
+    assert {cs.compile(LAYER, threads=1, cache=cache).schedule for cache in choices} == {default}
+    schedule = tuned(ScheduleCache())
+    for cache in (None, True):
+        kernel = cs.compile(LAYER, threads=1, cache=cache)
+        assert kernel.schedule.text == schedule
+        check(kernel)
+    assert cs.compile(LAYER, threads=1).schedule.text == schedule
+    assert cs.compile(LAYER, threads=1, cache=False).schedule == default
+
+
+def test_a_cache_of_ones_own(tmp_path: Path) -> None:
+    cache = ScheduleCache(tmp_path / "mine.sqlite")
+    schedule = tuned(cache)
+    assert cs.compile(LAYER, threads=1, cache=cache).schedule.text == schedule
+    assert cs.compile(LAYER, threads=1).schedule.text != schedule
+
+
+def test_the_names_agree_with_their_types() -> None:
+    assert tuple(LAYOUTS) == get_args(Layout)
+    for layout in LAYOUTS:
+        assert cs.compile(LAYER, layout=layout, threads=1).layout == layout  # type: ignore[arg-type]
+    for accuracy in ACCURACIES:
+        assert cs.compile(LAYER, accuracy=accuracy, threads=1).accuracy == accuracy
+
+
+# The texts of a kernel
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_text_is_there_before_the_first_call(backend: Any) -> None:
+    kernel = cs.compile(LAYER, backend=backend, threads=1)
+    for text, part in ((kernel.llvm, "define "), (kernel.assembly, "ret"), (kernel.source, "def run("),
+                       (kernel.nest, "conv:"), (kernel.explain(), LAYER.text)):  # fmt: skip
+        assert part in text
+    check(kernel)
+
+
+def test_the_numba_backend_compiles_once() -> None:
+    """The types that its texts are made for are those of a call."""
+    kernel = cs.compile(LAYER, backend="numba", threads=1)
+    assert isinstance(kernel, NumbaKernel)
+    before = kernel.llvm
+    check(kernel)
+    assert len(kernel.function.signatures) == 1
+    assert kernel.llvm == before
+
+
+# Copies
+
+DUPLICATES: list[Callable[[Any], Any]] = [copy.copy, copy.deepcopy, lambda given: pickle.loads(pickle.dumps(given))]
+
+
+@pytest.mark.parametrize("duplicate", DUPLICATES, ids=["copy", "deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"threads": 2, "layout": "nchw16c", "accuracy": "fast"}, {"schedule": ""}, {"backend": "numba"},
+        {"schedule": "split m 8 -> m0 m1 tail=mask; layout w m0 c r s m1; reorder m0 e f c r s m1; vectorize m1"},
+    ],
+    ids=["default", "options", "unscheduled", "numba", "packed"],
+)  # fmt: skip
+def test_kernels_can_be_copied(options: dict[str, Any], duplicate: Callable[[Any], Any]) -> None:
+    conv = bound(**options)
+    kernel, other = conv.kernel, duplicate(conv.kernel)
+    assert type(other) is type(kernel)
+    for name in ("problem", "schedule", "layout", "threads", "accuracy", "recipe", "machine", "interface"):
+        assert getattr(other, name) == getattr(kernel, name)
+    again = duplicate(conv)
+    assert type(again) is type(conv)
+    assert all(array.ctypes.data % 64 == 0 for array in again.weights.values())
+    if conv.kernel.layout == "nchw":
+        check(other)
+        check(again)
+
+
+def test_a_copy_has_weights_of_its_own() -> None:
+    conv = bound()
+    other = copy.deepcopy(conv)
+    for array in conv.weights.values():
+        array[...] = np.nan
+    check(other)
+
+
+def test_a_pickle_runs_in_another_process(tmp_path: Path) -> None:
+    file = tmp_path / "conv.pickle"
+    file.write_bytes(pickle.dumps(bound(threads=2)))
+    code = "import pickle, sys, numpy as np; conv = pickle.load(open(sys.argv[1], 'rb'));"
+    x, weight, bias = integers()
+    np.save(tmp_path / "x.npy", x)
+    run_python(f"{code} np.save(sys.argv[3], conv(np.load(sys.argv[2])))",
+               *(str(path) for path in (file, tmp_path / "x.npy", tmp_path / "y.npy")))
+    np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), convolve(LAYER, x, weight, bias))
+
+
+def test_weights_that_were_packed_otherwise_are_refused() -> None:
+    conv = bound()
+    remake, (kind, kernel, packing, weights) = conv.__reduce__()
+    assert packing
+    with pytest.raises(ArrayError, match="packed by another version of convsched; bind them again"):
+        remake(kind, kernel, packing[:-1], weights)
+
+
+# Threads
+
+def test_threads_survive_a_fork() -> None:
+    """A child has none of its parent's threads: it makes its own, also when the fork met a held lock."""
+    code = """
+import os, numpy as np, convsched as cs
+from convsched.kernels import pool
+layer = cs.Conv2d(5, 20, 3, padding=1, input_size=(6, 9))
+conv = cs.compile(layer, schedule="parallel m", threads=3).bind(
+    np.ones(layer.weight_shape, np.float32), np.ones(20, np.float32))
+x = np.ones(layer.input_shape, np.float32)
+expected = conv(x)
+with pool._lock:
+    child = os.fork()
+if child == 0:
+    os._exit(0 if np.array_equal(conv(x), expected) else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), np.array_equal(conv(x), expected))
+"""
+    if not hasattr(os, "fork"):
+        pytest.skip("no fork here")
+    assert run_python(code) == "0 True"
+
+
+def test_an_error_is_raised_when_all_threads_have_ended() -> None:
+    """Until then they write to the caller's arrays."""
+    released, ended = threading.Event(), []
+
+    def late() -> None:
+        assert released.wait(60)
+        ended.append(True)
+
+    def fail() -> None:
+        threading.Timer(0.05, released.set).start()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pool.run_all([fail, late])
+    assert ended
+
+
+def test_a_system_without_threads_is_an_error_and_nothing_runs_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was queued for the thread that could not start is not run when the caller has given up."""
+    start, started, ended = threading.Thread.start, list[int](), list[int]()
+
+    def start_one(thread: threading.Thread) -> None:
+        if threading.active_count() > before:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    def work(i: int) -> None:
+        started.append(i)
+        assert begun.wait(60)
+        ended.append(i)
+
+    tasks = [partial(work, i) for i in range(7)]  # a number of threads that no other test has made
+    begun, before = threading.Event(), threading.active_count() + 1  # with the timer's
+    timer = threading.Timer(0.1, begun.set)
+    timer.start()
+    monkeypatch.setattr(threading.Thread, "start", start_one)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        pool.run_all(tasks)
+    assert started == ended
+    assert 0 not in started
+    monkeypatch.undo()
+    timer.join()
+    started.clear()
+    pool.run_all(tasks)
+    assert sorted(started) == list(range(7))
