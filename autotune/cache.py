@@ -4,10 +4,9 @@ A row is a record's JSON line beside the columns that name the candidate. The tw
 must read back as itself: a row that does not is a miss with a warning that says why. Rows of another format
 stay for the convsched that wrote them.
 
-Writing is durable at once: a rollback journal, which unlike WAL needs no shared memory and leaves the file
-readable where nothing can be written, synced in full. Each call opens the file anew, so that threads, forks
-and another process that moves a corrupt file aside do no harm. A cache that cannot be used is no cache: what
-compiles or tunes gets one warning and goes on; `export`, `import_` and `prune` raise CacheError.
+Looking up never measures: the same file gives the same choice in every process. A cache that cannot be used
+is no cache: what compiles or tunes gets one warning and goes on; `export`, `import_` and `prune` raise
+CacheError.
 """
 
 from __future__ import annotations
@@ -16,53 +15,47 @@ import os
 import sqlite3
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
+from convsched.autotune.database import Database
 from convsched.autotune.record import (
     FORMAT,
     KEY,
     REGIMES,
     SCHEDULE_FORMAT,
-    TIERS,
     CacheError,
     CacheWarning,
     Key,
-    MachineKey,
     Record,
     Regime,
     Run,
-    Tier,
     choose,
+    other_version,
     parse_line,
 )
 from convsched.errors import ConvschedError, MachineError
-from convsched.machine import cache_folder
+from convsched.machine import MachineKey, Tier, cache_folder
 
 Keep = Literal["winners", "ok", "all"]
 Row = tuple[Any, ...]  # the columns of CANDIDATE, then the record's line
 T = TypeVar("T")
 
-PATIENCE = 10.0  # seconds that one try waits for another process's lock
-TRIES = 3
-
+TIERS: tuple[Tier, ...] = get_args(Tier)
 CANDIDATE = (*KEY, "algorithm", "schedule")
-_APPLICATION, _SCHEMA = 0x636F6E76, 1  # SQLite's application_id ("conv") and user_version
 _CREATE = (
     f"CREATE TABLE candidates ({', '.join(CANDIDATE)}, record, PRIMARY KEY ({', '.join(CANDIDATE)}))",
     f"CREATE TABLE runs ({', '.join(KEY)}, run, PRIMARY KEY ({', '.join(KEY)}))",
-    f"PRAGMA application_id = {_APPLICATION}",
-    f"PRAGMA user_version = {_SCHEMA}",
 )
 _MACHINE = KEY.index("machine")
+_VERSION = ("format", "compiler")
 _SELECT = f"SELECT {', '.join(CANDIDATE)}, record FROM candidates"
-_CORRUPT = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
-_BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+_DELETE = f"DELETE FROM candidates WHERE {' AND '.join(f'{name} IS ?' for name in CANDIDATE)}"
 
 
 class Hit(NamedTuple):
@@ -109,20 +102,16 @@ class Entry:
         return self.run.complete if self.run else None
 
 
-class _NothingError(Exception):
-    """There is no file yet, or it has no tables."""
-
-
 class ScheduleCache:
     """The schedules measured so far, in `path` (default: schedules.sqlite in the folder of the caches)."""
 
     def __init__(self, path: Path | None = None) -> None:
-        self._told: set[str] = set()
-        self._patience, self._nowhere = PATIENCE, ""
+        refused = ""
         try:
             self.path = Path(path or cache_folder() / "schedules.sqlite").absolute()
         except MachineError as error:
-            self.path, self._nowhere = Path(os.devnull), str(error)
+            self.path, refused = Path(os.devnull), str(error)
+        self._database = Database(self.path, _CREATE, refused)
 
     def put(self, record: Record) -> bool:
         """Keep a record, durably, unless a newer one of its candidate is there; whether the cache could be
@@ -134,6 +123,11 @@ class ScheduleCache:
         """Keep how a key's latest tuning run ended, at Unix second `time`; whether it could be written."""
         run = Run(**vars(key), complete=complete, budget=budget, tried=tried, time=time)
         return self._keep(lambda db: _store(db, run))
+
+    def forget(self, records: Iterable[Record]) -> bool:
+        """Remove candidates, so that they are a miss; whether the cache could be written."""
+        rows = [_columns(record) for record in records]
+        return self._keep(lambda db: db.executemany(_DELETE, rows))
 
     def run_of(self, key: Key) -> Run | None:
         """The latest tuning run of exactly this key."""
@@ -153,9 +147,10 @@ class ScheduleCache:
         `furthest` bounds how unlike that machine may be. `check` may raise a ConvschedError for a record
         that no longer fits (its schedule does not apply): it counts as missing, and the next is tried.
         """
-        here = MachineKey.parse(key.machine)
+        here, version = MachineKey.parse(key.machine), (key.format, key.compiler)
         with self._unused() as unused:
-            rows = self._rows({name: getattr(key, name) for name in KEY if name != "machine"})
+            found = self._rows({name: getattr(key, name) for name in KEY if name not in ("machine", *_VERSION)})
+            rows = [row for row in found if _version(row) == version]
             for tier, machine in _nearest(here, {row[_MACHINE] for row in rows}, unused):
                 if TIERS.index(tier) > TIERS.index(furthest) or tier == "none":
                     break
@@ -170,6 +165,8 @@ class ScheduleCache:
                         records.remove(record)
                     else:
                         return Hit(record, tier)
+            if found and not rows:
+                unused.append(f"{other_version(*_version(found[-1]))}; tune again")
         return None
 
     def entries(self) -> tuple[Entry, ...]:
@@ -189,8 +186,8 @@ class ScheduleCache:
         """Why there is no schedule for a key: the nearest entries and what differs, for people."""
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", CacheWarning)
-            fresh = copy(self)
-            fresh._told = set()  # tells again what this one has told already
+            fresh = copy(self)  # which tells again what this one has told already
+            fresh._database = Database(self.path, _CREATE, self._database.refused)
             hit, entries = fresh.best(key), fresh.entries()
         if hit:
             lines = [f"a hit, from {hit.tier} machine: {hit.record.algorithm}, {hit.record.schedule}"]
@@ -236,7 +233,7 @@ class ScheduleCache:
             done = Counter(_store(db, item, again=False) for item in found)
             return Counts(*(done[name] for name in Counts._fields))
 
-        return self._attempt(store, write=True)
+        return self._database.write(store)
 
     def prune(self, keep: Keep = "winners", older_than: float | None = None, max_bytes: int | None = None) -> Pruned:
         """Remove candidates: but the winners, hot and cold, and the defaults ("winners"), or the failures
@@ -265,18 +262,14 @@ class ScheduleCache:
     def _rewrite(self, rows: list[Row], kept: list[Record]) -> int:
         """Delete those of the rows that are not kept, and runs without candidates; the file's size after."""
         names = {_columns(record) for record in kept}
-        where = " AND ".join(f"{column} IS ?" for column in CANDIDATE)
         match = " AND ".join(f"candidates.{column} IS runs.{column}" for column in KEY)
 
         def delete(db: sqlite3.Connection) -> None:
-            gone = [row[:-1] for row in rows if row[:-1] not in names]
-            db.executemany(f"DELETE FROM candidates WHERE {where}", gone)
+            db.executemany(_DELETE, [row[:-1] for row in rows if row[:-1] not in names])
             db.execute(f"DELETE FROM runs WHERE NOT EXISTS (SELECT 1 FROM candidates WHERE {match})")
 
-        self._attempt(delete, write=True)
-        with suppress(sqlite3.Error), closing(sqlite3.connect(self.path, isolation_level=None)) as db:
-            db.execute("VACUUM")  # needs room for a copy: on a full disk, the file keeps its size for now
-        return self.path.stat().st_size
+        self._database.write(delete)
+        return self._database.compact()
 
     def _rows(self, where: Mapping[str, object], strict: bool = False) -> list[Row]:
         """The rows with these columns, in order of the key; nothing, and a warning, if there is no cache."""
@@ -302,125 +295,29 @@ class ScheduleCache:
         yield unused
         if unused:
             more = f" (and {len(unused) - 1} more)" if len(unused) > 1 else ""
-            self._tell(f"rows of {self.path} are not used: {unused[0]}{more}")
-
-    def _tell(self, text: str) -> None:
-        if text not in self._told:
-            self._told.add(text)
-            warnings.warn(CacheWarning(text), stacklevel=2)
+            self._database.warn(f"rows of {self.path} are not used: {unused[0]}{more}")
 
     def _keep(self, action: Callable[[sqlite3.Connection], object]) -> bool:
         try:
-            self._attempt(action, write=True)
+            self._database.write(action)
         except CacheError as error:
-            self._tell(f"there is no schedule cache: {error}")
+            self._database.warn(f"there is no schedule cache: {error}")
             return False
         return True
 
     def _read(self, action: Callable[[sqlite3.Connection], T], empty: T, strict: bool = False) -> T:
         try:
-            return self._attempt(action, write=False)
-        except _NothingError:
-            return empty
+            return self._database.read(action, empty)
         except CacheError as error:
             if strict:
                 raise
-            self._tell(f"there is no schedule cache: {error}")
+            self._database.warn(f"there is no schedule cache: {error}")
             return empty
 
-    def _attempt(self, action: Callable[[sqlite3.Connection], T], *, write: bool) -> T:
-        """The action's result, in a transaction of its own. Raises CacheError for a file that is no use."""
-        if self._nowhere:
-            raise CacheError(self._nowhere)
-        for attempt in range(1, TRIES + 1):
-            try:
-                with self._opened(write) as db:
-                    result = action(db)
-                self._patience = PATIENCE
-                return result
-            except (sqlite3.Error, OSError) as error:
-                code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-                if attempt == TRIES:
-                    if code in _BUSY: self._patience = 0.0  # the next call does not wait as long again
-                    raise CacheError(f"{self.path}: {error}") from error
-                if code in _CORRUPT: self._move_aside(error)
-        raise AssertionError("unreachable")
 
-    @contextmanager
-    def _opened(self, write: bool) -> Iterator[sqlite3.Connection]:
-        if write:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        elif not self.path.exists():
-            raise _NothingError
-        uri = f"{self.path.as_uri()}?mode={'rwc' if write else 'rw'}"  # to read may mean to roll back first
-        db = sqlite3.connect(uri, uri=True, timeout=self._patience, isolation_level=None)
-        with closing(db):
-            db.text_factory = lambda text: text.decode("utf-8", "replace")
-            if write:
-                _has_tables(db, self.path)  # raises before anything is changed in another program's file
-                db.execute("PRAGMA journal_mode = TRUNCATE")
-                db.execute("PRAGMA synchronous = FULL")
-            db.execute("BEGIN IMMEDIATE" if write else "BEGIN")
-            if _has_tables(db, self.path):
-                _check_size(db, self.path)
-            elif not write:
-                raise _NothingError
-            else:
-                for statement in _CREATE: db.execute(statement)
-            yield db
-            db.execute("COMMIT")
-
-    def _move_aside(self, why: BaseException) -> None:
-        """Rename a corrupt file, unless another process has done so just now."""
-        import fcntl
-
-        try:
-            folder = os.open(self.path.parent, os.O_RDONLY)
-            try:
-                fcntl.flock(folder, fcntl.LOCK_EX)
-                if not _is_corrupt(self.path):
-                    return
-                aside = f"{self.path}.corrupt"
-                for suffix in ("-journal", "-wal", "-shm", ""):  # a journal left here would spoil a new file
-                    with suppress(FileNotFoundError): os.replace(f"{self.path}{suffix}", f"{aside}{suffix}")
-            finally:
-                os.close(folder)
-        except OSError as error:
-            raise CacheError(f"{self.path} is corrupt ({why}) and cannot be moved aside: {error}") from error
-        self._tell(f"{self.path} was corrupt ({why}); it is now {aside}, and a new one is started")
-
-
-def _has_tables(db: sqlite3.Connection, path: Path) -> bool:
-    """False for an empty file. Raises CacheError for a database that is not a schedule cache."""
-    if not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-        return False
-    found = tuple(db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version"))
-    if found[0] != _APPLICATION:
-        raise CacheError(f"{path} is another program's database")
-    if found[1] != _SCHEMA:
-        raise CacheError(f"{path} has tables of version {found[1]}; this convsched uses {_SCHEMA}")
-    return True
-
-
-def _check_size(db: sqlite3.Connection, path: Path) -> None:
-    """Raises for a truncated file, which SQLite would write to until it needs a page that is missing."""
-    pages, size = (db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "page_size"))
-    if path.stat().st_size < pages * size:
-        error = sqlite3.DatabaseError("file is truncated")
-        error.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
-        raise error
-
-
-def _is_corrupt(path: Path) -> bool:
-    if not path.is_file():  # gone, or a device: nothing to rename
-        return False
-    try:
-        with closing(sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True, timeout=PATIENCE)) as db:
-            db.execute("BEGIN")
-            if db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]: _check_size(db, path)
-            return bool(db.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok")
-    except sqlite3.Error as error:
-        return getattr(error, "sqlite_errorcode", 0) & 0xFF in _CORRUPT
+def _version(row: Row) -> tuple[Any, ...]:
+    """The format and the compiler of a row."""
+    return tuple(row[KEY.index(name)] for name in _VERSION)
 
 
 def _columns(item: Record | Run) -> Row:
@@ -464,7 +361,7 @@ def _nearest(here: MachineKey, texts: set[str], unused: list[str]) -> list[tuple
         try:
             there = MachineKey.parse(text)
             found.append((TIERS.index(here.tier(there)), here.distance(there), text))
-        except CacheError as error:
+        except MachineError as error:
             unused.append(str(error))
     return [(TIERS[tier], text) for tier, _, text in sorted(found)]
 

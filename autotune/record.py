@@ -1,14 +1,7 @@
-"""What was measured, as data: a record a candidate, the key it is looked up by, and the machine's part of it.
+"""What was measured, as data: a record a candidate, the key it is looked up by, and which record is the best.
 
 A key holds everything that the choice of a schedule depends on, in words that a person can read. All have
 a JSON form of one line, parsed strictly: ``Record.from_json(record.to_json()) == record``.
-
-Two machines are alike in tiers, the nearest first:
-
-    exact                     CPU name, instruction set, caches and cores
-    same microarchitecture    CPU name and instruction set
-    same isa                  instruction set
-    none
 """
 
 from __future__ import annotations
@@ -16,26 +9,24 @@ from __future__ import annotations
 import json
 import math
 import operator
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, Self, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, Self, TypeAlias, get_args
 
-from convsched.errors import ConvschedError
-from convsched.machine import Isa, Machine
+from convsched.errors import ConvschedError, MachineError
+from convsched.machine import Machine, MachineKey, machine_key
 from convsched.problem import Problem, parse_problem
 from convsched.schedule import parse_schedule
 
-FORMAT = 1  # of a record: its fields and what they mean
+FORMAT = 2  # of a record: its fields and what they mean
 SCHEDULE_FORMAT = "schedule 1"  # the language of schedules and what its steps do
 
 Status: TypeAlias = Literal["ok", "wrong", "crashed", "timed out", "failed"]
 Regime: TypeAlias = Literal["hot", "cold"]
-Tier: TypeAlias = Literal["exact", "same microarchitecture", "same isa", "none"]
-TIERS: tuple[Tier, ...] = get_args(Tier)
 REGIMES: tuple[Regime, ...] = get_args(Regime)
 
 TIE = 0.02  # times closer than this fraction are equal: the noise of a good measurement
+TRIES = 2  # of a candidate that crashes or takes too long: it may be the machine's fault once
 _MESSAGE = 300  # characters of a failure that are kept
 _INT = 2**63 - 1  # the greatest integer that SQLite stores
 
@@ -46,73 +37,6 @@ class CacheError(ConvschedError, ValueError):
 
 class CacheWarning(UserWarning):
     """A schedule cache, or a part of it, that is not used; compilation goes on without."""
-
-
-@dataclass(frozen=True)
-class MachineKey:
-    """A machine as the key of a measurement; caches in bytes.
-
-    >>> print(MachineKey.of(Machine.example("avx512")))
-    example [avx512 l1=48K l2=1024K l3=32768K line=64 cores=2]
-    """
-
-    name: str
-    isa: Isa
-    l1: int
-    l2: int
-    l3: int
-    line: int
-    cores: int
-
-    @staticmethod
-    def of(machine: Machine) -> MachineKey:
-        """The key of a machine."""
-        name = "".join(c if c.isprintable() else " " for c in machine.name)
-        caches = (machine.l1, machine.l2, machine.l3, machine.line)
-        return MachineKey(" ".join(name.split()), machine.isa, *caches, machine.cores)
-
-    @staticmethod
-    def parse(text: str) -> MachineKey:
-        """The key of a text: parse(key.text) == key. Raises CacheError."""
-        match = re.fullmatch(_MACHINE, text)
-        if match and match["isa"] in get_args(Isa):
-            sizes = [_bytes(match[size]) for size in ("l1", "l2", "l3")]
-            counts = [int(match[count]) for count in ("line", "cores")]
-            key = MachineKey(match["name"], match["isa"], *sizes, *counts)  # type: ignore[arg-type]
-            if key.text == text:
-                return key
-        raise CacheError(f"machine {text!r} is none: write {MachineKey.of(Machine.example('avx2')).text!r}")
-
-    @property
-    def text(self) -> str:
-        """The one-line text form."""
-        l1, l2, l3 = (f"{size // 1024}K" if size % 1024 == 0 else str(size)
-                      for size in (self.l1, self.l2, self.l3))  # fmt: skip
-        return f"{self.name} [{self.isa} l1={l1} l2={l2} l3={l3} line={self.line} cores={self.cores}]"
-
-    def __str__(self) -> str:
-        return self.text
-
-    def tier(self, other: MachineKey) -> Tier:
-        """How much of another machine's measurements holds here."""
-        if self == other:
-            return "exact"
-        if self.isa != other.isa:
-            return "none"
-        return "same microarchitecture" if self.name == other.name else "same isa"
-
-    def distance(self, other: MachineKey) -> float:
-        """How far apart caches and cores are: the sum of |log2| of their ratios."""
-        pairs = ((self.l1, other.l1), (self.l2, other.l2), (self.l3, other.l3), (self.cores, other.cores))
-        return sum(abs(math.log2(max(1, a) / max(1, b))) for a, b in pairs)
-
-
-_MACHINE = (r"(?P<name>.*) \[(?P<isa>\w+) l1=(?P<l1>\d{1,15}K?) l2=(?P<l2>\d{1,15}K?) l3=(?P<l3>\d{1,15}K?)"
-            r" line=(?P<line>\d{1,9}) cores=(?P<cores>\d{1,9})\]")  # fmt: skip
-
-
-def _bytes(size: str) -> int:
-    return int(size.removesuffix("K")) * (1024 if size.endswith("K") else 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +68,7 @@ class Key:
            accuracy: str = "normal") -> Key:  # fmt: skip
         """The key of a compilation."""
         return Key(problem=problem.text, layout=layout, threads=threads, accuracy=accuracy,
-                   machine=MachineKey.of(machine).text)  # fmt: skip
+                   machine=machine_key(machine))  # fmt: skip
 
     @property
     def key(self) -> Key:
@@ -177,8 +101,8 @@ class Record(Key):
 
     `hot` and `cold`: the least seconds a call, None (nan is made None) where not measured; `spread` of the
     samples, a fraction; `error`: max |error| / rms of the output; `workspace` in bytes; `flags`: what made
-    the timing doubtful, such as "throttled"; `time`: Unix seconds of the measurement. `message` keeps the
-    first line of what it is given.
+    the timing doubtful, as `timing_flags` names it; `tries`: how often it was measured until it gave an
+    answer; `time`: Unix seconds of the measurement. `message` keeps the first line of what it is given.
     """
 
     algorithm: str
@@ -194,14 +118,22 @@ class Record(Key):
     samples: int = 0
     flags: tuple[str, ...] = ()
     is_default: bool = False
+    tries: int = 1
     time: float
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether to measure it again would tell nothing new: a crash or a time-out is tried once more."""
+        return self.status not in ("crashed", "timed out") or self.tries >= TRIES
 
     def check(self) -> None:
         """Raises CacheError where this convsched cannot read the record's texts, or would write others."""
         if (self.format, self.compiler) != (FORMAT, SCHEDULE_FORMAT):
-            made = f"format {self.format} and {self.compiler}"
-            raise CacheError(f"made with {made}; this convsched uses format {FORMAT} and {SCHEDULE_FORMAT}")
-        MachineKey.parse(self.machine)
+            raise CacheError(other_version(self.format, self.compiler))
+        try:
+            MachineKey.parse(self.machine)
+        except MachineError as error:
+            raise CacheError(str(error)) from None
         for name, parse in (("problem", parse_problem), ("schedule", parse_schedule)):
             text = getattr(self, name)
             try:
@@ -226,6 +158,11 @@ class Run(Key):
 _KINDS: Mapping[type[Key], str] = {Key: "key", Record: "candidate", Run: "run"}
 
 
+def other_version(format: object, compiler: object) -> str:
+    """Why a record of another format or compiler is not used."""
+    return f"made with format {format} and {compiler}; this convsched uses format {FORMAT} and {SCHEDULE_FORMAT}"
+
+
 def parse_line(line: str) -> Record | Run:
     """The record or run of an exported line, which this convsched can use. Raises CacheError."""
     if line.startswith('{"kind": "run"'):
@@ -235,22 +172,39 @@ def parse_line(line: str) -> Record | Run:
     return record
 
 
-def choose(candidates: Iterable[Record], regime: Regime = "hot") -> Record | None:
-    """The best of a key's candidates, or None: right, least time, and no slower than the default.
+class Contender(NamedTuple):
+    """What the choice between candidates depends on: seconds a call, bytes of workspace, schedule text."""
 
-    Of those within 2% of the least time the one with the least workspace, then the smaller text: the same
-    measurements give the same choice in every process.
+    seconds: float
+    workspace: int
+    schedule: str
+
+
+def winner(contenders: Sequence[Contender], default: float = math.inf) -> int:
+    """Which of the contenders, at least one, is the best: its index. `default`: the default's seconds.
+
+    Times within 2% of the least are equal; a time above the default's never is. Of the equal ones the one
+    with the least workspace wins, then the simplest schedule: the shortest text, the first in the alphabet.
+    So the same measurements give the same choice in every process.
     """
+    least = min(contender.seconds for contender in contenders)
+    limit = max(least, min(least * (1 + TIE), default))
+    tied = (i for i, contender in enumerate(contenders) if contender.seconds <= limit)
+    return min(tied, key=lambda i: (contenders[i].workspace, len(contenders[i].schedule), contenders[i].schedule))
+
+
+def choose(candidates: Iterable[Record], regime: Regime = "hot") -> Record | None:
+    """The best of a key's candidates that gave the right answer, as `winner` has it; None without any."""
     if regime not in REGIMES:
         raise CacheError(f"regime={regime!r}: use one of {', '.join(REGIMES)}")
     timed = [(seconds, candidate) for candidate in candidates
              if candidate.status == "ok" and (seconds := getattr(candidate, regime)) is not None]  # fmt: skip
     if not timed:
         return None
+    timed.sort(key=lambda pair: pair[1].algorithm)  # of two that are equal in all else, in whatever order they came
     defaults = [seconds for seconds, candidate in timed if candidate.is_default]
-    limit = min([min(seconds for seconds, _ in timed) * (1 + TIE), *defaults])
-    tied = (candidate for seconds, candidate in timed if seconds <= limit)
-    return min(tied, key=lambda candidate: (candidate.workspace, candidate.schedule, candidate.algorithm))
+    contenders = [Contender(seconds, one.workspace, one.schedule) for seconds, one in timed]
+    return timed[winner(contenders, min(defaults, default=math.inf))][1]
 
 
 def _any_text(value: Any) -> str:
@@ -348,7 +302,7 @@ _RULES: Mapping[str, Callable[[Any], object]] = {
     "format": _count, "compiler": _text, "algorithm": _text, "recipe": _any_text, "schedule": _schedule,
     "status": _status, "message": _first_line, "hot": _seconds, "cold": _seconds, "spread": _finite,
     "error": _error, "workspace": _count, "samples": _count, "flags": _words, "is_default": _boolean,
-    "time": _moment, "complete": _boolean, "budget": _text, "tried": _count,
+    "tries": _positive, "time": _moment, "complete": _boolean, "budget": _text, "tried": _count,
 }  # fmt: skip
 
 

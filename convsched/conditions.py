@@ -7,7 +7,10 @@ and gives them here after:
     ...
     reasons = timing_conditions(before)
 
-in the process that does the work: what all others use meanwhile is one of the reasons.
+in the process that does the work: what all others use meanwhile is one of the reasons. `timing_flags` names
+the same reasons by a word each, for a record of what was measured:
+
+    governor  quota  load  others  throttled  steal
 """
 
 from __future__ import annotations
@@ -35,11 +38,25 @@ def timing_conditions(since: CpuCounters | None = None, root: Path = Path("/")) 
     Stops by the cgroup's quota and stolen time are those after `since`, or since the machine started; other
     processes count only after `since`.
     """
+    return tuple(_reasons(since, root).values())
+
+
+def timing_flags(since: CpuCounters | None = None, root: Path = Path("/")) -> tuple[str, ...]:
+    """The names of the reasons that `timing_conditions` gives."""
+    return tuple(_reasons(since, root))
+
+
+def _reasons(since: CpuCounters | None, root: Path) -> dict[str, str]:
+    """What disturbs timing, by its flag."""
     now = cpu_counters(root)
-    others = _others(since, now) if since else ""
-    counters = _counters(since or CpuCounters(), now)
-    reasons = (_governor(root), _quota(root), _load(root), others, *counters)
-    return tuple(reason for reason in reasons if reason)
+    before = since or CpuCounters()
+    reasons = {
+        "governor": _governor(root), "quota": _quota(root), "load": _load(root),
+        "others": _others(since, now) if since else "",
+        "throttled": _throttled(now.throttled - before.throttled),
+        "steal": _steal(now.stolen - before.stolen, now.wanted - before.wanted),
+    }  # fmt: skip
+    return {flag: reason for flag, reason in reasons.items() if reason}
 
 
 def _governor(root: Path) -> str:
@@ -70,10 +87,10 @@ def _others(since: CpuCounters, now: CpuCounters) -> str:
     return f"other processes used {used / total:.0%} of the machine's CPU time meanwhile"
 
 
-def _counters(since: CpuCounters, now: CpuCounters) -> tuple[str, str]:
-    stops, stolen = now.throttled - since.throttled, now.stolen - since.stolen
-    share = stolen / max(1, now.wanted - since.wanted)
-    return (
-        f"the cgroup quota stopped this process {stops} time{'s' if stops > 1 else ''}" if stops > 0 else "",
-        f"other guests took {share:.1%} of the CPU time wanted (steal)" if share > STEAL_SHARE else "",
-    )
+def _throttled(stops: int) -> str:
+    return f"the cgroup quota stopped this process {stops} time{'s' if stops > 1 else ''}" if stops > 0 else ""
+
+
+def _steal(stolen: int, wanted: int) -> str:
+    share = stolen / max(1, wanted)
+    return f"other guests took {share:.1%} of the CPU time wanted (steal)" if share > STEAL_SHARE else ""

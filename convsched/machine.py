@@ -17,15 +17,18 @@ from __future__ import annotations
 import math
 import os
 import platform
+import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 from convsched.errors import MachineError
 
 Isa: TypeAlias = Literal["avx512", "avx2", "sse", "neon", "generic"]
+Tier: TypeAlias = Literal["exact", "same microarchitecture", "same isa", "none"]
 
 # Bytes of a vector register, and how many registers there are.
 _VECTORS: dict[Isa, tuple[int, int]] = {
@@ -51,9 +54,11 @@ _FLAGS: tuple[tuple[Isa, frozenset[str]], ...] = (
     ("avx2", frozenset({"avx2", "fma"})),
 )
 
-# The lines of /proc/cpuinfo that tell a CPU's design, on x86 and on Arm.
-_IDENTITY = ("vendor_id", "cpu family", "model", "stepping",
-             "CPU implementer", "CPU part", "CPU variant", "CPU revision")  # fmt: skip
+# A CPU's design and its stepping from the lines of /proc/cpuinfo, on x86 and on Arm.
+_IDENTITY = (
+    ("{vendor_id} family {cpu family} model {model}", "{stepping}"),
+    ("implementer {CPU implementer} part {CPU part}", "{CPU variant}.{CPU revision}"),
+)
 
 _KIB = 1024
 _MIB = 1024 * _KIB
@@ -66,7 +71,9 @@ class Machine:
     """A CPU as schedules see it.
 
     `vector_bytes` of a register, `registers` of vectors; `l1` (data), `l2`, `l3` caches and their `line` in
-    bytes (`l3` equals `l2` where there is none); `cores` that this process may use.
+    bytes (`l3` equals `l2` where there is none); `cores` that this process may use. `design` tells the CPU's
+    vendor, family and model (its `name` may not: a hypervisor may give several generations one), "" where
+    the system does not.
     """
 
     name: str
@@ -78,6 +85,8 @@ class Machine:
     l3: int
     line: int
     cores: int
+    design: str = ""
+    stepping: str = ""
 
     @property
     def lanes(self) -> int:
@@ -112,6 +121,72 @@ class Machine:
             raise MachineError(f"Machine.example({isa!r}): use one of {', '.join(_EXAMPLES)}")
         return Machine("example", isa, *_VECTORS[isa], *_EXAMPLES[isa])
 
+
+@dataclass(frozen=True)
+class MachineKey:
+    """What measurements on a machine belong to; caches in bytes.
+
+    Two machines are alike in tiers, the nearest first: "exact"; "same microarchitecture", which is the same
+    design and instruction set; "same isa"; "none".
+
+    >>> print(MachineKey("AuthenticAMD family 26 model 2", "avx512", "1", 49152, 1048576, 33554432, 64, 2))
+    AuthenticAMD family 26 model 2 [avx512 stepping=1 l1=48K l2=1024K l3=32768K line=64 cores=2]
+    """
+
+    design: str
+    isa: Isa
+    stepping: str
+    l1: int
+    l2: int
+    l3: int
+    line: int
+    cores: int
+
+    @staticmethod
+    def of(machine: Machine) -> MachineKey:
+        """The key of a machine; its name stands for a design that the system does not tell."""
+        design = "".join(c if c.isprintable() else " " for c in machine.design or machine.name)
+        caches = (machine.l1, machine.l2, machine.l3, machine.line)
+        return MachineKey(" ".join(design.split()), machine.isa, machine.stepping, *caches, machine.cores)
+
+    @staticmethod
+    def parse(text: str) -> MachineKey:
+        """The key of a text: parse(key.text) == key. Raises MachineError."""
+        match = re.fullmatch(_KEY, text)
+        if match and match["isa"] in get_args(Isa):
+            design, isa, stepping, l1, l2, l3, line, cores = match.groups("")
+            key = MachineKey(design, isa, stepping, _bytes(l1), _bytes(l2), _bytes(l3),  # type: ignore[arg-type]
+                             int(line), int(cores))  # fmt: skip
+            if key.text == text:
+                return key
+        raise MachineError(f"machine {text!r} is none: write {MachineKey.of(Machine.example('avx2')).text!r}")
+
+    @property
+    def text(self) -> str:
+        """The one-line text form."""
+        l1, l2, l3 = (f"{size // _KIB}K" if size % _KIB == 0 else str(size) for size in (self.l1, self.l2, self.l3))
+        stepping = f" stepping={self.stepping}" if self.stepping else ""
+        return f"{self.design} [{self.isa}{stepping} l1={l1} l2={l2} l3={l3} line={self.line} cores={self.cores}]"
+
+    def __str__(self) -> str:
+        return self.text
+
+    def tier(self, other: MachineKey) -> Tier:
+        """How much of another machine's measurements holds here."""
+        if self == other:
+            return "exact"
+        if self.isa != other.isa:
+            return "none"
+        return "same microarchitecture" if self.design == other.design else "same isa"
+
+    def distance(self, other: MachineKey) -> float:
+        """How far apart caches and cores are: the sum of |log2| of their ratios."""
+        pairs = ((self.l1, other.l1), (self.l2, other.l2), (self.l3, other.l3), (self.cores, other.cores))
+        return sum(abs(math.log2(max(1, a) / max(1, b))) for a, b in pairs)
+
+
+_KEY = (r"(.*) \[(?P<isa>\w+)(?: stepping=(\S+))? l1=(\d{1,15}K?) l2=(\d{1,15}K?) l3=(\d{1,15}K?)"
+        r" line=(\d{1,9}) cores=(\d{1,9})\]")  # fmt: skip
 
 # (l1, l2, l3, line, cores): AMD Zen 5, Intel Haswell, Intel Nehalem, ARM Neoverse N1.
 _EXAMPLES: dict[Isa, tuple[int, int, int, int, int]] = {
@@ -156,16 +231,16 @@ def has_schedules() -> bool:
 
 def detect(root: Path, architecture: str, environment: Mapping[str, str]) -> Machine:
     """The machine whose /proc and /sys are below `root`. Raises MachineError for a wrong CONVSCHED_ISA."""
-    name, flags = _cpu_info(root)
-    isa = _isa(architecture.lower(), flags)
+    fields = _cpu_fields(root)
+    isa = _isa(architecture.lower(), frozenset(fields.get("flags", "").split()))
     if wanted := environment.get("CONVSCHED_ISA", ""):
         within = [known for known in _WITHIN[isa] if known == wanted]
         if not within:
             rule = f"this CPU ({isa}) can run one of {', '.join(_WITHIN[isa])}"
             raise MachineError(f"CONVSCHED_ISA={wanted}: {rule}")
         isa = within[0]
-    name = name or architecture or "unknown"
-    return Machine(name, isa, *_VECTORS[isa], *_caches(root), available_cores(root))
+    name = fields.get("model name", "") or architecture or "unknown"
+    return Machine(name, isa, *_VECTORS[isa], *_caches(root), available_cores(root), *_identity(fields))
 
 
 def available_cores(root: Path) -> int:
@@ -189,13 +264,9 @@ def quota_cores(root: Path) -> float:
     return min(_quotas(root), default=math.inf)
 
 
-def machine_key(machine: Machine, root: Path = Path("/")) -> str:
-    """What measurements on a machine belong to, one word each: the CPU's vendor, family, model and stepping
-    (a hypervisor may give several generations one name), and the machine as schedules see it."""
-    fields = _cpu_fields(root)
-    identity = "-".join(fields[name] for name in _IDENTITY if name in fields) or machine.name
-    caches = f"l1={machine.l1} l2={machine.l2} l3={machine.l3} line={machine.line}"
-    return f"cpu={identity.replace(' ', '_')} isa={machine.isa} {caches} cores={machine.cores}"
+def machine_key(machine: Machine) -> str:
+    """What measurements on a machine belong to, as one line of text."""
+    return MachineKey.of(machine).text
 
 
 @dataclass(frozen=True)
@@ -248,12 +319,6 @@ def _isa(architecture: str, flags: frozenset[str]) -> Isa:
     return "neon" if architecture in ("aarch64", "arm64") else "generic"
 
 
-def _cpu_info(root: Path) -> tuple[str, frozenset[str]]:
-    """The first CPU's model name and flags, empty where /proc/cpuinfo does not tell."""
-    fields = _cpu_fields(root)
-    return fields.get("model name", ""), frozenset(fields.get("flags", "").split())
-
-
 def _cpu_fields(root: Path) -> dict[str, str]:
     """The first CPU's lines of /proc/cpuinfo."""
     fields: dict[str, str] = {}
@@ -261,6 +326,14 @@ def _cpu_fields(root: Path) -> dict[str, str]:
         key, _, value = line.partition(":")
         fields.setdefault(key.strip(), value.strip())
     return fields
+
+
+def _identity(fields: Mapping[str, str]) -> tuple[str, str]:
+    """A CPU's design and its stepping (one word), empty where /proc/cpuinfo does not tell."""
+    for design, stepping in _IDENTITY:
+        with suppress(KeyError):
+            return design.format_map(fields), stepping.format_map(fields).replace(" ", "")
+    return "", ""
 
 
 def _caches(root: Path) -> tuple[int, int, int, int]:

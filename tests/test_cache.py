@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import sqlite3
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -13,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from convsched.autotune.cache import Counts, ScheduleCache
-from convsched.autotune.record import CacheError, CacheWarning, Key, MachineKey, Record
+from convsched.autotune.cache import ScheduleCache
+from convsched.autotune.record import CacheError, CacheWarning, Key, Record
 from convsched.errors import ScheduleError
-from convsched.machine import Machine
+from convsched.machine import Machine, MachineKey
 from convsched.problem import Conv2d
 
 PROBLEM = Conv2d(8, 16, 3, padding=1, input_size=14)
@@ -83,8 +82,7 @@ def test_a_candidate_is_its_algorithm_and_schedule(cache: ScheduleCache) -> None
 
 @pytest.mark.parametrize(
     "change",
-    [{"layout": "nhwc"}, {"threads": 2}, {"accuracy": "strict"}, {"problem": "linear c=8 m=4"},
-     {"compiler": "schedule 0"}, {"format": 0}],
+    [{"layout": "nhwc"}, {"threads": 2}, {"accuracy": "strict"}, {"problem": "linear c=8 m=4"}],
     ids=str,
 )  # fmt: skip
 def test_another_key_finds_nothing(cache: ScheduleCache, change: dict[str, Any]) -> None:
@@ -110,7 +108,7 @@ def test_the_regime(cache: ScheduleCache) -> None:
 
 def test_the_nearest_machine_is_asked_first(cache: ScheduleCache) -> None:
     machines = {
-        "same isa": machine(name="other"),
+        "same isa": machine(design="other"),
         "far": machine(cores=64),
         "same microarchitecture": machine(cores=4),
         "exact": machine(),
@@ -124,10 +122,10 @@ def test_the_nearest_machine_is_asked_first(cache: ScheduleCache) -> None:
         assert (hit.record.machine, hit.tier) == (text, name.replace("far", "same microarchitecture"))
     away = replace(KEY, machine=machine(cores=8))
     assert cache.best(away, furthest="exact") is None
-    hit = cache.best(replace(KEY, machine=machine(name="third")), furthest="same isa")
+    hit = cache.best(replace(KEY, machine=machine(design="third")), furthest="same isa")
     assert hit is not None
     assert hit.tier == "same isa"
-    assert cache.best(replace(KEY, machine=machine(name="third")), furthest="same microarchitecture") is None
+    assert cache.best(replace(KEY, machine=machine(design="third")), furthest="same microarchitecture") is None
 
 
 def test_a_machine_with_failures_only_gives_way(cache: ScheduleCache) -> None:
@@ -149,6 +147,16 @@ def test_a_record_that_no_longer_fits_is_a_miss_with_one_warning(cache: Schedule
     find = partial(cache.best, KEY, check=check)
     why = "unroll c: there is no such loop; use n (and 1 more)"
     assert told_once(why, find, find) == 2 * [(make("unroll s", 3.0), "exact")]
+
+
+def test_what_is_forgotten_is_a_miss(cache: ScheduleCache) -> None:
+    first, second, third = make("unroll c", 1.0), make("unroll m", 2.0), make("unroll s", 3.0)
+    for record in (first, second, third):
+        cache.put(record)
+    assert cache.forget([first, third, make("unroll r")])
+    assert cache.best(KEY) == (second, "exact")
+    assert cache.forget([second])
+    assert cache.best(KEY) is None
 
 
 def test_runs(cache: ScheduleCache) -> None:
@@ -220,14 +228,27 @@ def edit(cache: ScheduleCache, statement: str, *values: object) -> None:
 
 
 def older(cache: ScheduleCache) -> None:
-    line = make().to_json().replace('"format": 1', '"format": 0').replace('"hot"', '"seconds"')
+    line = make().to_json().replace('"format": 2', '"format": 0').replace('"hot"', '"seconds"')
     edit(cache, "UPDATE candidates SET format = 0, record = ?", line)
+
+
+def test_rows_of_another_version_are_a_miss_with_one_warning(cache: ScheduleCache) -> None:
+    cache.put(make())
+    older(cache)
+    find = partial(cache.best, KEY)
+    assert told_once("made with format 0 and schedule 1; this convsched uses format 2", find, find) == [None, None]
+    cache.put(make("unroll m"))
+    edit(cache, "UPDATE candidates SET compiler = 'schedule 0' WHERE format = 2")
+    fresh = ScheduleCache(cache.path)
+    assert told_once("made with format 2 and schedule 0", partial(fresh.best, KEY)) == [None]
+    assert fresh.best(replace(KEY, threads=2)) is None  # nothing is known of it: no warning
+    cache.put(make("unroll m"))
+    assert ScheduleCache(cache.path).best(KEY) is not None  # nor where there is a row to use
 
 
 def test_rows_of_another_format_stay_but_are_not_used(cache: ScheduleCache) -> None:
     cache.put(make())
     older(cache)
-    assert cache.best(KEY) is None  # without a warning: nothing is wrong with them
     (entry,) = cache.entries()
     assert (entry.key, entry.winner, entry.candidates) == (replace(KEY, format=0), None, 1)
     assert "other format (0)" in cache.explain_miss(KEY)
@@ -277,111 +298,3 @@ def test_foreign_rows_do_not_hide_the_others(cache: ScheduleCache) -> None:
         hit = cache.best(KEY)
     assert hit is not None
     assert hit.record.schedule == "unroll m"
-
-
-def fill(cache: ScheduleCache, keys: int = 3, candidates: int = 20) -> list[Record]:
-    records = [
-        make(f"unroll c{j}", 1.0 + j, replace(KEY, threads=i + 1), time=100.0 * i + j, is_default=j == 9,
-             status="crashed" if j == 5 else "ok", cold=100.0 - j)
-        for i in range(keys) for j in range(candidates)
-    ]  # fmt: skip
-    file = cache.path.parents[2] / "filling"
-    file.write_text("".join(f"{record.to_json()}\n" for record in records))
-    cache.import_(file)
-    return records
-
-
-def test_export_and_import_carry_everything(cache: ScheduleCache, tmp_path: Path) -> None:
-    records = fill(cache)
-    cache.mark_run(KEY, True, "10s", 20, 1.0)
-    cache.put(make("unroll r", 1.0, replace(KEY, layout="nhwc")))
-    older_row = "UPDATE candidates SET format = 0 WHERE layout = 'nhwc'"
-    edit(cache, older_row)
-    file = tmp_path / "schedules.jsonl"
-    file.write_text("an older export")
-    assert cache.export(file) == len(records)
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
-    assert len(file.read_text().splitlines()) == len(records) + 1
-
-    other = ScheduleCache(tmp_path / "other.sqlite")
-    assert other.import_(file) == Counts(len(records) + 1, 0, 0)
-    assert other.import_(file) == Counts(0, 0, len(records) + 1)
-    assert set(other.records(KEY)) == set(cache.records(KEY))
-    assert other.run_of(KEY) == cache.run_of(KEY)
-    away = replace(KEY, machine=machine(cores=96))  # a machine of the same kind: nothing is to be measured
-    hit, here = other.best(away), cache.best(KEY)
-    assert hit is not None
-    assert here is not None
-    assert (hit.record, hit.tier) == (here.record, "same microarchitecture")
-
-
-def test_import_keeps_the_newer(cache: ScheduleCache, tmp_path: Path) -> None:
-    for record in (make("unroll c", 1.0, time=5.0), make("unroll m", 1.0, time=5.0)):
-        cache.put(record)
-    newer, stale, new = make("unroll c", 2.0, time=6.0), make("unroll m", 2.0, time=4.0), make("unroll s")
-    file = tmp_path / "x.jsonl"
-    file.write_text("".join(f"{record.to_json()}\n" for record in (newer, stale, new)))
-    assert cache.import_(file) == Counts(added=1, updated=1, skipped=1)
-    assert {r.schedule: r.hot for r in cache.records(KEY)} == {"unroll c": 2, "unroll m": 1, "unroll s": 1}
-
-
-def test_export_to_no_folder(cache: ScheduleCache, tmp_path: Path) -> None:
-    with pytest.raises(CacheError, match="No such file or directory"):
-        cache.export(tmp_path / "none" / "x.jsonl")
-
-
-def test_prune_keeps_winners_and_defaults(cache: ScheduleCache) -> None:
-    fill(cache)
-    before = [cache.best(replace(KEY, threads=i), regime=r) for i in (1, 2, 3) for r in ("hot", "cold")]  # type: ignore[arg-type]
-    cache.mark_run(KEY, True, "10s", 20, 1.0)
-    removed, kept, size = cache.prune()
-    assert (removed, kept, size) == (51, 9, cache.path.stat().st_size)
-    after = [cache.best(replace(KEY, threads=i), regime=r) for i in (1, 2, 3) for r in ("hot", "cold")]  # type: ignore[arg-type]
-    assert before == after
-    assert cache.run_of(KEY) is not None
-
-
-@pytest.mark.parametrize(
-    ("prune", "kept"),
-    [
-        (lambda cache: cache.prune("all"), 60),
-        (lambda cache: cache.prune("ok"), 57),
-        (lambda cache: cache.prune("all", older_than=110.0), 30),
-        (lambda cache: cache.prune("winners", older_than=1e6), 0),
-    ],
-)
-def test_prune(cache: ScheduleCache, prune: Callable[[ScheduleCache], Any], kept: int) -> None:
-    fill(cache)
-    cache.mark_run(KEY, True, "10s", 20, 1.0)
-    assert prune(cache)[:2] == (60 - kept, kept)
-    assert sum(entry.candidates for entry in cache.entries()) == kept
-    assert (cache.run_of(KEY) is None) == (len(cache.records(KEY)) == 0)
-
-
-def test_prune_to_a_size_keeps_winners_longest(cache: ScheduleCache) -> None:
-    fill(cache, keys=5, candidates=60)
-    full = cache.path.stat().st_size
-    pruned = cache.prune("all", max_bytes=full // 4)
-    assert 0 < pruned.bytes == cache.path.stat().st_size <= full // 4
-    assert pruned.kept > 15  # as few as need be
-    for i in range(5):
-        hit = cache.best(replace(KEY, threads=i + 1))
-        assert hit is not None
-        assert hit.record.hot == 1.0
-    assert cache.prune("all", max_bytes=0).kept == 0
-
-
-def test_prune_removes_what_cannot_be_read(cache: ScheduleCache) -> None:
-    for schedule in ("unroll c", "unroll m", "unroll s"):
-        cache.put(make(schedule))
-    edit(cache, "UPDATE candidates SET record = 'x' WHERE schedule = 'unroll c'")
-    edit(cache, "UPDATE candidates SET format = 0 WHERE schedule = 'unroll m'")
-    assert cache.prune("all")[:2] == (2, 1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert [record.schedule for record in cache.records(KEY)] == ["unroll s"]
-
-
-def test_prune_of_an_unknown_kind(cache: ScheduleCache) -> None:
-    with pytest.raises(CacheError, match="use one of winners, ok, all"):
-        cache.prune("some")  # type: ignore[arg-type]

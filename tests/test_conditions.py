@@ -7,15 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from convsched.conditions import timing_conditions
+from convsched.conditions import timing_conditions, timing_flags
 from convsched.machine import (
     CpuCounters,
-    Machine,
     affinity_cores,
     cpu_counters,
     governors,
     load_average,
-    machine_key,
     quota_cores,
 )
 
@@ -85,6 +83,19 @@ def test_reasons(tmp_path: Path, files: dict[str, str], reasons: tuple[str, ...]
     assert timing_conditions(root=write(tmp_path, files)) == reasons
 
 
+def test_flags_name_the_reasons(tmp_path: Path) -> None:
+    assert timing_flags(root=tmp_path) == ()
+    quiet = {**throttled(0), "sys/fs/cgroup/cpu.max": "150000 100000\n", "proc/stat": STAT.format(steal=0)}
+    root = write(tmp_path, {**quiet, **governor(0, "powersave"), "proc/loadavg": "4.60 0.00 0.00 1/99 7\n"})
+    assert timing_flags(root=root) == ("governor", "quota", "load", "throttled")
+    before = cpu_counters(root)
+    assert timing_flags(before, root) == ("governor", "quota", "load")
+    busy = STAT.format(steal=50).replace("400", "900")
+    write(root, {**throttled(1), "proc/stat": busy})
+    assert timing_flags(before, root) == ("governor", "quota", "load", "others", "throttled", "steal")
+    assert len(timing_conditions(before, root)) == 6
+
+
 def test_counters_tell_only_about_the_time_in_which_they_move(tmp_path: Path) -> None:
     root = write(tmp_path, {**throttled(7), "proc/stat": STAT.format(steal=125)})
     before = cpu_counters(root)
@@ -137,19 +148,6 @@ def test_the_limits_of_cores_are_each_told(tmp_path: Path) -> None:
 
 def test_load_and_governors_that_cannot_be_read(tmp_path: Path) -> None:
     assert (load_average(tmp_path), governors(tmp_path)) == (0.0, ())
-
-
-@pytest.mark.parametrize(
-    ("lines", "identity"),
-    [
-        ("vendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 17\nstepping\t: 1", "AuthenticAMD-25-17-1"),
-        ("CPU implementer\t: 0x41\nCPU part\t: 0xd0c\nCPU revision\t: 1", "0x41-0xd0c-1"),
-        ("", "example"),
-    ],
-)
-def test_the_key_of_a_machine(tmp_path: Path, lines: str, identity: str) -> None:
-    key = machine_key(Machine.example("avx2"), write(tmp_path, {"proc/cpuinfo": f"{lines}\n"}))
-    assert key == f"cpu={identity} isa=avx2 l1=32768 l2=262144 l3=8388608 line=64 cores=4"
 
 
 def test_the_host_is_read_without_error() -> None:

@@ -1,12 +1,23 @@
 """Machines as read from fake /proc and /sys trees, the environment, and this host."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from convsched.errors import MachineError
-from convsched.machine import Machine, available_cores, cache_folder, default_threads, detect
+from convsched.machine import (
+    Machine,
+    MachineKey,
+    available_cores,
+    cache_folder,
+    default_threads,
+    detect,
+    machine_key,
+)
 
 AVX2 = "fpu sse2 avx fma avx2"
 AVX512 = f"{AVX2} avx512f avx512dq avx512bw avx512vl"
@@ -164,6 +175,70 @@ def test_examples() -> None:
     assert [Machine.example(isa).lanes for isa in ("avx512", "avx2", "sse", "neon")] == [16, 8, 4, 4]
     with pytest.raises(MachineError, match="use one of avx512, avx2, sse, neon"):
         Machine.example("sve")  # type: ignore[arg-type]
+
+
+X86 = "vendor_id\t: AuthenticAMD\ncpu family\t: 26\nmodel\t\t: 2\nstepping\t: 1"
+ARM = "CPU implementer\t: 0x41\nCPU variant\t: 0x3\nCPU part\t: 0xd0c\nCPU revision\t: 1"
+
+
+@pytest.mark.parametrize(
+    ("lines", "architecture", "text"),
+    [
+        (X86, "x86_64", "AuthenticAMD family 26 model 2 [sse stepping=1 "),
+        (ARM, "aarch64", "implementer 0x41 part 0xd0c [neon stepping=0x3.1 "),
+        ("model name\t: Some CPU\nvendor_id\t: AuthenticAMD", "x86_64", "Some CPU [sse "),  # not enough
+        ("", "riscv64", "riscv64 [generic "),
+    ],
+)
+def test_the_key_of_a_machine(tmp_path: Path, lines: str, architecture: str, text: str) -> None:
+    machine = detect(write(tmp_path, {"proc/cpuinfo": f"{lines}\n"}), architecture, {})
+    key = machine_key(machine)
+    assert key == f"{text}l1=32K l2=512K l3=8192K line=64 cores={machine.cores}]"
+    assert MachineKey.parse(key) == MachineKey.of(machine)
+    assert MachineKey.parse(key).stepping == machine.stepping
+
+
+def test_the_name_is_no_part_of_a_known_design(tmp_path: Path) -> None:
+    files = {"proc/cpuinfo": f"model name\t: {{}}\n{X86}\n"}
+    keys = {machine_key(detect(write(tmp_path, {k: v.format(name) for k, v in files.items()}), "x86_64", {}))
+            for name in ("EPYC 9R45", "AMD EPYC Processor")}  # fmt: skip
+    assert len(keys) == 1
+
+
+def test_tiers() -> None:
+    here = replace(MachineKey.of(Machine.example("avx512")), stepping="1")
+    tiers = {
+        "exact": [here],
+        "same microarchitecture": [replace(here, cores=64, l3=2 * here.l3), replace(here, stepping="2")],
+        "same isa": [replace(here, design="other")],
+        "none": [replace(here, isa="avx2")],
+    }
+    assert {name: {here.tier(other) for other in others} for name, others in tiers.items()} == {
+        name: {name} for name in tiers
+    }
+    assert here.distance(here) == 0
+    assert here.distance(tiers["same microarchitecture"][0]) == 1 + 5
+
+
+WORDS = st.text(st.characters(categories=("L", "N", "P", "S")), min_size=1, max_size=20)
+
+
+@given(WORDS, st.just("") | WORDS, st.integers(0, 2**40), st.integers(1, 999))
+def test_a_key_survives_its_text(name: str, stepping: str, size: int, cores: int) -> None:
+    machine = Machine.example("avx512")
+    key = MachineKey.of(replace(machine, name=f"{name} [avx2 l1=1K]", stepping=stepping, l3=size, cores=cores))
+    assert MachineKey.parse(key.text) == key
+
+
+def test_a_strange_cpu_name_is_one_line() -> None:
+    machine = replace(Machine.example("avx512"), name=" A\xa0CPU \x00\n(R) ")
+    assert MachineKey.of(machine).design == "A CPU (R)"
+
+
+@pytest.mark.parametrize("change", [("avx512", "avx1024"), ("48K", "048K"), ("48K", "49152"), (" line=64", "")])
+def test_a_text_that_is_no_key(change: tuple[str, str]) -> None:
+    with pytest.raises(MachineError, match=r"write 'example \[avx2"):
+        MachineKey.parse(machine_key(Machine.example("avx512")).replace(*change))
 
 
 def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,11 @@
-"""Records, keys and machine keys: their rules, their JSON lines, the tiers, and the choice of the best."""
+"""Records and keys: their rules, their JSON lines, and the choice of the best."""
 
 from __future__ import annotations
 
 import json
 import math
 from dataclasses import replace
+from itertools import permutations
 from typing import Any, get_args
 
 import pytest
@@ -15,13 +16,14 @@ from convsched.autotune.record import (
     FORMAT,
     SCHEDULE_FORMAT,
     CacheError,
+    Contender,
     Key,
-    MachineKey,
     Record,
     Run,
     Status,
     choose,
     parse_line,
+    winner,
 )
 from convsched.machine import Machine
 from convsched.problem import Conv2d
@@ -46,7 +48,7 @@ RECORDS = st.builds(
     status=st.sampled_from(get_args(Status)), message=st.text(), hot=SECONDS, cold=SECONDS,
     spread=st.none() | st.floats(0, 1e300), error=st.none() | st.floats(min_value=0) | st.just(math.nan),
     workspace=COUNTS, samples=COUNTS, flags=st.lists(WORDS).map(tuple), is_default=st.booleans(),
-    time=st.floats(0, 1e12),
+    tries=st.integers(1, 99), time=st.floats(0, 1e12),
 )  # fmt: skip
 
 
@@ -102,6 +104,7 @@ def test_values_are_made_equal() -> None:
         ({"flags": ["a\nb"]}, "must be one line of text"),
         ({"flags": [1]}, "must be a list of texts"),
         ({"is_default": 1}, "must be true or false"),
+        ({"tries": 0}, "must be an integer from 1"),
         ({"time": math.nan}, "must be Unix seconds"),
         ({"time": 10**400}, "must be finite"),
         ({"problem": ""}, "must be one line of text"),
@@ -132,8 +135,8 @@ GOOD = json.loads(make().to_json())
         ("{}", 'has no "kind": "candidate"'),
         (KEY.to_json(), 'has no "kind": "candidate"'),
         (make().to_json().replace("{", '{"layout": "nchw", ', 1), "has a field twice"),
-        (json.dumps(GOOD | {"format": 0}), "has format 0; this convsched uses 1"),
-        (json.dumps(GOOD | {"format": True}), "must be an integer"),
+        (json.dumps(GOOD | {"format": 0}), "has format 0; this convsched uses 2"),
+        (json.dumps(GOOD | {"format": True}), "has format True"),
         (json.dumps({k: v for k, v in GOOD.items() if k != "hot"}), "has no hot"),
         (json.dumps(GOOD | {"speed": 1}), "has unknown fields speed"),
         (json.dumps(GOOD | {"hot": "inf"}), "must be a number"),
@@ -156,7 +159,7 @@ def test_lines_that_are_no_record(line: str, message: str) -> None:
         ({"schedule": "hurry up"}, "schedule 'hurry up' is none"),
         ({"schedule": "unroll  c"}, "is not as convsched writes it: 'unroll c'"),
         ({"machine": "my laptop"}, "machine 'my laptop' is none: write"),
-        ({"compiler": "schedule 0"}, "made with format 1 and schedule 0"),
+        ({"compiler": "schedule 0"}, "made with format 2 and schedule 0"),
         ({"format": 0}, "made with format 0"),
     ],
 )
@@ -165,35 +168,6 @@ def test_check_refuses_what_would_not_read_back(values: dict[str, Any], message:
     with pytest.raises(CacheError) as raised:
         make(**values).check()
     assert message in str(raised.value)
-
-
-def test_tiers() -> None:
-    here = MachineKey.of(MACHINE)
-    tiers = {
-        "exact": here,
-        "same microarchitecture": replace(here, cores=64, l3=2 * here.l3),
-        "same isa": replace(here, name="other"),
-        "none": MachineKey.of(Machine.example("avx2")),
-    }
-    assert {name: here.tier(other) for name, other in tiers.items()} == {name: name for name in tiers}
-    assert here.distance(here) == 0
-    assert here.distance(tiers["same microarchitecture"]) == 1 + 5
-
-
-@given(WORDS, st.integers(0, 2**40), st.integers(1, 999))
-def test_a_machine_survives_its_text(name: str, size: int, cores: int) -> None:
-    key = MachineKey.of(replace(MACHINE, name=f"{name} [avx2 l1=1K]", l3=size, cores=cores))
-    assert MachineKey.parse(key.text) == key
-
-
-def test_a_strange_cpu_name_is_one_line() -> None:
-    assert MachineKey.of(replace(MACHINE, name=" A\xa0CPU \x00\n(R) ")).name == "A CPU (R)"
-
-
-@pytest.mark.parametrize("change", [("avx512", "avx1024"), ("48K", "048K"), ("48K", "49152"), (" line=64", "")])
-def test_a_text_that_is_no_machine(change: tuple[str, str]) -> None:
-    with pytest.raises(CacheError, match=r"write 'example \[avx2"):
-        MachineKey.parse(MachineKey.of(MACHINE).text.replace(*change))
 
 
 def test_the_formats_are_part_of_the_key() -> None:
@@ -218,12 +192,18 @@ def test_choose_takes_no_failure(status: str) -> None:
     assert choose([make(hot=None)]) is None
 
 
-def test_ties_go_to_less_workspace_then_to_the_smaller_text() -> None:
+def test_ties_go_to_less_workspace_then_to_the_simpler_schedule() -> None:
     fast = make("unroll c", 1.0, workspace=100)
     small, far = make("unroll s", 1.015, workspace=10), make("unroll r", 1.03, workspace=0)
     same = make("unroll m", 1.01, workspace=10)
-    for order in ([fast, small, far, same], [same, far, small, fast]):
+    longer = make("unroll c; unroll m", 1.0, workspace=10)
+    for order in permutations([fast, small, far, same, longer]):
         assert choose(order) == same
+
+
+def test_the_order_of_the_rows_does_not_matter() -> None:
+    equal = [make(algorithm=algorithm) for algorithm in ("direct", "im2col", "winograd(4,3)")]
+    assert {choose(order) for order in permutations(equal)} == {equal[0]}
 
 
 def test_never_slower_than_the_default() -> None:
@@ -232,3 +212,25 @@ def test_never_slower_than_the_default() -> None:
     fast = make("unroll s", 1.0, workspace=100)
     assert choose([tied, default, fast]) == default
     assert choose([tied, replace(default, status="crashed"), fast]) == tied
+
+
+@given(st.lists(st.builds(Contender, st.floats(0.97, 1.05), st.integers(0, 3), WORDS), min_size=1),
+       st.floats(0.9, 1.1))  # fmt: skip
+def test_the_winner_is_among_the_fastest_and_does_not_depend_on_the_order(
+    contenders: list[Contender], default: float
+) -> None:
+    best = contenders[winner(contenders, default)]
+    least = min(contender.seconds for contender in contenders)
+    assert best.seconds <= least * 1.02
+    assert best.seconds <= max(least, default)
+    there = contenders[::-1]
+    assert there[winner(there, default)][1:] == best[1:]
+
+
+@pytest.mark.parametrize(
+    ("status", "tries", "settled"),
+    [("ok", 1, True), ("wrong", 1, True), ("failed", 1, True), ("crashed", 1, False), ("timed out", 1, False),
+     ("crashed", 2, True), ("timed out", 2, True)],
+)  # fmt: skip
+def test_a_crash_or_a_time_out_is_tried_once_more(status: str, tries: int, settled: bool) -> None:
+    assert make(status=status, tries=tries).is_settled == settled
