@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
+
+from convsched.names import ACCURACIES, LAYOUTS, MAX_THREADS
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -17,8 +20,6 @@ if TYPE_CHECKING:
     from convsched.autotune.cache import Entry, ScheduleCache
     from convsched.autotune.record import Record
 
-LAYOUTS = ("nchw", "nhwc", "nchw16c")
-ACCURACIES = ("strict", "normal", "fast")
 PATH = click.Path(path_type=Path, dir_okay=False)
 NUMBERS = ("threads", "ms", "cold ms", "default", "speed-up", "tried", "failed", "spread", "KiB", "error")
 SHOWN = 10  # candidates of a key, unless all are asked for
@@ -112,8 +113,9 @@ def show(context: click.Context, wanted: str, everything: bool, file: Path | Non
 
 @cache.command("explain-miss")
 @click.argument("problem")
-@click.option("--layout", type=click.Choice(LAYOUTS), default="nchw", show_default=True)
-@click.option("--threads", type=click.IntRange(min=1), help="Default: as many as a compilation would use.")
+@click.option("--layout", type=click.Choice([*LAYOUTS]), default="nchw", show_default=True)
+@click.option("--threads", type=click.IntRange(min=1, max=MAX_THREADS),
+              help="Default: as many as a compilation would use.")  # fmt: skip
 @click.option("--accuracy", type=click.Choice(ACCURACIES), default="normal", show_default=True)
 @_file
 def explain_miss(problem: str, layout: str, threads: int | None, accuracy: str, file: Path | None) -> None:
@@ -135,12 +137,32 @@ def explain_miss(problem: str, layout: str, threads: int | None, accuracy: str, 
               help="Remove all that was measured before this day (UTC).")  # fmt: skip
 @click.option("--max-size", callback=_size, metavar="SIZE",
               help="Then the oldest, until the file is as small: 500K, 100M.")  # fmt: skip
+@click.option("--objects", is_flag=True, help="Compiled kernels instead: all, or with --max-size the oldest used.")
 @_file
-def prune(keep: Any, older_than: float | None, max_size: int | None, file: Path | None) -> None:
-    """Remove candidates, and everything that this version cannot read."""
+@click.pass_context
+def prune(context: click.Context, keep: Any, older_than: float | None, max_size: int | None, objects: bool,
+          file: Path | None) -> None:  # fmt: skip
+    """Remove candidates, and everything that this version cannot read.
+
+    With --objects it is the cache of compiled kernels that is emptied or trimmed, and the schedules stay.
+    """
+    if objects:
+        _prune_objects(context, max_size)
+        return
     with _opened(file) as store:
         pruned = store.prune(keep, older_than, max_size)
         click.echo(f"{pruned.removed} removed, {pruned.kept} kept, {pruned.bytes / 1024:.0f} KiB")
+
+
+def _prune_objects(context: click.Context, max_size: int | None) -> None:
+    """Empty or trim the cache of compiled kernels; options that are about schedules are refused."""
+    from convsched.kernels.jit import prune_entries
+
+    for name in ("keep", "older_than", "file"):
+        if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            raise click.UsageError("--objects goes alone or with --max-size: compiled kernels have no winners")
+    pruned = prune_entries(max_size or 0)
+    click.echo(f"{pruned.removed} removed, {pruned.kept} kept, {pruned.bytes / 1024:.0f} KiB")
 
 
 @cache.command()

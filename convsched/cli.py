@@ -5,15 +5,21 @@ A command imports what it needs when it runs, so that `convsched --help` answers
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import os
+import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
 from convsched.cache_cli import cache
+from convsched.names import LAYOUTS, MAX_THREADS
+from convsched.verify_cli import verify
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,9 +27,9 @@ if TYPE_CHECKING:
     from convsched.explain.bench_report import Report
     from convsched.explain.cases import Case
 
-LAYOUTS = ("nchw", "nhwc", "nchw16c")
 PATH = click.Path(path_type=Path, dir_okay=False)
-SECONDS = click.FloatRange(min=0, min_open=True)
+THREADS = click.IntRange(min=1, max=MAX_THREADS)
+DIGITS = 9  # of a side of an image
 INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended: 128 + SIGINT
 
 
@@ -32,12 +38,61 @@ def _size(context: click.Context, parameter: click.Parameter, value: str | None)
     if value is None:
         return None
     sides = value.lower().split("x")
-    if len(sides) > 2 or not all(side.isascii() and side.isdigit() and int(side) for side in sides):
+    if len(sides) > 2 or not all(side.isascii() and side.isdigit() and side.strip("0") for side in sides):
         raise click.BadParameter(f"{value!r} is not a size such as 224x224")
+    if any(len(side) > DIGITS for side in sides):
+        raise click.BadParameter(f"a side of more than {DIGITS} digits")
     return int(sides[0]), int(sides[-1])
 
 
-@click.group()
+def _seconds(context: click.Context, parameter: click.Parameter, value: float) -> float:
+    """A positive, finite number."""
+    if not 0 < value < math.inf:
+        raise click.BadParameter(f"{value:g} is not a positive number of seconds")
+    return value
+
+
+def _writable(context: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
+    """A file in a folder that can be written, which is tried before the work and not after it."""
+    if value is None:
+        return None
+    folder = value.absolute().parent
+    if not folder.is_dir():
+        raise click.BadParameter(f"the folder of {value} does not exist")
+    if value.exists() and not value.is_file():
+        raise click.BadParameter(f"{value} is no regular file")
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise click.BadParameter(f"{value} cannot be written: {error.strerror}") from error
+    return value
+
+
+class _Commands(click.Group):
+    """Commands whose errors raised on purpose, and those of files, are messages without a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        from convsched.errors import ConvschedError
+
+        try:
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                return super().invoke(ctx)
+        except ConvschedError as error:
+            raise click.ClickException(str(error)) from error
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # `| head`: click ends without a word
+                raise
+            raise click.ClickException(str(error)) from error
+
+
+def _show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int,
+                  file: TextIO | None = None, line: str | None = None) -> None:  # fmt: skip
+    """A warning as one line, without the place in the code."""
+    click.echo(f"warning: {message}", err=True)
+
+
+@click.group(cls=_Commands)
 @click.version_option(package_name="convsched")
 def main() -> None:
     """Convolution layers, compiled to CPU machine code."""
@@ -49,18 +104,18 @@ def info(refresh: bool) -> None:
     """Print the machine, versions, measured speeds of cores and caches, and what disturbs timing now."""
     from convsched.explain.info import print_info
 
-    _explained(lambda: print_info(click.echo, refresh))
+    print_info(click.echo, refresh)
 
 
 @main.command()
 @click.argument("network")
-@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads a layer.")
-@click.option("--layout", type=click.Choice(LAYOUTS), default="nchw", show_default=True)
+@click.option("--threads", type=THREADS, default=1, show_default=True, help="Threads a layer.")
+@click.option("--layout", type=click.Choice([*LAYOUTS]), default="nchw", show_default=True)
 @click.option("--layer", "wanted", default="", help="Only layers with this in their name or text.")
 @click.option("--input-size", callback=_size, metavar="HxW", help="For a model file that leaves it open.")
 @click.option("--image", type=PATH, help="What the first layers read: a picture, or a .npy array.")
-@click.option("--seconds", type=SECONDS, default=0.5, show_default=True, help="Timing a layer.")
-@click.option("--json", "json_file", type=PATH, help="Write all results to this file.")
+@click.option("--seconds", type=float, callback=_seconds, default=0.5, show_default=True, help="Timing a layer.")
+@click.option("--json", "json_file", type=PATH, callback=_writable, help="Write all results to this file.")
 @click.pass_context
 def bench(
     context: click.Context,
@@ -77,16 +132,13 @@ def bench(
 
     The exit code is 1 if any layer's answer is wrong or missing.
     """
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise click.BadParameter(f"the folder of {json_file} does not exist", param_hint="--json")
-
     from convsched.autotune.measure import measure_peak
     from convsched.explain.bench import Settings
     from convsched.explain.bench_report import Report, to_json
     from convsched.explain.cases import read_image
 
-    cases, skipped = _explained(lambda: _read_cases(network, input_size, wanted))
-    pixels = _explained(lambda: read_image(image)) if image is not None else None
+    cases, skipped = _read_cases(network, input_size, wanted)
+    pixels = read_image(image) if image is not None else None
     settings = Settings(threads, layout, seconds, pixels)
     report = _run(cases, Report(network, settings, measure_peak(), len(cases), skipped=skipped))
     if json_file is not None:
@@ -99,8 +151,8 @@ def bench(
 @main.command()
 @click.argument("network")
 @click.option("--budget", default="60s", show_default=True, help="60s, 5m, or 500 candidates, in all.")
-@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads a layer.")
-@click.option("--layout", type=click.Choice(LAYOUTS), default="nchw", show_default=True)
+@click.option("--threads", type=THREADS, default=1, show_default=True, help="Threads a layer.")
+@click.option("--layout", type=click.Choice([*LAYOUTS]), default="nchw", show_default=True)
 @click.option("--layer", "wanted", default="", help="Only layers with this in their name or text.")
 @click.option("--input-size", callback=_size, metavar="HxW", help="For a model file that leaves it open.")
 @click.option("--cache", "file", type=PATH, help="The schedule cache (default: in the cache folder).")
@@ -121,8 +173,8 @@ def tune(
     """
     from convsched.tune_cli import run
 
-    cases, _ = _explained(lambda: _read_cases(network, input_size, wanted))
-    context.exit(_explained(lambda: run(cases, budget, threads, layout, file)))
+    cases, _ = _read_cases(network, input_size, wanted)
+    context.exit(run(cases, budget, threads, layout, file))
 
 
 def _read_cases(
@@ -205,16 +257,6 @@ def _run_rows(cases: list[Case], report: Report, show: Callable[[Report], None])
     return report
 
 
-def _explained(call: Callable[[], Any]) -> Any:
-    """The result of a call; an error raised on purpose becomes a message without a traceback."""
-    from convsched.errors import ConvschedError
-
-    try:
-        return call()
-    except ConvschedError as error:
-        raise click.ClickException(str(error)) from error
-
-
 def _write_atomically(path: Path, text: str) -> None:
     """A reader sees the old file or the whole new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -225,4 +267,5 @@ def _write_atomically(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+cache.add_command(verify)
 main.add_command(cache)

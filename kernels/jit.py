@@ -6,7 +6,8 @@ in registers. ORC links the object code and frees it when the last reference to 
 A cache entry is ``digest of key and rest | length of the header | header (JSON) | object code`` in a file
 named by the key. An entry that does not verify, one renamed to another key included, counts as missing.
 Writers use a temporary file and a rename, so that processes can share the folder; a folder that cannot be
-written means no cache.
+written means no cache. An entry's time of change is that of its last use: beyond ``LIMIT`` bytes the entries
+that were not used for longest go.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ import json
 import os
 import tempfile
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import llvmlite
 import llvmlite.binding as llvm
@@ -31,6 +33,8 @@ from convsched.errors import MachineError
 from convsched.machine import Machine, cache_folder
 
 FORMAT = 2  # of a cache entry
+LIMIT = 256 << 20  # bytes of all entries: some 20,000 kernels
+CHECKED = "00"  # an entry whose key ends so has the folder's size checked: one in 256, whoever writes it
 _LOCK = threading.RLock()
 _NUMBER = itertools.count()
 
@@ -133,17 +137,25 @@ def _digest(key: str, payload: bytes) -> bytes:
     return hashlib.sha256(key.encode() + payload).digest()
 
 
+def _folder() -> Path:
+    """Where the entries are; it may not exist. Raises MachineError where there is no place for caches."""
+    return cache_folder() / "objects"
+
+
 def read_entry(key: str) -> tuple[dict[str, Any], bytes] | None:
     """The header and object code of a cache entry; None if there is none that verifies."""
     try:
-        data = (cache_folder() / "objects" / key).read_bytes()
+        path = _folder() / key
+        data = path.read_bytes()
         if _digest(key, data[32:]) != data[:32]:
             return None
         size = int.from_bytes(data[32:40], "little")
         header = json.loads(data[40:40 + size])
-        return (header, data[40 + size:]) if isinstance(header, dict) else None
-    except (OSError, ValueError):
+    except (OSError, MachineError, ValueError):
         return None
+    with contextlib.suppress(OSError):  # it is used now; a disk that cannot be written keeps the old time
+        os.utime(path)
+    return (header, data[40 + size:]) if isinstance(header, dict) else None
 
 
 def write_entry(key: str, header: dict[str, Any], code: bytes) -> None:
@@ -151,7 +163,7 @@ def write_entry(key: str, header: dict[str, Any], code: bytes) -> None:
     head = json.dumps(header).encode()
     payload = len(head).to_bytes(8, "little") + head + code
     with contextlib.suppress(OSError, MachineError):
-        folder = cache_folder() / "objects"
+        folder = _folder()
         folder.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=folder)
         try:
@@ -162,3 +174,57 @@ def write_entry(key: str, header: dict[str, Any], code: bytes) -> None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
             raise
+    if key.endswith(CHECKED):
+        prune_entries(LIMIT)
+
+
+class Entries(NamedTuple):
+    """How many entries of the object cache were removed and are kept, and the bytes of those kept."""
+
+    removed: int
+    kept: int
+    bytes: int
+
+
+def prune_entries(limit: int) -> Entries:
+    """Remove the entries that were not used for longest, until the rest have fewer than ``limit`` bytes.
+
+    What cannot be removed is kept; another process that prunes or writes at the same time does no harm.
+    """
+    entries = sorted(_entries(), reverse=True)
+    newer = kept = left = 0
+    for _, size, path in entries:
+        newer += size
+        if newer < limit or not _remove(path):
+            kept, left = kept + 1, left + size
+    return Entries(len(entries) - kept, kept, left)
+
+
+def usage() -> tuple[int, int]:
+    """How many entries the object cache has, and their bytes."""
+    sizes = [size for _, size, _ in _entries()]
+    return len(sizes), sum(sizes)
+
+
+def _entries() -> Iterator[tuple[int, int, str]]:
+    """(last use in ns, bytes, path) of each file of the folder, those that a dead writer left included."""
+    try:
+        with os.scandir(_folder()) as files:
+            for file in files:
+                with contextlib.suppress(OSError):  # another process has just removed it
+                    status = file.stat(follow_symlinks=False)
+                    if file.is_file(follow_symlinks=False):
+                        yield status.st_mtime_ns, status.st_size, file.path
+    except (OSError, MachineError):
+        return
+
+
+def _remove(path: str) -> bool:
+    """Whether a file is gone now."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return True

@@ -24,7 +24,7 @@ SYMBOL = "convsched_peak"
 
 @dataclass(frozen=True)
 class PeakKernel:
-    """The compiled loop; `flops` are those of one iteration."""
+    """The compiled loop, for vectors of `lanes` float32."""
 
     loaded: Loaded
     lanes: int
@@ -32,6 +32,7 @@ class PeakKernel:
 
     @property
     def flops(self) -> int:
+        """Of one iteration: a multiplication and an addition for each lane of each accumulator."""
         return 2 * self.accumulators * self.lanes
 
     def run(self, iterations: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,7 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from convsched.autotune.cache import ScheduleCache
-from convsched.autotune.record import Key, MachineKey, Record
+from convsched.autotune.record import FORMAT, Key, MachineKey, Record
 from convsched.cache_cli import cache
 from convsched.machine import Machine
 from convsched.networks import network
@@ -135,8 +136,8 @@ def test_export_and_import(file: Path, tmp_path: Path) -> None:
         ("{'a': 1}", ", line 2: is no JSON"),
         (make().to_json()[:-9], ", line 2: is no JSON"),
         (make("hurry").to_json(), ", line 2: schedule 'hurry' is none"),
-        (replace(make(), format=0).to_json(), ", line 2: has format 0; this convsched uses 1"),
-        (replace(make(), compiler="schedule 0").to_json(), ", line 2: made with format 1 and schedule 0"),
+        (replace(make(), format=0).to_json(), f", line 2: has format 0; this convsched uses {FORMAT}"),
+        (replace(make(), compiler="schedule 0").to_json(), f", line 2: made with format {FORMAT} and schedule 0"),
         (json.dumps({"kind": "run", "complete": True}), ", line 2: has no problem, layout"),
         (KEY.to_json(), ', line 2: has no "kind": "candidate"'),
         (b"\xff\xfe", "can't decode byte"),
@@ -176,3 +177,42 @@ def test_help_needs_no_compiler() -> None:
             "print([m for m in ('numba', 'llvmlite', 'rich', 'onnx') if m in sys.modules])")  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60)
     assert done.stdout == "[]\n"
+
+
+# Compiled kernels
+
+@pytest.fixture
+def objects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An object cache of three entries of 1 KiB, "b" the one not used for longest, then "c" and "a"."""
+    monkeypatch.setenv("CONVSCHED_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "cache" / "objects"
+    folder.mkdir(parents=True)
+    for name, time in (("a", 300), ("b", 100), ("c", 200)):
+        (folder / name).write_bytes(bytes(1024))
+        os.utime(folder / name, (time, time))
+    return folder
+
+
+def prune_objects(*arguments: str) -> Result:
+    return CliRunner().invoke(cache, ["prune", "--objects", *arguments])
+
+
+def test_prune_objects_empties_the_cache(objects: Path) -> None:
+    result = prune_objects()
+    assert (result.exit_code, result.output) == (0, "3 removed, 0 kept, 0 KiB\n")
+    assert list(objects.iterdir()) == []
+    objects.rmdir()
+    assert prune_objects().output == "0 removed, 0 kept, 0 KiB\n"
+
+
+def test_prune_objects_to_a_size_keeps_those_used_last(objects: Path) -> None:
+    assert prune_objects("--max-size", "3K").output == "1 removed, 2 kept, 2 KiB\n"
+    assert {path.name for path in objects.iterdir()} == {"a", "c"}
+
+
+@pytest.mark.parametrize("option", [("--keep", "all"), ("--older-than", "2020-01-01"), ("--cache", "x.sqlite")])
+def test_prune_objects_takes_no_option_of_schedules(option: tuple[str, str], objects: Path) -> None:
+    result = prune_objects(*option)
+    assert result.exit_code == 2
+    assert "--objects goes alone or with --max-size" in result.output
+    assert len(list(objects.iterdir())) == 3

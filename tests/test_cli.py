@@ -5,8 +5,11 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,18 +24,11 @@ from rich.console import Console
 import convsched
 from convsched import cli
 from convsched.baseline import gemm_baseline
-from convsched.errors import ModelError, ScheduleError
+from convsched.errors import ScheduleError
 from convsched.explain.bench import Settings, run_layers, total
 from convsched.explain.bench_report import Report
-from convsched.explain.cases import (
-    Case,
-    fit_image,
-    make_arrays,
-    read_image,
-    relative_error,
-    table_case,
-)
-from convsched.kernels.arrays import from_layout, to_layout
+from convsched.explain.cases import table_case
+from convsched.names import LAYOUTS
 from convsched.problem import Conv2d, Problem
 
 QUICK = ["--seconds", "0.001"]
@@ -48,6 +44,7 @@ class FakeKernel:
 
     algorithm = "fake"
     schedule = "no steps"
+    recipe = "no recipe"
 
     def __init__(self, problem: Problem, factor: float = 1.0) -> None:
         self.problem, self.factor = problem, factor
@@ -74,7 +71,7 @@ def test_bench_prints_every_layer_and_the_total() -> None:
     assert "5 of 5" not in result.output
 
 
-@pytest.mark.parametrize("layout", cli.LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_bench_in_every_layout(layout: str) -> None:
     result = run("bench", "lenet5", "--layer", "c=6 m=16", "--layout", layout, *QUICK)
     assert result.exit_code == 0, result.output
@@ -167,7 +164,14 @@ def test_the_live_table_fits_a_small_terminal(monkeypatch: pytest.MonkeyPatch) -
         (["x.onnx", "--input-size", "0x8"], "'0x8' is not a size such as 224x224"),
         (["lenet5", "--threads", "0"], "--threads"),
         (["lenet5", "--seconds", "0"], "--seconds"),
+        (["lenet5", "--threads", "100000"], "'--threads': 100000 is not in the range 1<=x<=1024"),
+        (["lenet5", "--seconds", "nan"], "nan is not a positive number of seconds"),
+        (["lenet5", "--seconds", "inf"], "inf is not a positive number of seconds"),
         (["lenet5", "--layout", "chwn"], "--layout"),
+        (["x.onnx", "--input-size", "9" * 5000], "a side of more than 9 digits"),
+        (["lenet5", "--json"], "Option '--json' requires an argument"),
+        (["lenet5", "--json", "/dev/null"], "/dev/null is no regular file"),
+        (["."], "network '.' is not known"),
         (["lenet5", "--json", "no/such/folder/x.json"], "the folder of no/such/folder/x.json does not exist"),
         (["lenet5", "--image", "none.png"], "none.png: there is no such file"),
     ],
@@ -179,6 +183,126 @@ def test_errors_are_explained(arguments: list[str], message: str) -> None:
     assert message in " ".join(result.output.split())
     assert "Traceback" not in result.output
     assert isinstance(result.exception, SystemExit)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x08\x08\x12", b"not a model"], ids=["empty", "cut", "text"])
+def test_a_file_that_is_no_model(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "broken.onnx"
+    path.write_bytes(content)
+    result = run("bench", str(path))
+    assert (result.exit_code, result.output.count("\n")) == (1, 1)
+    assert result.output.startswith(f"Error: {path}: cannot be read as an ONNX model")
+
+
+def test_a_folder_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "m.onnx").mkdir()
+    result = run("bench", str(tmp_path / "m.onnx"))
+    assert (result.exit_code, result.output) == (1, f"Error: {tmp_path / 'm.onnx'}: is a folder, not a file\n")
+
+
+def test_json_is_known_to_be_writable_before_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuse(*_: object, **__: object) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    def no_run(*_: object, **__: object) -> Any:
+        raise AssertionError("a layer was compiled")
+
+    fake(monkeypatch, no_run)
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    file = tmp_path / "result.json"
+    result = run("bench", "lenet5", "--json", str(file), *QUICK)
+    assert result.exit_code == 2
+    assert "result.json cannot be written: Permission denied" in " ".join(result.output.split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_fails_leaves_no_json(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def break_down(*_: object, **__: object) -> Any:
+        raise ZeroDivisionError
+
+    fake(monkeypatch, break_down)
+    result = run("bench", "lenet5", "--json", str(tmp_path / "result.json"), *QUICK)
+    assert isinstance(result.exception, ZeroDivisionError)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fills_during_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuse(*_: object, **__: object) -> Any:
+        raise OSError(28, "No space left on device")
+
+    fake(monkeypatch, FakeKernel)
+    monkeypatch.setattr(Path, "replace", refuse)
+    result = run("bench", "lenet5", "--json", str(tmp_path / "result.json"), *QUICK)
+    assert result.exit_code == 1
+    assert result.output.endswith("Error: [Errno 28] No space left on device\n")
+    assert "all, each as often as it occurs" in result.output  # the result is not lost
+    assert not list(tmp_path.iterdir())
+
+
+MAIN = [sys.executable, "-c", "from convsched.cli import main; main()"]
+
+
+@pytest.mark.parametrize("arguments", [["bench", "lenet5", *QUICK], ["info"], ["bench", "--help"]], ids=str)
+def test_a_closed_pipe_ends_it_silently(arguments: list[str]) -> None:
+    with subprocess.Popen([*MAIN, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="writes to /dev/full")
+def test_a_full_disk_is_one_line() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*MAIN, "bench", "lenet5", *QUICK], stdout=full, stderr=subprocess.PIPE, text=True,
+                              check=False)  # fmt: skip
+    assert (done.returncode, done.stderr) == (1, "Error: [Errno 28] No space left on device\n")
+
+
+def test_ctrl_c_between_layers_ends_a_process() -> None:
+    command = [*MAIN, "bench", "vgg16", "--layer", "conv", "--seconds", "0.001"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert "conv2d c=3 m=64" in process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (cli.INTERRUPTED, "stopped\n")
+    assert "of 9 layers so far" in output
+
+
+def test_tuned_schedules_are_used_without_a_search(tmp_path: Path) -> None:
+    """In a process of its own, to see what it imports: nothing that searches or measures candidates."""
+    from convsched.autotune.cache import ScheduleCache
+    from convsched.autotune.record import Key, Record
+    from convsched.machine import Machine
+    from convsched.networks import network
+
+    problem = network("lenet5").layers[1].problem
+    key = Key.of(problem, Machine.host(), threads=1)
+    schedule = "unroll s"
+    cache = ScheduleCache(tmp_path / "schedules.sqlite")
+    cache.put(Record(**vars(key), algorithm="direct", schedule=schedule, status="ok", hot=1e-3, time=1.0))
+    code = ("import sys, convsched.cli; convsched.cli.main(sys.argv[1:], standalone_mode=False); "
+            "print([n for n in ('tune', 'search', 'space', 'worker') if f'convsched.autotune.{n}' in sys.modules])")
+    file = tmp_path / "result.json"
+    command = [sys.executable, "-c", code, "bench", "lenet5", "--json", str(file), *QUICK]
+    environment = {**os.environ, "CONVSCHED_CACHE": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("[]\n")
+    assert done.stdout.count("direct, tuned") == 2  # in its line and in the table
+    assert "Schedules: 1 from tuning, 4 analytic defaults." in done.stdout
+    layers = json.loads(file.read_text())["layers"]
+    assert [layer["tuned"] for layer in layers] == [False, True, False, False, False]
+    assert layers[1]["schedule"] == schedule
+
+
+def test_warnings_are_lines(tmp_path: Path) -> None:
+    (tmp_path / "schedules.sqlite").write_bytes(b"no database" * 1000)
+    environment = {**os.environ, "CONVSCHED_CACHE": str(tmp_path)}
+    done = subprocess.run([*MAIN, "bench", "lenet5", *QUICK], env=environment, capture_output=True, text=True,
+                          check=True)  # fmt: skip
+    assert all(line.startswith("warning: ") for line in done.stderr.splitlines()), done.stderr
+    assert "schedules.sqlite" in done.stderr
 
 
 def test_bench_of_a_model_file(tmp_path: Path) -> None:
@@ -211,7 +335,7 @@ def test_info() -> None:
     result = run("info")
     assert result.exit_code == 0
     names = [line.split()[0] for line in result.output.splitlines()]
-    assert names[:4] == ["machine", "cores", "cache", "python"]
+    assert names[:5] == ["machine", "cores", "cache", "objects", "python"]
 
 
 def test_info_explains_a_wrong_setting() -> None:
@@ -239,73 +363,3 @@ def test_the_total_weighs_layers_by_their_count(monkeypatch: pytest.MonkeyPatch)
     assert sums.layers == 4
     assert sums.flops == 3 * SMALL.flops + cases[1].problem.flops
     assert sums.seconds == pytest.approx(sum(row.count * row.kernel.minimum for row in rows if row.kernel))
-
-
-@pytest.mark.parametrize("layout", cli.LAYOUTS)
-@pytest.mark.parametrize("channels", [1, 16, 20])
-def test_layouts_round_trip(layout: str, channels: int) -> None:
-    array = np.arange(2 * channels * 3 * 5, dtype=np.float32).reshape(2, channels, 3, 5)
-    there = to_layout(array, layout)
-    np.testing.assert_array_equal(from_layout(there, array.shape, layout), array)
-    shapes = {"nchw": (2, channels, 3, 5), "nhwc": (2, 3, 5, channels)}
-    shapes["nchw16c"] = (2, -(-channels // 16), 3, 5, 16)
-    assert there.shape == shapes[layout]
-    assert there.sum() == array.sum()  # the tail is zero
-
-
-def test_arrays_are_the_same_for_the_same_seed() -> None:
-    case = Case("a", Conv2d(8, 4, 3, input_size=5, residual=True))
-    one, two = make_arrays(case), make_arrays(case)
-    np.testing.assert_array_equal(one.x, two.x)
-    np.testing.assert_array_equal(one.weight, two.weight)
-    assert one.residual is not None
-    assert one.x.min() == 0  # as after a ReLU
-    assert make_arrays(table_case("a", SMALL, 1)).x.min() < 0  # as an image is
-
-
-def test_relative_error() -> None:
-    expected = np.array([3.0, -4.0])
-    assert relative_error(np.float32([3, -4]), expected) == 0
-    assert relative_error(np.float32([3, -3.5]), expected) == pytest.approx(0.5 / math.sqrt(12.5))
-    assert relative_error(np.float32([np.nan, 0]), expected) == math.inf
-    assert relative_error(np.float32([np.inf, 0]), expected) == math.inf
-    assert relative_error(np.float32([0.5]), np.zeros(1)) == 0.5
-
-
-@pytest.mark.parametrize("shape", [(9, 7, 3), (3, 9, 7), (1, 9, 7, 3), (9, 7, 4)])
-def test_images_as_arrays(tmp_path: Path, shape: tuple[int, ...]) -> None:
-    np.save(tmp_path / "image.npy", np.ones(shape))
-    image = read_image(tmp_path / "image.npy")
-    assert (image.shape, image.dtype) == ((9, 7, 3), np.float32)
-
-
-def test_an_image_is_cut_around_its_middle() -> None:
-    image = np.repeat(np.arange(8 * 12, dtype=np.float32).reshape(8, 12, 1), 3, axis=2)
-    same = fit_image(image, Conv2d(3, 1, 1, input_size=(8, 12)))
-    np.testing.assert_array_equal(same, image.transpose(2, 0, 1))
-    square = fit_image(image, Conv2d(3, 1, 1, input_size=8))
-    np.testing.assert_array_equal(square, image[:, 2:10].transpose(2, 0, 1))
-    grey = fit_image(image, Conv2d(1, 1, 1, input_size=(4, 6)))
-    assert grey.shape == (1, 4, 6)
-
-
-def test_an_image_file_is_scaled(tmp_path: Path) -> None:
-    io_module: Any = pytest.importorskip("skimage.io")
-    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3)).astype(np.uint8)
-    io_module.imsave(tmp_path / "image.png", pixels, check_contrast=False)
-    image = read_image(tmp_path / "image.png")
-    assert image.shape == (16, 16, 3)
-    assert abs(image.mean()) < 1e-3
-    assert image.std() == pytest.approx(1, abs=1e-3)
-
-
-def test_files_that_are_no_images(tmp_path: Path) -> None:
-    np.save(tmp_path / "vector.npy", np.ones(5))
-    with pytest.raises(ModelError, match=r"an array of shape \(5,\) is no image"):
-        read_image(tmp_path / "vector.npy")
-    (tmp_path / "broken.npy").write_bytes(b"not an array")
-    with pytest.raises(ModelError, match="cannot be read as an array"):
-        read_image(tmp_path / "broken.npy")
-    (tmp_path / "broken.png").write_bytes(b"not an image")
-    with pytest.raises(ModelError, match="cannot be read as an image"):
-        read_image(tmp_path / "broken.png")

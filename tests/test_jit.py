@@ -275,6 +275,18 @@ def test_a_full_disk_means_no_cache(
     assert not list(folder.iterdir())
 
 
+def test_a_disk_that_cannot_be_written_still_gives_its_entries(
+    folder: Path, compiled: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    cs.compile(LAYER, threads=1)
+    monkeypatch.setattr(jit.os, "utime", refuse)
+    check(cs.compile(LAYER, threads=1))
+    assert len(compiled) == 1
+
+
 def test_no_home_means_no_cache(compiled: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse() -> Path:
         raise RuntimeError("no home")

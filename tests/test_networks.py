@@ -47,6 +47,11 @@ def printed(count: int, like: str) -> str:
     return f"{(Decimal(count) / unit).quantize(step, ROUND_HALF_UP)}{like[-1]}"
 
 
+def all_macs(net: Network) -> int:
+    """Multiply-accumulates of all layers, the classifier included."""
+    return sum(layer.count * layer.problem.macs for layer in net.layers)
+
+
 @pytest.mark.parametrize(("name", "expected"), SZE.items())
 def test_convolutions_match_sze(name: str, expected: tuple[str | None, str, int]) -> None:
     macs, weights, convolutions = expected
@@ -72,7 +77,7 @@ def test_lenet5_connections() -> None:
 
 def test_mobilenet_v1_as_printed() -> None:
     net = network("mobilenet_v1")
-    assert printed(net.total_macs, "569M") == "569M"
+    assert printed(all_macs(net), "569M") == "569M"
     assert printed(net.parameters, "4.2M") == "4.2M"
 
 
@@ -85,7 +90,7 @@ def test_whole_networks(name: str, expected: tuple[float, float]) -> None:
     """Within 1%, parameters 1.5%: a folded normalisation has one number a channel where files have two."""
     macs, parameters = expected
     net = network(name)
-    assert net.total_macs == pytest.approx(macs, rel=0.01)
+    assert all_macs(net) == pytest.approx(macs, rel=0.01)
     assert net.parameters == pytest.approx(parameters, rel=0.015)
 
 

@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from convsched.graph.onnx_layers import ModelLayer, read_layers, read_model
+from convsched.graph.onnx_layers import ModelLayer, read_model
 from convsched.parameters import Activation
 from convsched.reference import convolve
 
@@ -51,7 +51,7 @@ def save(
 
 
 def only(path: Path) -> ModelLayer:
-    (layer,) = read_layers(path)
+    (layer,) = read_model(path).layers
     return layer
 
 
@@ -59,9 +59,9 @@ def check(path: Path, layer: ModelLayer) -> None:
     """The layer computes the model's first output."""
     x = integers(*INPUT, seed=1)
     with np.errstate(over="ignore", invalid="ignore"):  # the evaluator's sigmoid
-        expected = ReferenceEvaluator(str(path)).run(None, {"x": x, "c": np.float32(0)})[0]
+        results: Any = ReferenceEvaluator(str(path)).run(None, {"x": x, "c": np.float32(0)})
     y = convolve(layer.problem, x, layer.weight, layer.bias)
-    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(y, results[0], rtol=1e-5, atol=1e-4)
 
 
 def batch_norm(source: str, target: str) -> tuple[Any, dict[str, np.ndarray]]:
@@ -91,7 +91,7 @@ def test_a_chain_of_scales_and_shifts_is_folded(tmp_path: Path) -> None:
         helper.make_node("Div", ["t5", "scalar"], ["t6"]),
         helper.make_node("Relu", ["t6"], ["y"]),
     ]
-    constants = {"scalar": np.float32([2.5]), "channels": integers(6, 1, 1, seed=3), **values}
+    constants = {"scalar": np.array([2.5], np.float32), "channels": integers(6, 1, 1, seed=3), **values}
     path = save(tmp_path, nodes, constants, bias=True)
     layer = only(path)
     assert layer.problem.activation == "relu"
@@ -110,12 +110,12 @@ def test_a_chain_of_scales_and_shifts_is_folded(tmp_path: Path) -> None:
     ids=["constant / y", "a constant for each row", "y + y", "softmax", "a computed bound"],
 )
 def test_what_cannot_be_folded_is_left(tmp_path: Path, nodes: list[Any]) -> None:
-    layer = only(save(tmp_path, nodes, {"constant": np.float32([2]), "rows": integers(7, 1)}))
+    layer = only(save(tmp_path, nodes, {"constant": np.array([2], np.float32), "rows": integers(7, 1)}))
     assert (layer.problem.bias, layer.problem.activation) == (False, None)
     np.testing.assert_array_equal(layer.weight, WEIGHTS["w"])
 
 
-ACTIVATIONS: list[tuple[str, dict[str, float], Activation]] = [
+ACTIVATIONS: list[tuple[str, dict[str, Any], Any]] = [
     ("Relu", {}, "relu"),
     ("Sigmoid", {}, "sigmoid"),
     ("Tanh", {}, "tanh"),
@@ -131,7 +131,7 @@ ACTIVATIONS: list[tuple[str, dict[str, float], Activation]] = [
 
 
 @pytest.mark.parametrize(("op", "attributes", "expected"), ACTIVATIONS, ids=str)
-def test_activation(tmp_path: Path, op: str, attributes: dict[str, float], expected: Activation) -> None:
+def test_activation(tmp_path: Path, op: str, attributes: dict[str, Any], expected: Any) -> None:
     path = save(tmp_path, [helper.make_node(op, ["t"], ["y"], **attributes)])
     layer = only(path)
     assert layer.problem.activation == expected
@@ -152,8 +152,8 @@ def test_activation(tmp_path: Path, op: str, attributes: dict[str, float], expec
     ids=str,
 )
 @pytest.mark.parametrize("opset", [6, 17])
-def test_clip(tmp_path: Path, bounds: dict[str, float], expected: Activation, opset: int) -> None:
-    constants = {name: np.float32(value) for name, value in bounds.items()}
+def test_clip(tmp_path: Path, bounds: dict[str, Any], expected: Activation, opset: int) -> None:
+    constants = {name: np.array(value, np.float32) for name, value in bounds.items()}
     if opset == 6:
         node = helper.make_node("Clip", ["t"], ["y"], **bounds)
     else:
@@ -172,28 +172,28 @@ GATES = {
         "hardswish",
         gate(
             ("Add", ["t", "3", "a"]),
-            ("Clip", ["a", "0", "6", "b"]),
-            ("Mul", ["t", "b", "c"]),
-            ("Div", ["c", "6", "y"]),
+            ("Clip", ["a", "0", "6", "e"]),
+            ("Mul", ["t", "e", "f"]),
+            ("Div", ["f", "6", "y"]),
         ),
     ),
     "x (clip(3 + x) / 6)": (
         "hardswish",
         gate(
             ("Add", ["3", "t", "a"]),
-            ("Clip", ["a", "0", "6", "b"]),
-            ("Div", ["b", "6", "c"]),
-            ("Mul", ["c", "t", "y"]),
+            ("Clip", ["a", "0", "6", "e"]),
+            ("Div", ["e", "6", "f"]),
+            ("Mul", ["f", "t", "y"]),
         ),
     ),
     "x sigmoid(x)": ("silu", gate(("Sigmoid", ["t", "a"]), ("Mul", ["t", "a", "y"]))),
     "x sigmoid(1 x)": (
         "silu",
-        gate(("Mul", ["t", "1", "a"]), ("Sigmoid", ["a", "b"]), ("Mul", ["t", "b", "y"])),
+        gate(("Mul", ["t", "1", "a"]), ("Sigmoid", ["a", "e"]), ("Mul", ["t", "e", "y"])),
     ),
     "x sigmoid(3 x)": (
         None,
-        gate(("Mul", ["t", "3", "a"]), ("Sigmoid", ["a", "b"]), ("Mul", ["t", "b", "y"])),
+        gate(("Mul", ["t", "3", "a"]), ("Sigmoid", ["a", "e"]), ("Mul", ["t", "e", "y"])),
     ),
     "x (x + 3)": (None, gate(("Add", ["t", "3", "a"]), ("Mul", ["t", "a", "y"]))),
 }
@@ -202,7 +202,7 @@ GATES = {
 @pytest.mark.parametrize("name", GATES)
 def test_gated_activations_are_known_by_their_values(tmp_path: Path, name: str) -> None:
     expected, nodes = GATES[name]
-    constants = {text: np.float32(text) for text in ("0", "1", "3", "6")}
+    constants = {text: np.array(float(text), np.float32) for text in ("0", "1", "3", "6")}
     path = save(tmp_path, nodes, constants)
     layer = only(path)
     assert layer.problem.activation == expected

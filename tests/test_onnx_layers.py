@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from convsched.errors import ModelError
-from convsched.graph.onnx_layers import ModelLayer, read_layers, read_model
+from convsched.graph.onnx_layers import ModelLayer, read_model
 from convsched.problem import Conv2d, Linear
 from convsched.reference import convolve
 
@@ -48,14 +48,15 @@ def save(
 
 
 def only(path: Path, **options: Any) -> ModelLayer:
-    (layer,) = read_layers(path, **options)
+    (layer,) = read_model(path, **options).layers
     return layer
 
 
 def check(path: Path, layer: ModelLayer, shape: tuple[int, ...] = INPUT[1]) -> None:
     """The layer computes the model's first output."""
     x = integers(*shape, seed=1)
-    expected = ReferenceEvaluator(str(path)).run(None, {"x": x})[0]
+    results: Any = ReferenceEvaluator(str(path)).run(None, {"x": x})
+    expected = results[0]
     y = convolve(layer.problem, x.reshape(layer.problem.input_shape), layer.weight, layer.bias)
     np.testing.assert_allclose(y.reshape(expected.shape), expected, rtol=1e-5, atol=1e-4)
     assert layer.weight.dtype == np.float32
@@ -150,11 +151,12 @@ def test_float16_initializers(tmp_path: Path) -> None:
 
 
 def test_dequantised_weights(tmp_path: Path) -> None:
-    weights = {"q": integers(6, 4, 3, 3).astype(np.int8), "scale": np.float32(0.25), "zero": np.int8(1)}
+    q = integers(6, 4, 3, 3).astype(np.int8)
+    weights: dict[str, np.ndarray] = {"q": q, "scale": np.array(0.25, np.float32), "zero": np.array(1, np.int8)}
     node = helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["w"])
     path = save(tmp_path, [node, conv()], weights)
     layer = only(path)
-    np.testing.assert_array_equal(layer.weight, (weights["q"].astype(np.float32) - 1) / 4)
+    np.testing.assert_array_equal(layer.weight, (q.astype(np.float32) - 1) / 4)
 
 
 def test_equal_problems_are_one_layer(tmp_path: Path) -> None:
@@ -165,7 +167,7 @@ def test_equal_problems_are_one_layer(tmp_path: Path) -> None:
     ]
     weights = {"first": integers(4, 4, 3, 3), "second": integers(4, 4, 3, 3, seed=9)}
     weights["other"] = integers(4, 4, 1, 1)
-    layers = read_layers(save(tmp_path, nodes, weights))
+    layers = read_model(save(tmp_path, nodes, weights)).layers
     assert [(layer.name, layer.count) for layer in layers] == [("one", 2), ("three", 1)]
     assert [layer.reads_input for layer in layers] == [True, False]
     np.testing.assert_array_equal(layers[0].weight, weights["first"])
@@ -177,7 +179,7 @@ def test_the_network_s_input_is_known_behind_scaling_and_transposition(tmp_path:
         helper.make_node("Transpose", ["a"], ["b"], perm=[0, 3, 1, 2]),
         helper.make_node("Conv", ["b", "w"], ["y"]),
     ]
-    weights = {"mean": np.float32([1, 2, 3]), "w": integers(6, 3, 3, 3)}
+    weights = {"mean": np.array([1, 2, 3], np.float32), "w": integers(6, 3, 3, 3)}
     path = save(tmp_path, nodes, weights, inputs=(("x", (None, "h", None, 3)),))
     layer = only(path, input_size=(9, 11))
     assert layer.reads_input
@@ -195,7 +197,7 @@ def reshaped(source: str, sized: str, target: str, **attributes: Any) -> list[An
     ]
 
 
-SIZES = {"start": np.int64([0]), "end": np.int64([1]), "rest": np.int64([-1])}
+SIZES = {"start": np.array([0]), "end": np.array([1]), "rest": np.array([-1])}
 
 
 @pytest.mark.parametrize("opset", [11, 17])  # ONNX's inference follows sizes to a Reshape from 14 on
@@ -287,7 +289,7 @@ def test_a_layer_that_breaks_a_rule_is_passed_over(tmp_path: Path) -> None:
 def test_a_model_without_layers(tmp_path: Path) -> None:
     path = save(tmp_path, [helper.make_node("Relu", ["x"], ["y"])], {})
     with pytest.raises(ModelError, match="no layer to read: it has no convolution or matrix product"):
-        read_layers(path)
+        read_model(path)
 
 
 @pytest.mark.parametrize(
@@ -299,7 +301,7 @@ def test_a_file_that_is_no_model(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "broken.onnx"
     path.write_bytes(content)
     with pytest.raises(ModelError, match="cannot be read as an ONNX model") as caught:
-        read_layers(path)
+        read_model(path)
     assert str(caught.value).startswith(str(path))
 
 
@@ -307,7 +309,7 @@ def test_a_truncated_model(tmp_path: Path) -> None:
     path = save(tmp_path, [conv()], {"w": integers(6, 4, 3, 3)})
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(ModelError, match="cannot be read as an ONNX model"):
-        read_layers(path)
+        read_model(path)
 
 
 def test_a_model_whose_weights_file_is_missing(tmp_path: Path) -> None:
@@ -315,27 +317,59 @@ def test_a_model_whose_weights_file_is_missing(tmp_path: Path) -> None:
     onnx.save(onnx.load(path), path, save_as_external_data=True, location="weights.bin", size_threshold=0)
     (tmp_path / "weights.bin").unlink()
     with pytest.raises(ModelError, match="cannot be read as an ONNX model"):
-        read_layers(path)
+        read_model(path)
+
+
+def test_a_node_without_weights_is_passed_over(tmp_path: Path) -> None:
+    bare = helper.make_node("Conv", ["x"], ["s"])
+    shape = helper.make_node("Shape", [], ["u"])
+    model = read_model(save(tmp_path, [conv(), bare, shape], {"w": integers(6, 4, 3, 3)}, outputs=("y", "s")))
+    assert len(model.layers) == 1
+    assert model.skipped == ("Conv s: it has no weights",)
+
+
+def test_a_malformed_node_is_passed_over(tmp_path: Path) -> None:
+    nodes = [conv(), helper.make_node("Conv", ["x", "w", "b"], ["s"])]
+    weights = {"w": integers(6, 4, 3, 3), "b": integers(5)}
+    model = read_model(save(tmp_path, nodes, weights, outputs=("y", "s")))
+    assert len(model.layers) == 1
+    assert "Conv s: it or what follows it is malformed" in model.skipped[0]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "message"),
+    [
+        ((("Conv", ("x", "w"), "y"), ("Relu", ("z",), "z")), "Relu without a name reads 'z', which nothing before"),
+        ((("Relu", ("y",), "z"), ("Conv", ("z", "w"), "y")), "Relu without a name reads 'y', which nothing before"),
+        ((("Conv", ("x", "w"), "y"), ("Relu", ("y",), "y")), "Relu without a name makes 'y', which is there"),
+        ((("Conv", ("x", "w"), "w"),), "Conv without a name makes 'w', which is there"),
+    ],
+    ids=["itself", "cycle", "twice", "weights"],
+)
+def test_tensors_that_are_made_of_themselves(tmp_path: Path, nodes: Any, message: str) -> None:
+    made = [helper.make_node(kind, inputs, [output]) for kind, inputs, output in nodes]
+    with pytest.raises(ModelError, match=message):
+        read_model(save(tmp_path, made, {"w": integers(4, 4, 1, 1)}))
 
 
 def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"none\.onnx: there is no such file"):
-        read_layers(tmp_path / "none.onnx")
+        read_model(tmp_path / "none.onnx")
     with pytest.raises(ModelError, match="is a folder, not a file"):
-        read_layers(tmp_path)
+        read_model(tmp_path)
 
 
 def test_shapes_that_do_not_fit_together(tmp_path: Path) -> None:
     path = save(tmp_path, [conv()], {"w": integers(6, 5, 3, 3)})
     with pytest.raises(ModelError, match="5"):
-        read_layers(path)
+        read_model(path)
 
 
 def test_an_open_input_size_must_be_given(tmp_path: Path) -> None:
     inputs = (("x", ("batch", 4, None, "width")),)
     path = save(tmp_path, [conv()], {"w": integers(6, 4, 3, 3)}, inputs=inputs)
     with pytest.raises(ModelError, match=r"'x' has the open shape \(\?, 4, \?, \?\): give --input-size"):
-        read_layers(path)
+        read_model(path)
     assert only(path, input_size=(9, 11)).problem.input_shape == (1, 4, 9, 11)
 
 
@@ -343,7 +377,7 @@ def test_a_fixed_input_size_cannot_be_changed(tmp_path: Path) -> None:
     path = save(tmp_path, [conv()], {"w": integers(6, 4, 3, 3)})
     assert only(path, input_size=(9, 11)).problem.input_shape == (1, 4, 9, 11)
     with pytest.raises(ModelError, match=r"fixed shape \(1, 4, 9, 11\), which \(8, 8\) does not fit"):
-        read_layers(path, input_size=(8, 8))
+        read_model(path, input_size=(8, 8))
 
 
 def test_without_the_onnx_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -353,4 +387,4 @@ def test_without_the_onnx_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     path = save(tmp_path, [conv()], {"w": integers(6, 4, 3, 3)})
     monkeypatch.setattr(importlib, "import_module", fail)
     with pytest.raises(ModelError, match=r"pip install 'convsched\[onnx\]'"):
-        read_layers(path)
+        read_model(path)

@@ -33,6 +33,10 @@ class Compiled(Protocol):
     @property
     def schedule(self) -> Any: ...
 
+    @property
+    def recipe(self) -> Any:
+        """What made the schedule, where that is the analytic default; None for one from the schedule cache."""
+
     def bind(self, weight: Array, bias: Array | None) -> Callable[..., Array]: ...
 
 
@@ -54,7 +58,8 @@ class Settings:
 class Row:
     """One layer's result. Where it could not be compiled or run, `failure` says why and the rest is empty.
 
-    `error` is max |error| / rms(output); times are seconds of one execution of the layer.
+    `tuned`: whether the schedule is from the schedule cache, and not the analytic default. `error` is
+    max |error| / rms(output); times are seconds of one execution of the layer.
     """
 
     name: str
@@ -62,6 +67,7 @@ class Row:
     count: int
     algorithm: str = ""
     schedule: str = ""
+    tuned: bool = False
     error: float = float("nan")
     compile_seconds: float = float("nan")
     kernel: Timing | None = None
@@ -77,6 +83,7 @@ class Row:
 
     @property
     def flops_per_second(self) -> float:
+        """The rate of the layer's FLOPs by definition; NaN where it was not timed."""
         return self.problem.flops / self.kernel.minimum if self.kernel else float("nan")
 
     @property
@@ -132,8 +139,9 @@ def _run_layer(case: Case, compile_layer: Compile, settings: Settings) -> Row:
     except ConvschedError as failure:
         return Row(case.name, problem, case.count, failure=str(failure))
     row = Row(
-        case.name, problem, case.count, str(kernel.algorithm), str(kernel.schedule), error, compile_seconds
-    )
+        case.name, problem, case.count, str(kernel.algorithm), str(kernel.schedule), kernel.recipe is None,
+        error, compile_seconds,
+    )  # fmt: skip
     if row.status != "ok":
         return row
     timings = interleave(

@@ -31,10 +31,12 @@ class Report:
 
     @property
     def complete(self) -> bool:
+        """Whether every planned layer has its row: nothing has stopped the run."""
         return len(self.rows) == self.planned
 
     @property
     def total(self) -> Total:
+        """The sums over the timed layers, each as often as it occurs."""
         return total(self.rows)
 
     @property
@@ -65,6 +67,7 @@ def table(report: Report, last: int | None = None) -> Table:
 
 
 def title(report: Report) -> str:
+    """The line above the table: the network, threads, layout and type."""
     threads, layout = report.settings.threads, report.settings.layout
     return f"{report.network}: {threads} thread{'s' * (threads > 1)}, {layout}, float32"
 
@@ -76,12 +79,19 @@ def caption(report: Report) -> str:
         f"FMA peak measured: {peak}.",
         f"error: max |error| / rms(output) against float64, at most {ERROR_BOUND:g}.",
         "x NumPy: speed-up over im2col and np.matmul on as many threads, timed in turn. Times are minima.",
+        tuned_line(report),
         f"The layers compiled in {report.total.compile_seconds:.2f} s.",
         *(f"passed over: {line}" for line in report.skipped),
     ]
     if not report.complete:
         lines.append(f"{len(report.rows)} of {report.planned} layers so far.")
     return "\n".join(lines)
+
+
+def tuned_line(report: Report) -> str:
+    """Where the schedules of the rows are from."""
+    tuned = sum(row.tuned for row in report.rows)
+    return f"Schedules: {tuned} from tuning, {len(report.rows) - tuned} analytic defaults."
 
 
 def cells(report: Report, row: Row) -> tuple[str, ...]:
@@ -93,7 +103,7 @@ def cells(report: Report, row: Row) -> tuple[str, ...]:
     return (
         text,
         str(row.count),
-        row.algorithm,
+        f"{row.algorithm}, tuned" if row.tuned else row.algorithm,
         _number(row.kernel.minimum * 1e3 if row.kernel else math.nan, 3),
         _number(rate * 1e-9, 1),
         _number(report.share_of_peak(rate), 1),
@@ -163,6 +173,7 @@ def _row_json(report: Report, row: Row) -> dict[str, Any]:
         "failure": row.failure or None,
         "algorithm": row.algorithm or None,
         "schedule": row.schedule or None,
+        "tuned": row.tuned,
         "error": _finite(row.error),
         "compile_seconds": _finite(row.compile_seconds),
         "flops": row.problem.flops,

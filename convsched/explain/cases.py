@@ -54,6 +54,7 @@ def table_case(name: str, problem: Problem, count: int) -> Case:
 
 
 def model_case(layer: ModelLayer) -> Case:
+    """A layer of a model file, with the file's weights and bias."""
     return Case(layer.name, layer.problem, layer.count, layer.weight, layer.bias, layer.reads_input)
 
 

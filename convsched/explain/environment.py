@@ -7,6 +7,7 @@ import platform
 from importlib import metadata
 from pathlib import Path
 
+from convsched.kernels import jit
 from convsched.machine import Machine, affinity_cores, cache_folder, machine_cores, quota_cores
 
 PACKAGES = ("convsched", "numpy", "numba", "llvmlite", "onnx")
@@ -24,14 +25,22 @@ def versions() -> dict[str, str]:
 
 
 def describe() -> dict[str, str]:
-    """The machine, its cores, the folder of the caches and all versions, for `convsched info`."""
+    """The machine, its cores, the folder of the caches, the object cache's size and all versions, for
+    `convsched info`."""
     machine = Machine.host()
     return {
         "machine": machine.text,
         "cores": f"{machine.cores}: {_limits()}",
         "cache": str(cache_folder()),
+        "objects": _objects(),
         **versions(),
     }
+
+
+def _objects() -> str:
+    """The compiled kernels on disk."""
+    entries, size = jit.usage()
+    return f"{entries} compiled kernels, {size / 2**20:.1f} of at most {jit.LIMIT >> 20} MiB"
 
 
 def _limits() -> str:

@@ -60,6 +60,7 @@ class Graph:
 
     @property
     def nodes(self) -> list[Node]:
+        """The nodes, in the file's order: a node comes after those that make its inputs."""
         return list(self.model.graph.node)
 
     @cached_property
@@ -69,10 +70,12 @@ class Graph:
 
     @cached_property
     def outputs(self) -> frozenset[str]:
+        """The names of the tensors that the model gives."""
         return frozenset(value.name for value in self.model.graph.output)
 
     @cached_property
     def producers(self) -> dict[str, Node]:
+        """The node that makes a tensor, by the tensor's name; inputs and initializers have none."""
         return {name: node for node in self.nodes for name in node.output if name}
 
     @cached_property
@@ -132,7 +135,7 @@ class Graph:
         """
         folded: set[str] = set()
         for node in self.nodes:
-            if node.op_type == "Shape":
+            if node.op_type == "Shape" and node.input:
                 value = self._known_shape(node)
             elif not folded.isdisjoint(node.input):
                 value = self.constant(node.output[0])
@@ -201,14 +204,31 @@ def _read(onnx: Any, path: Path) -> Model:
     if model.functions:
         inliner = importlib.import_module("onnx.inliner")
         model = inliner.inline_local_functions(model)
+    _check_order(path, model)
     return model
+
+
+def _check_order(path: Path, model: Model) -> None:
+    """Raises ModelError unless nodes read what is made before them and each tensor is made once: no cycles."""
+    graph = model.graph
+    sparse = (tensor.values for tensor in graph.sparse_initializer)
+    known = {"", *(value.name for value in (*graph.input, *graph.initializer, *sparse))}
+    for node in graph.node:
+        what = f"{path}: cannot be read as an ONNX model: {node.op_type} {node.name or 'without a name'}"
+        for name in node.input:
+            if name not in known:
+                raise ModelError(f"{what} reads {name!r}, which nothing before it makes")
+        for name in filter(None, node.output):
+            if name in known:
+                raise ModelError(f"{what} makes {name!r}, which is there already")
+            known.add(name)
 
 
 def _infer_shapes(onnx: Any, path: Path, model: Model) -> Model:
     try:
         return onnx.shape_inference.infer_shapes(model, data_prop=True)
     except Exception as error:  # the C++ side raises several unrelated types
-        raise ModelError(f"{path}: its shapes do not fit together: {error}") from error
+        raise ModelError(f"{path}: its shapes do not fit together: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -70,13 +70,8 @@ class ModelLayers:
     skipped: tuple[str, ...]
 
 
-def read_layers(path: str | Path, *, input_size: tuple[int, int] | None = None) -> tuple[ModelLayer, ...]:
-    """The distinct layers of an ONNX file, in the file's order. See `read_model`."""
-    return read_model(path, input_size=input_size).layers
-
-
 def read_model(path: str | Path, *, input_size: tuple[int, int] | None = None) -> ModelLayers:
-    """The distinct layers of an ONNX file for batch 1, and what was passed over.
+    """The distinct layers of an ONNX file for batch 1, in the file's order, and what was passed over.
 
     `input_size` is (height, width), for models that leave it open. Raises ModelError for a file that is
     missing or cannot be read, and for one without any layer.
@@ -91,6 +86,8 @@ def read_model(path: str | Path, *, input_size: tuple[int, int] | None = None) -
             found.append(_read_layer(graph, node))
         except (_SkipError, ProblemError) as reason:
             skipped.append(f"{node.op_type} {_name(node)}: {reason}")
+        except (ValueError, TypeError, IndexError, OverflowError) as error:  # sizes that ONNX does not allow
+            skipped.append(f"{node.op_type} {_name(node)}: it or what follows it is malformed: {error}")
     if not found:
         why = "; ".join(skipped) or "it has no convolution or matrix product"
         raise ModelError(f"{path}: no layer to read: {why}")
@@ -113,6 +110,8 @@ class _Core:
 def _read_layer(graph: Graph, node: Node) -> ModelLayer:
     if node.op_type in OTHER_CONTRACTIONS:
         raise _SkipError(OTHER_CONTRACTIONS[node.op_type])
+    if len(node.input) < 2:
+        raise _SkipError("it has no weights")
     core = _READERS[node.op_type](graph, node)
     channel_axis = 1 if isinstance(core.problem, Conv2d) else -1
     rank = len(graph.shapes.get(node.output[0], ()))
