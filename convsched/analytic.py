@@ -13,6 +13,8 @@ from typing import Literal
 from convsched.machine import Machine
 from convsched.problem import Conv2d, Linear, Problem
 from convsched.recipes import Channels, Depthwise, Pixels, Recipe, is_flat
+from convsched.tiles import Tiles, tile_counts
+from convsched.toeplitz import Toeplitz
 
 LATENCY = 8  # FMAs in flight that keep two pipes of four cycles busy
 STEP = 0.5  # cycles of FMAs lost to the loop over channels, for each channel and tap
@@ -20,6 +22,7 @@ VECTOR_LOAD = 0.15  # of a weight vector, which comes from L2, beside an FMA
 BROADCAST = 0.03  # of an input element from L1
 FULL_SQUARE = 150  # cycles to transpose and store 16 x 16 elements
 PART_SQUARE = 240  # the same where rows are cut short: masked stores
+MOST_TAPS = 5  # of a row; each that reaches over a border has a copy of the nest
 COPY_PENALTY = 0.01  # of an own copy of the nest for a remainder: code to compile and to fetch
 
 
@@ -71,13 +74,13 @@ class _Tiling:
         return self.sums * step + stores + copied
 
 
-def _register_tile(tiling: _Tiling, machine: Machine) -> tuple[int, int, int]:
+def _register_tile(tiling: _Tiling, machine: Machine, tallest: int) -> tuple[int, int, int]:
     """(vectors, rows, pixels) of the tile that takes the fewest cycles."""
     best: tuple[float, tuple[int, int, int]] | None = None
     whole = -(-tiling.maps // machine.lanes)
     for vectors in range(1, min(whole, 12) + 1):
         most = (machine.registers - 1 - vectors) // vectors
-        for height in range(1, min(tiling.rows, 4) + 1):
+        for height in range(1, min(tiling.rows, tallest) + 1):
             for width in range(1, min(tiling.columns, most // height) + 1):
                 if height > 1 and width < tiling.columns:
                     continue  # tall tiles only where they span the row
@@ -112,10 +115,10 @@ def _channels(problem: Problem, machine: Machine, layout: str, threads: int) -> 
     if isinstance(problem, Conv2d):
         maps, channels, taps = maps // problem.groups, channels // problem.groups, problem.R * problem.S
         rows, columns = (1, problem.E * problem.F) if flat else (problem.E, problem.F)
-    pack = _input_copy(problem, layout)
+    pack, skip = _input_copy(problem, machine, layout)
     tiling = _Tiling(maps, rows, columns, channels * taps, packed=pack == "packed",
                      transposed=layout == "nchw" and isinstance(problem, Conv2d) and rows * columns > 1)
-    vectors, height, width = _register_tile(tiling, machine)
+    vectors, height, width = _register_tile(tiling, machine, tallest=1 if "h" in skip else 4)
     depth, unroll = _sum_blocks(channels, channels if flat else 64)
     if flat:
         stays = 4 * problem.weights <= machine.l2 // 2  # the weights, beside a small block of input
@@ -131,17 +134,33 @@ def _channels(problem: Problem, machine: Machine, layout: str, threads: int) -> 
     split_channels = -(-tiles // block) < threads or 4 * problem.weights > problem.bytes // 2
     return Channels(
         lanes=machine.lanes, vectors=vectors, rows=height, pixels=width, block=block, depth=depth,
-        unroll=unroll, pack=pack, parallel="channels" if split_channels else "pixels")
+        unroll=unroll, pack=pack, parallel="channels" if split_channels else "pixels", skip=skip)
 
 
-def _input_copy(problem: Problem, layout: str) -> Literal["none", "window", "packed"]:
-    """How the input is read: in place wherever its rows need no border and lie well for the caches."""
+def _input_copy(problem: Problem, machine: Machine, layout: str,
+                ) -> tuple[Literal["none", "window", "packed"], Literal["", "h", "hw"]]:
+    """How the input is read, and where products with padding are left out: it is read in place wherever its
+    rows lie well for the caches and need no border, or few taps reach over it."""
     if isinstance(problem, Linear):
-        return "none"
+        return "none", ""
+    plane = 4 * problem.H * problem.W
     if any(problem.padding):
-        return "window"
-    small = 4 * problem.H * problem.W < 8 * 64  # a plane of a few cache lines: tiles share them unevenly
-    return "packed" if layout == "nchw" and is_flat(problem) and small else "none"
+        collides = layout == "nchw" and plane % (machine.l1 // 8) == 0  # channels meet in one set of 8 ways
+        if not meets_input(problem):
+            return "window", ""
+        return ("window", "h") if collides or problem.S > MOST_TAPS else ("none", "hw")
+    small = plane < 8 * 64  # a plane of a few cache lines: tiles share them unevenly
+    return ("packed" if layout == "nchw" and is_flat(problem) and small else "none"), ""
+
+
+def meets_input(problem: Problem) -> bool:
+    """Whether any product is with an element of the input, and not with padding."""
+    if isinstance(problem, Linear):
+        return True
+    sides = zip(problem.output_shape[2:], (problem.R, problem.S), problem.stride, problem.dilation,
+                problem.padding[:2], (problem.H, problem.W), strict=True)
+    return all(any(0 <= e * stride + r * dilation - before < size for e in range(outputs) for r in range(taps))
+               for outputs, taps, stride, dilation, before, size in sides)
 
 
 def _pixels(problem: Conv2d, machine: Machine) -> Pixels:
@@ -155,7 +174,7 @@ def _pixels(problem: Conv2d, machine: Machine) -> Pixels:
     products = problem.R * problem.S * tile * rows * vectors  # vector FMAs of a tile and input channel
     copies = min(3, -(-problem.E // rows))  # of the nest, with the first and last rows peeled
     return Pixels(lanes=machine.lanes, maps=tile, rows=rows, vectors=vectors, unroll_taps=products <= 400,
-                  peel_borders=products * copies <= 800)
+                  peel_borders=products * copies <= 800 and meets_input(problem))
 
 
 def _depthwise(problem: Conv2d, machine: Machine) -> Depthwise:
@@ -163,3 +182,29 @@ def _depthwise(problem: Conv2d, machine: Machine) -> Depthwise:
     pixels = _near_divisor(problem.F, min(accumulators, 8))
     rows = max(1, min(problem.E, accumulators // pixels, 2))
     return Depthwise(machine.lanes, rows, pixels, problem.R * problem.S * rows * pixels <= 400)
+
+
+def default_tiles(problem: Conv2d, outputs: tuple[int, int], machine: Machine, layout: str = "nchw",
+                  threads: int = 1) -> Tiles:
+    """The recipe of a bilinear algorithm whose tiles have ``outputs`` rows and columns."""
+    rows, columns = tile_counts(problem, outputs)
+    points = (outputs[0] + problem.R - 1) * (outputs[1] + problem.S - 1)
+    row_bytes = 4 * points * (problem.C + problem.M) * columns
+    fits = [b for b in range(1, rows + 1) if rows % b == 0 and b * row_bytes <= 2 * machine.l2 and rows >= b * threads]
+    block = max(fits, default=1)
+    count = block * columns
+    most = machine.registers - 7  # a vector of weights and broadcasts beside them
+    pixels = -(-count // -(-count // most))
+    return Tiles(machine.lanes, outputs, block, vectors=1, pixels=pixels, unroll=4 if problem.C % 4 == 0 else 1)
+
+
+def default_toeplitz(problem: Conv2d, machine: Machine, layout: str = "nchw", threads: int = 1) -> Toeplitz:
+    """The recipe of im2col: the matrix of a block takes at most half of L2."""
+    maps, sums = problem.M // problem.groups, problem.C // problem.groups * problem.R * problem.S
+    row_bytes = 4 * problem.C * problem.R * problem.S * problem.F
+    fits = [b for b in range(1, problem.E + 1) if problem.E % b == 0 and b * row_bytes <= machine.l2 // 2]
+    block = max((b for b in fits if problem.E >= b * threads), default=1)
+    tiling = _Tiling(maps, 1, block * problem.F, sums, transposed=layout == "nchw", packed=False)
+    vectors, _, pixels = _register_tile(tiling, machine, tallest=1)
+    channels = problem.C // problem.groups
+    return Toeplitz(machine.lanes, vectors, pixels, block, _sum_blocks(channels, channels)[1])

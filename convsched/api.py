@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from typing import TYPE_CHECKING
 
-from convsched.analytic import default_recipe
+from convsched.algorithms import named
 from convsched.errors import LoweringError, ScheduleError
 from convsched.machine import Machine, default_threads, has_schedules
 from convsched.names import (
@@ -46,8 +46,7 @@ def compile(layer: Problem, *, algorithm: str | None = None, schedule: Schedule 
     """
     if not isinstance(layer, Conv2d | Linear):
         raise LoweringError(f"compile takes a Conv2d or a Linear, not {type(layer).__name__}")
-    if algorithm is not None:
-        _choose("algorithm", algorithm, ALGORITHMS)
+    chosen = named("direct" if algorithm is None else algorithm, layer)
     _choose("accuracy", accuracy, ACCURACIES)
     _choose("layout", layout, LAYOUTS)
     _choose("backend", backend, BACKENDS)
@@ -57,8 +56,8 @@ def compile(layer: Problem, *, algorithm: str | None = None, schedule: Schedule 
     kind = _kernel_type(backend)
 
     def build(schedule: Schedule, recipe: Recipe | None = None) -> Kernel:
-        return kind(layer, schedule, layout=layout, threads=count, machine=machine, recipe=recipe,
-                    accuracy=accuracy)
+        return kind(layer, schedule, layout=layout, threads=count, machine=machine, algorithm=chosen.name,
+                    recipe=recipe, accuracy=accuracy)
 
     if isinstance(schedule, str):
         return build(parse_schedule(schedule))
@@ -66,11 +65,11 @@ def compile(layer: Problem, *, algorithm: str | None = None, schedule: Schedule 
         return build(schedule)
     if schedule is not None:
         raise ScheduleError("schedule", f"is a {type(schedule).__name__}", "give a Schedule or its text")
-    if cache is not False:
+    if cache is not False and algorithm is None:
         kernel = _remembered(layer, machine, layout, count, accuracy, cache, build)
         if kernel is not None:
             return kernel
-    recipe = default_recipe(layer, machine, layout, count)
+    recipe = chosen.default(machine, layout, count)
     return build(recipe.schedule(layer, layout), recipe)
 
 

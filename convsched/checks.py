@@ -38,8 +38,9 @@ def require_loop(program: Program, step: str, name: str) -> None:
         raise fail(program, step, f"there is no loop {name}", f"use one of {known}")
 
 
-def require_new(program: Program, step: str, names: Sequence[str]) -> None:
-    """Raise if one of the names is already a loop's, or they are not distinct identifiers."""
+def require_new(program: Program, step: str, names: Sequence[str], loop: str) -> None:
+    """Raise if one of the names is a loop's already in a nest that has ``loop``, or they are not distinct
+    identifiers."""
     for position, name in enumerate(names):
         if not name.replace(".", "_").isidentifier():
             raise fail(program, step, f"{name!r} is no name", "use letters, digits, _ and .")
@@ -47,7 +48,7 @@ def require_new(program: Program, step: str, names: Sequence[str]) -> None:
             raise fail(program, step, "root is where stage copies once, before all loops", "use another name")
         if name in names[:position]:
             raise fail(program, step, f"{name} is named twice", "use two names")
-        if any(find_loops(s.body, name) for s in program.stages):
+        if any(find_loops((nest,), name) and find_loops((nest,), loop) for s in program.stages for nest in s.body):
             raise fail(program, step, f"a loop {name} exists already", "choose another name", name)
 
 

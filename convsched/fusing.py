@@ -43,7 +43,7 @@ def fuse(program: Program, first: str, second: str, fused: str) -> Program:
     require_loop(program, step, second)
     if first == second:
         raise fail(program, step, f"{first} is named twice", "name two loops", first)
-    require_new(program, step, (fused,))
+    require_new(program, step, (fused,), first)
     merged = _merged_axes(program, step, first, second)
 
     def change(found: Loop) -> Body:

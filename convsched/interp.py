@@ -78,6 +78,8 @@ def evaluate_bind(program: Program,
             tensor = program.tensor(load.tensor)
             if tensor.role == "weight" and load.tensor not in views:
                 views[load.tensor] = _logical_view(tensor, arrays, np.float32)
+            if tensor.role == "constant":
+                views[load.tensor] = _logical_view(tensor, arrays, np.float64)
     computed = {leaf.tensor for leaf in statements if not _is_copy(leaf)}
     bound = list(dict.fromkeys(leaf.tensor for leaf in statements))
     for name in bound:
@@ -153,6 +155,8 @@ def _logical_view(tensor: Tensor, arrays: Mapping[str, npt.NDArray[Any]], dtype:
     shape = tuple(size + before + after for size, (before, after) in zip(tensor.shape, frames, strict=True))
     framed = replace(tensor, shape=shape, border=(), storage=storage_of(tensor.letters, shape))
     view = _View(framed, tuple(before for before, _ in frames), np.empty(0))
+    if tensor.role == "constant":
+        return replace(view, flat=np.array(tensor.values, dtype))
     if tensor.role not in ("input", "weight"):
         return replace(view, flat=np.zeros(math.prod(shape), dtype))
     if tensor.name not in arrays:

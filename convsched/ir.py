@@ -8,10 +8,11 @@
     Value    = Load(tensor, index) | Const(number) | Op(name, values)
     index    = Affine in loop variables; loops are half-open with constant extents
     where    = conjunction of ``Affine < 0``: the statement runs only where all hold
-    Tensor   = name, shape, role, storage, border
+    Tensor   = name, shape, role, storage, border, values
 
 Local and register tensors are zero when a program starts. A read of a tensor inside its ``border`` (a
-virtual frame around the shape, used for padding) gives zero. Stages run in order; those with
+virtual frame around the shape, used for padding) gives zero. A ``constant`` tensor has its values in the
+program: after unrolling, its zeros vanish and its ones become plain additions. Stages run in order; those with
 ``when="bind"`` depend on weights only and run once, when weights are bound.
 """
 
@@ -23,7 +24,7 @@ from functools import cached_property
 from typing import Literal
 
 Kind = Literal["serial", "unroll", "vector", "parallel"]
-Role = Literal["input", "weight", "output", "local", "register"]
+Role = Literal["input", "weight", "output", "local", "register", "constant"]
 When = Literal["bind", "run"]
 
 OPS = {  # name -> number of operands
@@ -132,7 +133,8 @@ class StorageAxis:
 
 @dataclass(frozen=True)
 class Tensor:
-    """A named array. ``letters`` name its axes; ``border`` is the (before, after) frame of zeros of each."""
+    """A named array. ``letters`` name its axes; ``border`` is the (before, after) frame of zeros of each;
+    ``values`` are those of a constant, rows last."""
 
     name: str
     letters: tuple[str, ...]
@@ -140,6 +142,7 @@ class Tensor:
     role: Role
     storage: tuple[StorageAxis, ...]
     border: tuple[tuple[int, int], ...] = ()
+    values: tuple[float, ...] = ()
 
     @cached_property
     def elements(self) -> int:

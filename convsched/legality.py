@@ -129,10 +129,11 @@ def carried(var: str, body: Body, extents: Mapping[str, int], commutative: bool 
 
 def is_separated(var: str, touched: list[Access], extents: Mapping[str, int]) -> bool:
     """Whether accesses to one tensor touch the same element only at the same ``var``."""
-    domain = Domain(extents, tuple(w for w in touched[0][1] if all(w in where for _, where in touched)))
-    for axis, first in enumerate(touched[0][0]):
-        same = first.coefficient(var) != 0 and all(index[axis] == first for index, _ in touched)
-        if same and var in digits(first, domain, first, domain)[0]:
+    for axis in range(len(touched[0][0])):
+        places = {(index[axis], where) for index, where in touched}
+        if all(a.coefficient(var) and b.coefficient(var)
+               and var in digits(a, Domain(extents, here), b, Domain(extents, there))[0]
+               for (a, here), (b, there) in combinations_with_replacement(places, 2)):
             return True
     return False
 

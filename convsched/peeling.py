@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Literal
 
@@ -22,17 +22,18 @@ from convsched.ir import (
     loads,
     map_indices,
     map_leaves,
-    map_loops,
     map_value,
     substitute,
 )
 from convsched.legality import indices
 
-Which = Literal["first", "last", "overlap"]
+Which = Literal["first", "last", "guarded", "overlap"]
 
 
 def peel(program: Program, loop: str, which: Which = "last") -> Program:
-    """Give the first or last iteration of a loop its own copy of the body, with guards resolved in each.
+    """Give iterations of a loop their own copies of the body, with guards resolved in each.
+
+    The first or the last iteration; "guarded", at both ends, each in which some guard may fail.
 
     >>> from convsched.examples import nests, product
     >>> from convsched.steps import split
@@ -57,24 +58,60 @@ def peel(program: Program, loop: str, which: Which = "last") -> Program:
     if which == "overlap":
         _require_guard(program, step, loop)
 
-    def change(found: Loop) -> Body:
+    def alone(found: Loop, copy: Body) -> Body:
+        holds = found.kind == "parallel" or (len(copy) > 1 and _is_home(program, found))
+        return (replace(found, extent=1, body=copy),) if holds else copy
+
+    def change(found: Loop, around: Mapping[str, int]) -> Body:
         if which == "overlap":
             if not _guards(found):
                 return (found,)
             copy = _overlapped(program, step, found)
-        elif found.extent == 1:
+            return (replace(found, extent=found.extent - 1), *alone(found, copy))
+        first, last = {"first": (1, 0), "last": (0, 1)}.get(which) or _guarded(found, around)
+        count = found.extent - first - last
+        if count < 1:
             return (found,)
-        else:
-            copy = substitute(found.body, {loop: Affine.of(0 if which == "first" else found.extent - 1)})
-        holds = found.kind == "parallel" or (len(copy) > 1 and _is_home(program, found))
-        alone = (replace(found, extent=1, body=copy),) if holds else copy
-        rest = replace(found, extent=found.extent - 1)
-        if which != "first":
-            return (rest, *alone)
-        return (*alone, replace(rest, body=substitute(found.body, {loop: Affine.of(loop) + 1})))
+        at = {value: alone(found, substitute(found.body, {loop: Affine.of(value)}))
+              for value in (*range(first), *range(found.extent - last, found.extent))}
+        body = substitute(found.body, {loop: Affine.of(loop) + first})
+        copies = [statement for copy in at.values() for statement in copy]
+        before = sum(len(at[value]) for value in range(first))
+        return (*copies[:before], replace(found, extent=count, body=body), *copies[before:])
 
-    peeled = program.with_body(lambda body: map_loops(body, loop, change))
+    peeled = program.with_body(lambda body: _map_loops_within(body, loop, {}, change))
     return checked(program, step, simplify(_own_registers(peeled)))
+
+
+def _map_loops_within(body: Body, var: str, around: Mapping[str, int],
+                      change: Callable[[Loop, Mapping[str, int]], Body]) -> Body:
+    """``map_loops``, with the extents of the loops around."""
+    out: list[Statement] = []
+    for statement in body:
+        if not isinstance(statement, Loop):
+            out.append(statement)
+        elif statement.var == var:
+            out += change(statement, around)
+        else:
+            extents = {**around, statement.var: statement.extent}
+            out.append(replace(statement, body=_map_loops_within(statement.body, var, extents, change)))
+    return tuple(out)
+
+
+def _guarded(loop: Loop, around: Mapping[str, int]) -> tuple[int, int]:
+    """How many iterations at the start and at the end have a guard that may fail; none if all have."""
+    def may_fail(value: int) -> bool:
+        at = {loop.var: Affine.of(value)}
+        for inside, leaf in leaves(loop.body):
+            extents = {**around, **{found.var: found.extent for found in inside}}
+            if any(w.substitute(at).bounds(extents)[1] >= 0 for w in leaf.where if loop.var in w.variables):
+                return True
+        return False
+
+    fails = [may_fail(value) for value in range(loop.extent)]
+    if all(fails):
+        return 0, 0
+    return fails.index(False), fails[::-1].index(False)
 
 
 def _is_home(program: Program, loop: Loop) -> bool:

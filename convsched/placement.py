@@ -33,7 +33,7 @@ from convsched.ir import (
 from convsched.legality import extents_of, fills_first, indices, is_separated, touching
 from convsched.peeling import prune
 
-Where = Literal["registers", "window", "packed"]
+Where = Literal["registers", "buffer", "window", "packed"]
 
 
 def stage(program: Program, tensor: str, at: str, where: Where, order: Sequence[str] = (),
@@ -52,6 +52,8 @@ def stage(program: Program, tensor: str, at: str, where: Where, order: Sequence[
         for s < 3:
           t[0] += x[f + s - 1] * w[s]
         y[f] = max(0, t[0])
+
+    "buffer": the same in memory, stored in the ``order`` of its axes.
 
     "window": a copy of the box that is read, borders filled with zeros, stored in the ``order`` of its axes.
 
@@ -89,8 +91,8 @@ def stage(program: Program, tensor: str, at: str, where: Where, order: Sequence[
     if at != "root":
         require_loop(program, step, at)
     request = _Request(program, step, program.tensor(tensor), at, tuple(order), dict(align or {}))
-    if where == "registers":
-        return checked(program, step, _in_registers(request))
+    if where in ("registers", "buffer"):
+        return checked(program, step, _shrunk(request, "register" if where == "registers" else "local"))
     if program.tensor(tensor).role not in ("input", "weight"):
         raise request.fail(f"{tensor} is written by the program", "stage it in registers")
     loops = [loop for item in program.stages for loop in extents_of(item.body)]
@@ -115,10 +117,20 @@ def layout(program: Program, tensor: str, order: Sequence[str]) -> Program:
 
     The packing is a stage of its own that runs once, when weights are bound.
     """
+    if tensor in program.by_name and program.tensor(tensor).role == "local":
+        return _stored(program, tensor, order)
     if tensor in program.by_name and program.tensor(tensor).role != "weight":
         raise fail(program, f"layout {tensor} {' '.join(order)}", f"{tensor} is no weight",
                    "use stage for a tensor that changes from call to call")
     return stage(program, tensor, "root", "packed", order)
+
+
+def _stored(program: Program, name: str, order: Sequence[str]) -> Program:
+    """The program with a local tensor stored in another order of its axes."""
+    request = _Request(program, f"layout {name} {' '.join(order)}", program.tensor(name), "root", tuple(order), {})
+    _require_axes(request, order)
+    tensor = request.tensor
+    return program.with_tensor(replace(tensor, storage=storage_of(tensor.letters, tensor.shape, tuple(order))))
 
 
 _Scope = tuple[tuple[Loop, ...], Body]  # the loops around a body, the body
@@ -190,14 +202,15 @@ def _loops_named(body: Body, var: str, path: tuple[Loop, ...] = ()) -> Iterator[
             yield from _loops_named(statement.body, var, (*path, statement))
 
 
-def _in_registers(request: _Request) -> Program:
+def _shrunk(request: _Request, role: Literal["register", "local"]) -> Program:
+    """A local tensor with room only for what one iteration uses."""
     program, name = request.program, request.tensor.name
     if request.tensor.role != "local":
         raise request.fail(f"{name} is a tensor of role {request.tensor.role}",
-                           "only local tensors live in registers")
+                           "only local tensors live in registers and buffers")
     if request.at == "root":
-        raise request.fail("registers hold the tile of one loop", "name the loop")
-    if request.order or request.align:
+        raise request.fail(f"a {role} tensor holds the tile of one loop", "name the loop")
+    if role == "register" and (request.order or request.align):
         raise request.fail("registers have no order in memory", "leave the order and align out")
     scopes = list(request.scopes())
     everywhere = sum(_uses(leaf, name) for s in program.stages for _, leaf in leaves(s.body))
@@ -207,15 +220,19 @@ def _in_registers(request: _Request) -> Program:
         raise request.fail(f"{name} is also used outside one loop {request.at}, in {', '.join(users)}",
                            "attach the other stages there first")
     homes = [any(_uses(leaf, name) for _, leaf in leaves((top,))) for s in program.stages for top in s.body]
-    if sum(homes) > 1:
+    if role == "register" and sum(homes) > 1:
         raise request.fail(f"{name} would live in the registers of two loop nests", "stage before peel")
     for path, body in scopes:
         _require_fresh(request, path, body)
     box = _box(request)
     kept = [axis for axis, size in enumerate(box.sizes) if size > 1] or [len(box.sizes) - 1]
+    if role == "local":
+        kept = list(range(len(box.sizes)))
     letters = tuple(request.tensor.letters[axis] for axis in kept)
     shape = tuple(box.sizes[axis] for axis in kept)
-    tile = Tensor(name, letters, shape, "register", storage_of(letters, shape))
+    if request.order:
+        _require_axes(request, request.order)
+    tile = Tensor(name, letters, shape, role, storage_of(letters, shape, request.order or None, request.align))
 
     def access(index: Index) -> Index:
         within = box.relative(index)

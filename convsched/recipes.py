@@ -23,6 +23,7 @@ from convsched.schedule import (
     Peel,
     Reorder,
     Schedule,
+    Skip,
     Split,
     StageAt,
     Step,
@@ -68,7 +69,8 @@ class Channels:
 
     ``lanes`` of a vector; ``block`` tiles (rows of tiles, or tiles where pixels are flat) share a packed
     piece of the input; ``depth`` input channels are summed before the next filter tap; ``unroll`` of them
-    are written out.
+    are written out. Products with padding are left out along the axes to ``skip``; along "hw", the input
+    needs no copy with a border.
     """
 
     lanes: int
@@ -80,6 +82,7 @@ class Channels:
     unroll: int
     pack: Literal["none", "window", "packed"]
     parallel: Literal["pixels", "channels"] = "pixels"
+    skip: Literal["", "h", "hw"] = ""
     name = "channels"
 
     def schedule(self, problem: Problem, layout: str = "nchw") -> Schedule:
@@ -109,15 +112,28 @@ def _channels(p: Channels, problem: Problem, layout: str) -> list[Step]:
         outer, tiles, inner = row.names[0], [row.names[1], column.names[0]], [*row.names[2:], column.names[1]]
         pixel_peels = (*row.peels(conv.E, *row_factors), *column.peels(conv.F, p.pixels))
     at, sums = tiles[-1], [*c.names[:-2], *taps(problem), *c.names[-2:]]
+    skipped = _skip(problem, p.skip)
     return [
         *([Fuse("e", "f", "p")] if flat else []), *m.steps, *row.steps, *column.steps, *c.steps,
         Reorder((*head, outer, m.names[0], *tiles, *sums, *inner, *m.names[1:])),
         Attach("init", at), Attach("epilogue", at), StageAt("t", at, "registers"),
-        *_pack_input(p, layout, outer, tiles, sums, inner),
+        *skipped, *_pack_input(p, layout, outer, tiles, sums, inner),
         Layout("w", (*(["g"] if groups > 1 else []), m.names[0], *sums, *m.names[1:])),
         Unroll((c.names[-1], *inner, m.names[1])), Vectorize((m.names[2],)),
         Parallel(outer if p.parallel == "pixels" else m.names[0]),
-        *m.peels(m_extent, p.vectors * p.lanes), *pixel_peels, *c.peels(c_extent, *c_factors)]
+        *m.peels(m_extent, p.vectors * p.lanes), *pixel_peels, *c.peels(c_extent, *c_factors),
+        *([Peel(name, "guarded") for name in (at, *(["s"] if "s" in sums else []))]
+          if any("w" in step.axes for step in skipped) else [])]
+
+
+def _skip(problem: Problem, axes: str) -> list[Skip]:
+    """The step that leaves out products with padding along those of the axes that have any."""
+    if isinstance(problem, Linear):
+        return []
+    top, left, bottom, right = problem.padding
+    padded = [axis for axis, sides in (("h", (top, bottom)), ("w", (left, right))) if any(sides)]
+    found = tuple(axis for axis in padded if axis in axes)
+    return [Skip("x", found)] if found else []
 
 
 def _pack_input(p: Channels, layout: str, outer: str, tiles: list[str], sums: list[str],
@@ -178,16 +194,18 @@ def _pixels(p: Pixels, problem: Problem) -> list[Step]:
                           *row_inner, *column.names[1:])))
     at = column.names[0]
     steps += [Attach("init", at), Attach("epilogue", at), StageAt("t", at, "registers")]
+    if p.peel_borders and p.unroll_taps:
+        steps += _skip(problem, "h")
     unrolled = [m.names[1], *row_inner, column.names[1]]
     steps.append(Unroll((*(taps(problem) if p.unroll_taps else []), *unrolled)))
     steps.append(Vectorize((column.names[2],)))
     steps.append(Parallel("g" if problem.groups > 1 else m.names[0]))
     steps += m.peels(problem.M // problem.groups, p.maps)
     if not flat:
-        if p.peel_borders and any(problem.padding[0::2]):
-            steps.append(Peel(row.names[0], "first"))
-        if p.peel_borders or problem.E % p.rows:
+        if problem.E % p.rows:
             steps.append(Peel(row.names[0]))
+        if p.peel_borders:
+            steps.append(Peel(row.names[0], "guarded"))
     steps += column.peels(extent, p.vectors * p.lanes)
     return steps
 

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import ClassVar, Literal, assert_never, get_args
 
-from convsched import fusing, peeling, placement, steps
+from convsched import fusing, peeling, placement, skipping, steps
 from convsched.checks import bounded, fail
 from convsched.errors import ScheduleError
 from convsched.ir import Program
@@ -44,6 +44,10 @@ def _is_number(value: object) -> bool:
     return type(value) is int and 0 <= value <= MOST
 
 
+def _is_order(value: object) -> bool:
+    return isinstance(value, tuple) and all(_is_name(entry, _ENTRY) for entry in value)
+
+
 def _is_align(value: object) -> bool:
     return (isinstance(value, tuple)
             and all(isinstance(pair, tuple) and len(pair) == 2 and _is_name(pair[0], _ENTRY) and _is_number(pair[1])
@@ -62,9 +66,9 @@ _SEVERAL: _Rule = (lambda v: isinstance(v, tuple) and bool(v) and all(map(_is_na
 _RULES: dict[str, _Rule] = {
     **dict.fromkeys(("loop", "outer", "inner", "first", "second", "fused", "tensor", "at", "stage"), _A_NAME),
     "factor": (_is_number, f"an integer of at most {MOST}, not negative"),
-    **dict.fromkeys(("loops", "Layout.order"), _SEVERAL),
-    "StageAt.order": (lambda v: isinstance(v, tuple) and all(_is_name(entry, _ENTRY) for entry in v),
-                      "a tuple of names such as ('h', 'c/16')"),
+    **dict.fromkeys(("loops", "axes"), _SEVERAL),
+    "Layout.order": (lambda v: bool(v) and _is_order(v), "a tuple of names such as ('m0', 'c') or ('c/16', 'c%16')"),
+    "StageAt.order": (_is_order, "a tuple of names such as ('h', 'c/16')"),
     "align": (_is_align, f"a tuple of pairs such as ('h', 16), each entry once, of integers of at most {MOST}"),
     "tail": _one_of(*get_args(Tail)),
     "where": _one_of(*get_args(Where)),
@@ -210,7 +214,18 @@ class Peel(_Checked):
         return f"peel {self.loop} {self.which}"
 
 
-Step = Split | Reorder | Fuse | Unroll | Vectorize | Parallel | StageAt | Layout | Attach | Peel
+@dataclass(frozen=True)
+class Skip(_Checked):
+    """Leave out products with the border of ``tensor`` along ``axes``; see ``skipping.skip``."""
+
+    tensor: str
+    axes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"skip {self.tensor} {' '.join(self.axes)}"
+
+
+Step = Split | Reorder | Fuse | Unroll | Vectorize | Parallel | StageAt | Layout | Attach | Peel | Skip
 
 
 @dataclass(frozen=True)
@@ -307,6 +322,8 @@ def apply_step(program: Program, step: Step) -> Program:
             return placement.layout(program, step.tensor, step.order)
         case Attach():
             return steps.attach(program, step.stage, step.at)
+        case Skip():
+            return skipping.skip(program, step.tensor, step.axes)
         case Peel():
             return peeling.peel(program, step.loop, step.which)
         case _:
@@ -332,16 +349,18 @@ _FORMS: tuple[tuple[str, str, Callable[[dict[str, str]], Step]], ...] = (
     ("unroll LOOP ...", rf"unroll (?P<loops>{_NAMES})", lambda m: Unroll(tuple(m["loops"].split()))),
     ("vectorize LOOP ...", rf"vectorize (?P<loops>{_NAMES})", lambda m: Vectorize(tuple(m["loops"].split()))),
     ("parallel LOOP", rf"parallel (?P<loop>{_NAME})", lambda m: Parallel(m["loop"])),
-    ("stage TENSOR at LOOP registers|window|packed [ORDER ...] [align=ENTRY:MULTIPLE,...]",
-     rf"stage (?P<tensor>{_NAME}) at (?P<at>{_NAME}) (?P<where>registers|window|packed)"
+    ("stage TENSOR at LOOP registers|buffer|window|packed [ORDER ...] [align=ENTRY:MULTIPLE,...]",
+     rf"stage (?P<tensor>{_NAME}) at (?P<at>{_NAME}) (?P<where>registers|buffer|window|packed)"
      rf"(?: (?P<order>{_ENTRIES}))?(?: align=(?P<align>{_ENTRY}:{_NUMBER}(?:,{_ENTRY}:{_NUMBER})*))?",
      lambda m: StageAt(m["tensor"], m["at"], m["where"], tuple((m["order"] or "").split()),  # type: ignore[arg-type]
                        _parse_align(m["align"] or ""))),
-    ("layout TENSOR LOOP ...", rf"layout (?P<tensor>{_NAME}) (?P<order>{_NAMES})",
+    ("layout TENSOR LOOP ...", rf"layout (?P<tensor>{_NAME}) (?P<order>{_ENTRIES})",
      lambda m: Layout(m["tensor"], tuple(m["order"].split()))),
     ("attach STAGE at LOOP", rf"attach (?P<stage>{_NAME}) at (?P<at>{_NAME})",
      lambda m: Attach(m["stage"], m["at"])),
-    ("peel LOOP [first|last|overlap]", rf"peel (?P<loop>{_NAME})(?: (?P<which>first|last|overlap))?",
+    ("skip TENSOR AXIS ...", rf"skip (?P<tensor>{_NAME}) (?P<axes>{_NAMES})",
+     lambda m: Skip(m["tensor"], tuple(m["axes"].split()))),
+    ("peel LOOP [first|last|guarded|overlap]", rf"peel (?P<loop>{_NAME})(?: (?P<which>first|last|guarded|overlap))?",
      lambda m: Peel(m["loop"], m["which"] or "last")),  # type: ignore[arg-type]
 )
 

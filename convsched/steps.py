@@ -27,7 +27,7 @@ from convsched.ir import (
     map_loops,
     substitute,
 )
-from convsched.legality import carried, extents_of, fills_first, indices, touching, without
+from convsched.legality import accesses, carried, extents_of, fills_first, indices, is_separated, touching, without
 from convsched.peeling import peel
 
 Tail = Literal["none", "mask", "peel", "overlap"]
@@ -66,7 +66,7 @@ def split(program: Program, loop: str, factor: int, outer: str, inner: str, tail
     """
     step = f"split {loop} {factor} -> {outer} {inner}" + (f" tail={tail}" if tail != "none" else "")
     require_loop(program, step, loop)
-    require_new(program, step, (outer, inner))
+    require_new(program, step, (outer, inner), loop)
     if factor < 1:
         raise fail(program, step, f"the factor is {factor}", "use a positive integer", loop)
     found = [loop_ for stage in program.stages for loop_ in find_loops(stage.body, loop)]
@@ -259,7 +259,7 @@ def attach(program: Program, stage: str, at: str) -> Program:
             raise fail(program, step, f"{before.name} has {x.kind} {x.var} < {x.extent} where {after.name} "
                        f"has {y.kind} {y.var} < {y.extent}", "give both the same outer loops", at)
         extents = {**above, **extents_of(b), **extents_of(a)}
-        tensor = carried(x.var, _shared(x.body, y.body), extents) if x.extent > 1 else None
+        tensor = _meeting(x.var, x.body, y.body, extents) if x.extent > 1 else None
         if tensor is not None:
             raise fail(program, step, f"iterations of {x.var} depend on each other through {tensor}",
                        "attach outside the loops that sum", at)
@@ -272,12 +272,14 @@ def attach(program: Program, stage: str, at: str) -> Program:
         program, stages=(*program.stages[:first], joined, *program.stages[second + 1:])))
 
 
-def _shared(a: Body, b: Body) -> Body:
-    """The statements that touch a tensor which one side writes and the other uses."""
+def _meeting(var: str, a: Body, b: Body, extents: Mapping[str, int]) -> str | None:
+    """A tensor that one side writes and the other uses, in different iterations of ``var``."""
     def touched(body: Body) -> tuple[set[str], set[str]]:
         every = {name for _, leaf in leaves(body) for name, _ in indices(leaf)}
         return every, {leaf.tensor for _, leaf in leaves(body)}
     used_a, written_a = touched(a)
     used_b, written_b = touched(b)
     both = (used_a & written_b) | (written_a & used_b)
-    return touching(a, both) + touching(b, both)
+    reads, writes, _ = accesses(touching(a, both) + touching(b, both))
+    return next((tensor for tensor in sorted(both) if not is_separated(
+        var, writes.get(tensor, []) + reads.get(tensor, []), extents)), None)

@@ -9,6 +9,7 @@ for instance ``a = 2 e + r`` with ``e = 14 e0 + e1`` and the condition ``14 e0 +
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from convsched.errors import VerifyError
@@ -98,6 +99,8 @@ def _broken_tensor(tensor: Tensor) -> str | None:
         return f"letters {tensor.letters}, shape {tensor.shape} and border {tensor.border} differ in length"
     if any(size < 1 for size in tensor.shape):
         return f"the shape {tensor.shape} must be positive"
+    if len(tensor.values) != (math.prod(tensor.shape) if tensor.role == "constant" else 0):
+        return f"it is {tensor.role} and has {len(tensor.values)} values"
     for axis, size in enumerate(tensor.shape):
         reach = 1
         for stored in sorted((s for s in tensor.storage if s.axis == axis), key=lambda s: s.step):
@@ -178,7 +181,7 @@ def _broken_ops(value: Value) -> Iterator[str]:
 def _broken_roles(program: Program, stage: Stage, packed: set[str], leaf: Leaf,
                   read: Iterable[Load]) -> Iterator[str]:
     role = program.tensor(leaf.tensor).role
-    if role in ("input", "weight"):
+    if role in ("input", "weight", "constant"):
         yield f"it stores to {leaf.tensor}, which is {role}"
     if stage.when == "run":
         if leaf.tensor in packed:
@@ -187,7 +190,7 @@ def _broken_roles(program: Program, stage: Stage, packed: set[str], leaf: Leaf,
     if role != "local":
         yield f"a bind stage stores to local tensors only, and {leaf.tensor} is {role}"
     for load in read:
-        if program.tensor(load.tensor).role != "weight" and load.tensor not in packed:
+        if program.tensor(load.tensor).role not in ("weight", "constant") and load.tensor not in packed:
             yield f"a bind stage reads weights and what bind stages stored, not {load.tensor}"
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
 
+from convsched.algorithms import named
 from convsched.errors import ArrayError
 from convsched.ir import Program, leaves
 from convsched.kernels import jit
@@ -28,9 +29,9 @@ from convsched.kernels.arrays import (
     clear_tail,
 )
 from convsched.kernels.llvm import arguments, emit, names, symbols
-from convsched.kernels.packing import Copy, aligned_zeros, copies, plain
+from convsched.kernels import binding
+from convsched.kernels.packing import aligned_zeros, plain
 from convsched.kernels.pool import run_all
-from convsched.lower.direct import lower_direct
 from convsched.machine import Machine
 from convsched.problem import Problem
 from convsched.schedule import Schedule, apply, parse_schedule
@@ -55,33 +56,34 @@ class Interface:
     stages: tuple[str, ...]
     is_parallel: tuple[bool, ...]
     shared: frozenset[str]
-    copies: tuple[Copy, ...]
+    bindings: tuple[binding.Binding, ...]
 
     @staticmethod
     def of(program: Program) -> Interface:
         """The interface of a scheduled program."""
         tensors = arguments(program)
-        packed = {copy.target for copy in copies(program)}
+        bound = binding.bindings(program)
+        packed = binding.targets(bound)
         run = [s for s in program.stages if s.when == "run"]
         parallel = [any(lp.kind == "parallel" for around, _ in leaves(s.body) for lp in around) for s in run]
         touched = [{n for _, leaf in leaves(s.body) for n in names(leaf)} for s in run]
         local = {t.name: t.elements for t in tensors if t.role == "local" and t.name not in packed}
         crossing = {n for n in local if sum(n in used for used in touched) > 1}
         return Interface(tuple(t.name for t in tensors), local, symbols(program), tuple(parallel),
-                         frozenset(crossing), copies(program))
+                         frozenset(crossing), bound)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON value; ``from_json`` is its inverse."""
         return {"names": self.names, "local": self.local_elements, "stages": self.stages,
                 "parallel": self.is_parallel, "shared": sorted(self.shared),
-                "copies": [copy.to_json() for copy in self.copies]}
+                "bindings": [bound.to_json() for bound in self.bindings]}
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> Interface:
         """The interface of a JSON value."""
         return Interface(tuple(value["names"]), dict(value["local"]), tuple(value["stages"]),
                          tuple(value["parallel"]), frozenset(value["shared"]),
-                         tuple(Copy.from_json(c) for c in value["copies"]))
+                         tuple(binding.from_json(b) for b in value["bindings"]))
 
 
 class Workspace:
@@ -129,11 +131,10 @@ class Kernel:
     (or comes from the object cache), for the machine that reads it.
     """
 
-    algorithm = "direct"
-
     def __init__(self, problem: Problem, schedule: Schedule, *, layout: str, threads: int, machine: Machine,
-                 recipe: Recipe | None = None, accuracy: str = "normal") -> None:
+                 algorithm: str = "direct", recipe: Recipe | None = None, accuracy: str = "normal") -> None:
         self.problem = problem
+        self.algorithm = algorithm
         self.schedule = schedule
         self.layout = layout
         self.threads = threads
@@ -146,7 +147,7 @@ class Kernel:
 
     def _load(self) -> tuple[Interface, tuple[Callable[..., None], ...]]:
         """The interface, and one callable(table of tensor addresses, thread, threads) a stage."""
-        key = jit.object_key((repr(self.problem), self.schedule.text, self.layout), self.machine)
+        key = jit.object_key((repr(self.problem), self.algorithm, self.schedule.text, self.layout), self.machine)
         interface, code = self._cached(key) or self._compiled(key)
         self._code = code  # held: the addresses are valid as long as it lives
         self.addresses = tuple(code.address(s) for s in interface.stages)
@@ -173,7 +174,7 @@ class Kernel:
     @cached_property
     def program(self) -> Program:
         """The scheduled program."""
-        return apply(lower_direct(self.problem, self.layout), self.schedule)
+        return apply(named(self.algorithm, self.problem).lower(self.layout), self.schedule)
 
     @property
     def nest(self) -> str:
@@ -220,7 +221,8 @@ class Kernel:
     def bind(self, weight: Array, bias: Array | None = None) -> BoundKernel:
         """Pack the weights: (M, C/groups, R, S) float32, bias (M,). Denormals in the weights become zero."""
         given = check_weights(self.problem, weight, bias)
-        packed = {c.target: c.run(given[c.source]) for c in self.interface.copies}
+        made = binding.run(self.interface.bindings, given)
+        packed = {name: array for name, array in made.items() if name in self.interface.names}
         as_given = {n: plain(n, a).run(a) for n, a in given.items() if n in self.interface.names}
         return BoundKernel(self, {**packed, **as_given})
 
@@ -230,8 +232,8 @@ class Kernel:
         return self.bind(weight, bias)(x, out=out, residual=residual)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _remake, (type(self), self.problem, self.schedule.text, self.layout, self.threads, self.recipe,
-                         self.accuracy)
+        return _remake, (type(self), self.problem, self.schedule.text, self.layout, self.threads, self.algorithm,
+                         self.recipe, self.accuracy)
 
     def __repr__(self) -> str:
         return f"Kernel({self.problem.text!r}, {self.algorithm}, {self.layout}, threads={self.threads})"
@@ -310,23 +312,23 @@ class BoundKernel:
                       self._slots["y"], self._slots.get("z", -1), (self.kernel.problem.M - 1) % 16 + 1)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebind, (type(self), self.kernel, self.kernel.interface.copies, self.weights)
+        return _rebind, (type(self), self.kernel, self.kernel.interface.bindings, self.weights)
 
     def __repr__(self) -> str:
         return f"BoundKernel({self.kernel!r})"
 
 
 def _remake(kind: type[Kernel], problem: Problem, schedule: str, layout: str, threads: int,
-            recipe: Recipe | None, accuracy: str) -> Kernel:
+            algorithm: str, recipe: Recipe | None, accuracy: str) -> Kernel:
     """A kernel from what its pickle holds, compiled for this machine."""
     return kind(problem, parse_schedule(schedule), layout=layout, threads=threads, machine=Machine.host(),
-                recipe=recipe, accuracy=accuracy)
+                algorithm=algorithm, recipe=recipe, accuracy=accuracy)
 
 
-def _rebind(kind: type[BoundKernel], kernel: Kernel, packing: tuple[Copy, ...],
+def _rebind(kind: type[BoundKernel], kernel: Kernel, packing: tuple[binding.Binding, ...],
             weights: Mapping[str, Array]) -> BoundKernel:
     """A bound kernel from what its pickle holds; unpickled arrays are not aligned."""
-    if kernel.interface.copies != packing:
+    if kernel.interface.bindings != packing:
         raise ArrayError("the weights were packed by another version of convsched; bind them again")
     return kind(kernel, {name: plain(name, packed).run(packed) for name, packed in weights.items()})
 

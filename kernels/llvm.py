@@ -2,7 +2,8 @@
 
 One function a run stage: ``void stage_i(ptr tensors, i64 thread, i64 threads)`` where ``tensors`` points to
 the addresses of the program's tensors in the order of ``arguments(program)``. A parallel loop runs the
-iterations ``extent * thread / threads`` up to ``extent * (thread + 1) / threads``. Elements of register
+iterations ``extent * thread / threads`` up to ``extent * (thread + 1) / threads``. A guard that all
+statements of a run-time loop share becomes a bound of the loop where it can. Elements of register
 tensors are SSA values, carried around run-time loops by phis; that needs every index of theirs to be known,
 so a register tensor indexed by a run-time loop lives on the stack instead.
 """
@@ -51,7 +52,8 @@ def arguments(program: Program) -> tuple[Tensor, ...]:
     """The tensors whose addresses a kernel takes, in order: all that run stages touch in memory."""
     touched = {name for stage in program.stages if stage.when == "run"
                for _, leaf in leaves(stage.body) for name in names(leaf)}
-    return tuple(t for t in program.tensors if t.role != "register" and t.name in touched)
+    return tuple(t for t in program.tensors
+                 if t.role not in ("register", "constant") and t.name in touched)
 
 
 def symbols(program: Program) -> tuple[str, ...]:
@@ -89,6 +91,7 @@ class _Emitter:
         self.memory = Memory(self.w, self.point, machine.lanes)
         self.registers: dict[Register, str] = {}
         self.on_stack = _on_stack(program, stage)
+        self.granted = self.memory.granted  # guards that the bounds of loops ensure
 
     def function(self, symbol: str) -> str:
         """The text of the stage's function."""
@@ -148,11 +151,15 @@ class _Emitter:
         first, last = "0", str(loop.extent)
         if loop.kind == "parallel":
             first, last = self.share(loop.extent)
+        guards = self.guards(loop)
+        first, last = self.bounded(loop, first, last, guards)
+        if loop.kind == "parallel" or guards:
             some = w.let(f"icmp slt i64 {first}, {last}")
             w.line(f"  br i1 {some}, label %{head}, label %{done}")
         else:
             w.line(f"  br label %{head}")
         before = w.label
+        self.granted += guards
         carried = {r: self.registers.get(r, "zeroinitializer" if r[2] > 1 else "0.0")
                    for r in self.written(loop.body)}
         phis = {r: w.fresh("a") for r in carried}
@@ -174,10 +181,53 @@ class _Emitter:
             lines.append(f"  {phi} = phi {kind} [ {carried[register]}, %{before} ], "
                          f"[ {self.registers[register]}, %{w.label} ]")
         w.scopes[-1].lines += [*lines, *scope.hoisted, *scope.lines]
+        latch = w.label
         w.start_block(done)
         if loop.kind == "parallel":  # a thread may have no iteration: nothing from inside is known after it
             self.registers = outside
-        del self.point.dynamic[loop.var]
+        elif guards:  # nor may there be one for this point
+            for register in phis:
+                after, kind = w.fresh("a"), vector_type(register[2])
+                w.line(f"  {after} = phi {kind} [ {carried[register]}, %{before} ], "
+                       f"[ {self.registers[register]}, %{latch} ]")
+                self.registers[register] = after
+        del self.point.dynamic[loop.var], self.granted[len(self.granted) - len(guards):]
+
+    def guards(self, loop: Loop) -> list[Affine]:
+        """The guards that all statements of a run-time loop share and that bound its variable: those that
+        may fail, and depend on nothing inside."""
+        shared: list[Affine] | None = None
+        for _, leaf in leaves(loop.body):
+            shared = [w for w in (leaf.where if shared is None else shared) if w in leaf.where]
+        around = {*self.point.known, *self.point.dynamic, loop.var}
+        return [w for w in shared or () if loop.var in w.variables and w.variables <= around
+                and self.point.bounds(w)[1] >= 0]
+
+    def bounded(self, loop: Loop, first: str, last: str, guards: list[Affine]) -> tuple[str, str]:
+        """The iterations for which the guards hold: ``k v + rest < 0`` is ``v < ceil(-rest / k)``, and for a
+        negative k, ``v > floor(rest / -k)``."""
+        w = self.w
+        for guard in guards:
+            k = guard.coefficient(loop.var)
+            rest = self.memory.value(guard - Affine.of(loop.var) * k, Lanes())
+            if k > 0:  # v < ceil(-rest / k) = floor((k - 1 - rest) / k)
+                limit = self.floor(w.let(f"sub i64 {k - 1}, {rest}"), k)
+                last = w.let(f"call i64 @llvm.smin.i64(i64 {last}, i64 {limit})")
+            else:
+                limit = w.let(f"add i64 1, {self.floor(rest, -k)}")
+                first = w.let(f"call i64 @llvm.smax.i64(i64 {first}, i64 {limit})")
+        if guards:
+            w.declarations |= {f"declare i64 @llvm.{name}.i64(i64, i64)" for name in ("smin", "smax")}
+        return first, last
+
+    def floor(self, value: str, by: int) -> str:
+        """The quotient, rounded down."""
+        if by == 1:
+            return value
+        w = self.w
+        quotient, rest = w.let(f"sdiv i64 {value}, {by}"), w.let(f"srem i64 {value}, {by}")
+        below = w.let(f"icmp slt i64 {rest}, 0")
+        return w.let(f"add i64 {quotient}, {w.let(f'sext i1 {below} to i64')}")
 
     def share(self, extent: int) -> tuple[str, str]:
         """This thread's part of a parallel loop."""
@@ -269,14 +319,37 @@ class _Emitter:
 
     def sum(self, old: str, value: Value, lanes: Lanes) -> str:
         if isinstance(value, Op) and value.name == "mul":
+            factor, other = self.factor(value)
+            if factor == 0:
+                return old
+            if factor == 1 and other is not None and old in ("zeroinitializer", "0.0"):
+                return self.value(other, lanes)
+            if factor in (1.0, -1.0) and other is not None:
+                return operation(self.w, "add" if factor == 1 else "sub", (old, self.value(other, lanes)), lanes.count)
             a, b = (self.value(v, lanes) for v in value.values)
             return multiply_add(self.w, a, b, old, lanes.count, self.fused)
         return operation(self.w, "add", (old, self.value(value, lanes)), lanes.count)
+
+    def number(self, load: Load) -> float:
+        """The element of a constant tensor at this point."""
+        tensor, place = self.program.tensor(load.tensor), 0
+        for a, size in zip(load.index, tensor.shape, strict=True):
+            place = place * size + a.evaluate(self.point.known)
+        return tensor.values[place]
+
+    def factor(self, product: Op) -> tuple[float | None, Value | None]:
+        """The constant factor of a product, if it has one, and the other."""
+        for one, other in (product.values, product.values[::-1]):
+            if isinstance(one, Load) and self.program.tensor(one.tensor).role == "constant":
+                return self.number(one), other
+        return None, None
 
     def value(self, value: Value, lanes: Lanes) -> str:
         match value:
             case Const(number):
                 return constant(number, lanes.count)
+            case Load(name, _) if self.program.tensor(name).role == "constant":
+                return constant(self.number(value), lanes.count)
             case Load(name, index):
                 if not self.in_registers(name):
                     return self.memory.load(self.program.tensor(name), index, lanes)

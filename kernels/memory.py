@@ -88,6 +88,7 @@ class Memory:
         self.width = width
         self.loaded: dict[tuple[object, ...], str] = {}
         self.pending: dict[tuple[str, str, int, int], dict[int, tuple[str, Mask | None]]] = {}
+        self.granted: list[Affine] = []  # guards that hold here: the bounds of loops ensure them
         self.offsets: dict[tuple[str, int], tuple[Offset, tuple[int, ...], Index]] = {}
 
     # Addresses
@@ -157,6 +158,8 @@ class Memory:
         """The lanes where all guards hold."""
         mask: Mask | None = None
         for a in where:
+            if a in self.granted:
+                continue
             mask = both(self.w, mask, self.negative(a, lanes), lanes.count)
         return mask
 
@@ -165,9 +168,9 @@ class Memory:
         mask: Mask | None = None
         for axis, a in enumerate(index):
             low, high = self.point.bounds(a)
-            if low < 0:
+            if low < 0 and a * -1 - 1 not in self.granted:
                 mask = both(self.w, mask, self.negative(a * -1 - 1, lanes), lanes.count)
-            if high >= tensor.shape[axis]:
+            if high >= tensor.shape[axis] and a - tensor.shape[axis] not in self.granted:
                 mask = both(self.w, mask, self.negative(a - tensor.shape[axis], lanes), lanes.count)
         return mask
 

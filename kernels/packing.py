@@ -70,12 +70,8 @@ def plain(name: str, array: Array) -> Copy:
     return Copy(name, name, array.size, strides, array.shape, identity, (0,) * array.ndim)
 
 
-def copies(program: Program) -> tuple[Copy, ...]:
-    """The packing stages of a program; the steps of a schedule leave them copies, cut into equal parts."""
-    return tuple(_copy(program, stage) for stage in program.stages if stage.when == "bind")
-
-
-def _copy(program: Program, stage: Stage) -> Copy:
+def copy_of(program: Program, stage: Stage) -> Copy:
+    """A packing stage as data; the steps of a schedule leave it a copy, cut into equal parts."""
     (loops, statement), = leaves(stage.body)
     assert isinstance(statement.value, Load)
     extents = {loop.var: loop.extent for loop in loops}

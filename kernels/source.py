@@ -61,6 +61,8 @@ def source(program: Program) -> str:
              f"def run({', '.join([*buffers, 'thread', 'threads'])}):", f'    """{program.name}"""']
     lines += [f"    {printer.names[t.name]} = np.zeros({t.elements}, np.float32)"
               for t in program.tensors if t.role == "register" and t.name in used]
+    lines += [f"    {printer.names[t.name]} = np.array([{', '.join(map(repr, t.values))}], np.float32)"
+              for t in program.tensors if t.role == "constant" and t.name in used]
     for stage in stages:
         lines += [f"    # {stage.name}", *printer.body(stage.body, {}, 1)]
     return "\n".join([*lines, ""])

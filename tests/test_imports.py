@@ -15,15 +15,16 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ORDER = (  # left may not see right
-    "errors parameters problem machine networks conditions",
+    "errors names parameters problem problem_text machine conditions layers networks classic_networks mobile_networks "
+    "bilinear sums accuracy",
     "ir",
     "text verify interp reference address baseline examples",
-    "schedule steps placement legality checks peeling fusing",
-    "recipes analytic lower",
+    "schedule steps placement legality checks peeling skipping fusing",
+    "recipes tiles toeplitz analytic algorithms lower",
     "kernels",
     "autotune",
     "graph explain",
-    "api __init__ cli cache_cli tune_cli",
+    "api __init__ cli cache_cli tune_cli verify_cli",
     "bench",
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names.split()}

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from convsched.analytic import default_recipe
+from convsched.analytic import default_recipe, meets_input
 from convsched.interp import interpret
 from convsched.ir import Program
 from convsched.lower.direct import LAYOUTS, lower_direct
@@ -84,7 +84,8 @@ def test_channels_with_any_parameters(layout: str, data: st.DataObject, problem:
         lanes=data.draw(st.sampled_from([4, 8, 16])), vectors=data.draw(small), rows=data.draw(small),
         pixels=data.draw(st.integers(1, 9)), block=data.draw(small), depth=data.draw(st.integers(1, 9)),
         unroll=data.draw(small), pack=data.draw(st.sampled_from(packs)),
-        parallel=data.draw(st.sampled_from(["pixels", "channels"]))), layout)
+        parallel=data.draw(st.sampled_from(["pixels", "channels"])),
+        skip=data.draw(st.sampled_from(["", "h", "hw"])) if meets_input(problem) else ""), layout)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

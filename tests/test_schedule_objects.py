@@ -71,7 +71,7 @@ def refused(text: str, step: str, why: str, fix: str, layer: cs.Conv2d | cs.Line
     (Parallel, (None,), "Parallel(loop=None)", "loop is a name"),
     (Parallel, ("m; parallel n",), "Parallel(loop='m; parallel n')", "loop is a name"),
     (Fuse, ("e", "f", "p\n"), "Fuse(fused='p\\n')", "fused is a name"),
-    (StageAt, ("x", "e", "cache"), "StageAt(where='cache')", "where is one of registers, window, packed"),
+    (StageAt, ("x", "e", "cache"), "StageAt(where='cache')", "where is one of registers, buffer, window, packed"),
     (StageAt, ("x", "e", ["window"]), "StageAt(where=['window'])", "where is one of"),
     (StageAt, ("x", "e", "window", "nchw"), "StageAt(order='nchw')", "order is a tuple"),
     (StageAt, ("x", "e", "window", (), {"h": 16}), "StageAt(align={'h': 16})", "align is a tuple of pairs"),
@@ -80,9 +80,9 @@ def refused(text: str, step: str, why: str, fix: str, layer: cs.Conv2d | cs.Line
     (StageAt, ("x", "e", "window", (), (("h", 2**31),)), f"StageAt(align=(('h', {2**31}),))", f"at most {MOST}"),
     (StageAt, ("x", "e", "window", (), (("a,b", 2),)), "StageAt(align=(('a,b', 2),))", "align is a tuple"),
     (Layout, ("w", ()), "Layout(order=())", "order is a tuple"),
-    (Layout, ("w", ("m/16",)), "Layout(order=('m/16',))", "order is a tuple"),
+    (Layout, ("w", ("m-16",)), "Layout(order=('m-16',))", "order is a tuple"),
     (Attach, ("pack w", "e"), "Attach(stage='pack w')", "stage is a name"),
-    (Peel, ("m", "middle"), "Peel(which='middle')", "which is one of first, last, overlap"),
+    (Peel, ("m", "middle"), "Peel(which='middle')", "which is one of first, last, guarded, overlap"),
 ])
 def test_a_field_that_no_text_says(kind: Any, fields: tuple[object, ...], step: str, allowed: str) -> None:
     with pytest.raises(ScheduleError) as caught:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from convsched.ir import (
     Affine,
     Const,
+    Index,
     Load,
     Op,
     Program,
@@ -43,19 +44,20 @@ def taps(problem: Problem) -> dict[str, int]:
     return {name: extent for name, extent in sides.items() if extent > 1}
 
 
-def _tensor(name: str, letters: str, shape: tuple[int, ...], role: Role,
-            order: tuple[str, ...] | None = None, border: tuple[tuple[int, int], ...] = ()) -> Tensor:
+def tensor_of(name: str, letters: str, shape: tuple[int, ...], role: Role,
+              order: tuple[str, ...] | None = None, border: tuple[tuple[int, int], ...] = ()) -> Tensor:
+    """A tensor with axes of one letter each, stored in ``order``."""
     names = tuple(letters)
     return Tensor(name, names, shape, role, storage_of(names, shape, order), border)
 
 
-def _program(problem: Problem, tensors: list[Tensor], outer: dict[str, int], inner: dict[str, int],
-             product: Value) -> Program:
-    """Init, conv and epilogue around a product; ``outer`` are the loops of the output."""
+def sum_of_products(problem: Problem, tensors: list[Tensor], outer: dict[str, int], inner: dict[str, int],
+                    product: Value) -> Program:
+    """Init, conv and epilogue around a product; ``outer`` are the loops of the output, those of pixels last."""
     output = next(t for t in tensors if t.name == "y")
     channel = Affine.of("m") + (Affine.of("g") * outer["m"] if "g" in outer else 0)
-    point = tuple(channel if letter == "c" else Affine.of(letter)
-                  for letter in ("n", "c", "e", "f")[:len(output.shape)])
+    pixel = [Affine.of(name) for name in outer if name in ("e", "f", "p")]
+    point = (Affine.of("n"), channel, *pixel)
     local = Tensor("t", output.letters, output.shape, "local", storage_of(output.letters, output.shape))
     start: Value = Load("b", (channel,)) if problem.bias else Const(0.0)
     result: Value = Load("t", point)
@@ -63,7 +65,7 @@ def _program(problem: Problem, tensors: list[Tensor], outer: dict[str, int], inn
         result = Op("add", (result, Load("z", point)))
         tensors.append(Tensor("z", output.letters, output.shape, "input", output.storage))
     if problem.bias:
-        tensors.append(_tensor("b", "m", (problem.M,), "weight"))
+        tensors.append(tensor_of("b", "m", (problem.M,), "weight"))
     stages = (
         Stage("init", nested(outer, Store("t", point, start))),
         Stage("conv", nested({**outer, **inner}, Reduce("t", point, product))),
@@ -73,34 +75,49 @@ def _program(problem: Problem, tensors: list[Tensor], outer: dict[str, int], inn
 
 
 def _lower_conv2d(p: Conv2d, layout: str) -> Program:
-    order = LAYOUTS[layout]
+    x, index = padded_input(p, layout)
+    group = {"g": p.groups} if p.groups > 1 else {}
+    outer = {"n": p.N, **group, "m": p.M // p.groups, "e": p.E, "f": p.F}
+    inner = {"c": p.C // p.groups, **taps(p)}
+    tensors = [
+        x,
+        tensor_of("w", "mcrs", p.weight_shape, "weight"),
+        tensor_of("y", "nchw", p.output_shape, "output", LAYOUTS[layout]),
+    ]
+    return sum_of_products(p, tensors, outer, inner, Op("mul", (Load("x", index), Load("w", weight_index(p)))))
+
+
+def padded_input(p: Conv2d, layout: str) -> tuple[Tensor, Index]:
+    """The input with its padding as border, and what element of it meets tap r, s at output e, f."""
     top, left, bottom, right = p.padding
     border = ((0, 0), (0, 0), (top, bottom), (left, right)) if any(p.padding) else ()
-    channels, group = p.C // p.groups, {"g": p.groups} if p.groups > 1 else {}
-    outer = {"n": p.N, **group, "m": p.M // p.groups, "e": p.E, "f": p.F}
-    inner = {"c": channels, **taps(p)}
-    r, s = (Affine.of(name) if name in inner else Affine() for name in ("r", "s"))
-    base = Affine.of("g") if group else Affine()
-    x_index = (
-        Affine.of("n"), base * channels + "c",
+    r, s = _tap(p)
+    return tensor_of("x", "nchw", p.input_shape, "input", LAYOUTS[layout], border), (
+        Affine.of("n"), _group(p) * (p.C // p.groups) + "c",
         Affine.of("e") * p.stride[0] + r * p.dilation[0] - top,
-        Affine.of("f") * p.stride[1] + s * p.dilation[1] - left,
-    )
-    w_index = (base * (p.M // p.groups) + "m", Affine.of("c"), r, s)
-    tensors = [
-        _tensor("x", "nchw", p.input_shape, "input", order, border),
-        _tensor("w", "mcrs", p.weight_shape, "weight"),
-        _tensor("y", "nchw", p.output_shape, "output", order),
-    ]
-    return _program(p, tensors, outer, inner, Op("mul", (Load("x", x_index), Load("w", w_index))))
+        Affine.of("f") * p.stride[1] + s * p.dilation[1] - left)
+
+
+def weight_index(p: Conv2d) -> Index:
+    """The element of the filters that output map m of a group has for input channel c and tap r, s."""
+    return (_group(p) * (p.M // p.groups) + "m", Affine.of("c"), *_tap(p))
+
+
+def _group(p: Conv2d) -> Affine:
+    return Affine.of("g") if p.groups > 1 else Affine()
+
+
+def _tap(p: Conv2d) -> tuple[Affine, Affine]:
+    r, s = (Affine.of(name) if name in taps(p) else Affine() for name in ("r", "s"))
+    return r, s
 
 
 def _lower_linear(p: Linear) -> Program:
     n, m, c = Affine.of("n"), Affine.of("m"), Affine.of("c")
     tensors = [
-        _tensor("x", "nc", p.input_shape, "input"),
-        _tensor("w", "mc", p.weight_shape, "weight"),
-        _tensor("y", "nc", p.output_shape, "output"),
+        tensor_of("x", "nc", p.input_shape, "input"),
+        tensor_of("w", "mc", p.weight_shape, "weight"),
+        tensor_of("y", "nc", p.output_shape, "output"),
     ]
     product = Op("mul", (Load("x", (n, c)), Load("w", (m, c))))
-    return _program(p, tensors, {"n": p.N, "m": p.M}, {"c": p.C}, product)
+    return sum_of_products(p, tensors, {"n": p.N, "m": p.M}, {"c": p.C}, product)

@@ -1,0 +1,164 @@
+"""Every algorithm computes the same convolution: any sizes, any recipe parameters, all backends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import convsched as cs
+from convsched.algorithms import FAMILIES, Algorithm, applicable, named
+from convsched.analytic import default_recipe
+from convsched.errors import LoweringError, ScheduleError
+from convsched.interp import interpret
+from convsched.ir import Program
+from convsched.kernels.arrays import from_layout, to_layout
+from convsched.kernels.kernel import Kernel
+from convsched.kernels.source import run_source
+from convsched.machine import Machine
+from convsched.problem import Conv2d, Linear
+from convsched.reference import convolve
+from convsched.schedule import Schedule, apply, parse_schedule
+from convsched.tiles import Tiles, tile_counts
+from convsched.toeplitz import Toeplitz
+
+QUICK = settings(deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))
+LAYOUTS = ("nchw", "nhwc", "nchw16c")
+NAMES = ("winograd(2,3)", "winograd(4,3)", "winograd(3,3)", "winograd(2,5)", "winograd(4,5)", "winograd(2,7)",
+         "winograd(6,3)", "winograd(2,3)x(4,5)")
+EXACT = 1e-9  # float64 rounding, of transforms with fractions
+FLOAT32 = 2e-4  # of max |error| / rms; the accuracy of each algorithm is tested where it is predicted
+
+
+@st.composite
+def dense(draw: st.DrawFn, taps: tuple[int, int] | None = None, stride: int = 1) -> Conv2d:
+    """A small convolution without groups, of ``taps`` if given."""
+    r, s = taps or (draw(st.integers(1, 4)), draw(st.integers(1, 4)))
+    size = (draw(st.integers(r, 13)), draw(st.integers(s, 21)))
+    channels = st.sampled_from([1, 3, 4, 7, 8, 16, 17, 20, 33])
+    return Conv2d(draw(channels), draw(channels), (r, s), stride, draw(st.tuples(*[st.integers(0, 2)] * 4)),  # type: ignore[arg-type]
+                  bias=draw(st.booleans()), input_size=size, batch_size=draw(st.sampled_from([1, 1, 2])),
+                  activation=draw(st.sampled_from([None, "relu"])), residual=draw(st.booleans()))  # fmt: skip
+
+
+def data_of(program: Program) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    return {t.name: rng.integers(-3, 4, t.shape).astype(np.float32)
+            for t in program.tensors if t.role in ("input", "weight")}
+
+
+def expected(problem: Conv2d, data: dict[str, Any]) -> Any:
+    residual = data["z"].reshape(problem.output_shape) if "z" in data else None
+    return convolve(problem, data["x"], data["w"], data.get("b"), residual)
+
+
+def check(problem: Conv2d, algorithm: Algorithm, recipe: Tiles | Toeplitz, layout: str) -> None:
+    """The scheduled nest in float64, and as source in float32."""
+    schedule = recipe.schedule(problem, layout)
+    assert parse_schedule(schedule.text) == schedule == Schedule.from_json(schedule.to_json())
+    program = apply(algorithm.lower(layout), schedule)
+    data = data_of(program)
+    wanted = expected(problem, data)
+    scale = max(1.0, float(np.abs(wanted).max()))
+    exact = interpret(program, data, np.float64)["y"].reshape(wanted.shape)
+    np.testing.assert_allclose(exact, wanted, rtol=0, atol=EXACT * scale)
+    single = run_source(program, data)["y"].reshape(wanted.shape)
+    np.testing.assert_allclose(single, wanted, rtol=0, atol=FLOAT32 * scale)
+
+
+def taps_of(name: str) -> list[int]:
+    return [int(pair.split(",")[1][0]) for pair in name.split("(")[1:]]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@QUICK
+@given(data=st.data(), layout=st.sampled_from(LAYOUTS))
+def test_winograd_with_any_recipe(name: str, layout: str, data: st.DataObject) -> None:
+    taps = taps_of(name)
+    sides = data.draw(st.sampled_from([(taps[0], taps[-1]), *([(1, taps[0]), (taps[0], 1)] * (len(taps) == 1))]))
+    problem = data.draw(dense(sides))
+    algorithm = named(name, problem)
+    default = algorithm.default(Machine.host(), layout, 1)
+    assert isinstance(default, Tiles)
+    rows = tile_counts(problem, default.outputs)[0]
+    check(problem, algorithm, Tiles(
+        lanes=data.draw(st.sampled_from([4, 8, 16])), outputs=default.outputs,
+        block=data.draw(st.sampled_from([b for b in range(1, rows + 1) if rows % b == 0])),
+        vectors=data.draw(st.integers(1, 3)), pixels=data.draw(st.integers(1, 9)),
+        unroll=data.draw(st.sampled_from([1, 2, 4]))), layout)
+
+
+@QUICK
+@given(data=st.data(), layout=st.sampled_from(LAYOUTS), stride=st.integers(1, 2), groups=st.sampled_from([1, 1, 2]))
+def test_im2col_with_any_recipe(data: st.DataObject, layout: str, stride: int, groups: int) -> None:
+    one = data.draw(dense(stride=stride).filter(lambda p: p.R * p.S > 1))
+    problem = Conv2d(one.C * groups, one.M * groups, (one.R, one.S), stride, one.padding, groups=groups, bias=one.bias,
+                     input_size=(one.H, one.W), activation=one.activation, residual=one.residual)
+    check(problem, named("im2col", problem), Toeplitz(
+        lanes=data.draw(st.sampled_from([4, 8, 16])), vectors=data.draw(st.integers(1, 3)),
+        pixels=data.draw(st.integers(1, 9)), unroll=data.draw(st.sampled_from([1, 2, 4])),
+        block=data.draw(st.sampled_from([b for b in range(1, problem.E + 1) if problem.E % b == 0])),
+        parallel=data.draw(st.sampled_from(["pixels", "channels"]))), layout)
+
+
+@settings(QUICK, max_examples=40)
+@given(problem=dense((3, 3)) | dense((1, 5)) | dense((3, 1)), layout=st.sampled_from(LAYOUTS),
+       threads=st.sampled_from([1, 2]), family=st.sampled_from(sorted(FAMILIES)))
+def test_kernels_of_each_family(problem: Conv2d, layout: Any, threads: int, family: str) -> None:
+    kernel = cs.compile(problem, algorithm=family, layout=layout, threads=threads, cache=False)
+    assert kernel.algorithm.startswith(family)
+    rng = np.random.default_rng(0)
+    x, w, b, z = (rng.integers(-3, 4, shape).astype(np.float32) for shape in (
+        problem.input_shape, problem.weight_shape, problem.bias_shape, problem.output_shape))
+    bias, residual = b if problem.bias else None, z if problem.residual else None
+    out = np.full(kernel.y_shape, np.nan, np.float32)
+    given_z = None if residual is None else to_layout(residual, layout)
+    kernel(to_layout(x, layout), w, bias, residual=given_z, out=out)
+    wanted = convolve(problem, x, w, bias, residual)
+    scale = max(1.0, float(np.abs(wanted).max()))
+    tolerance = 0 if family in ("direct", "im2col") else FLOAT32 * scale
+    np.testing.assert_allclose(from_layout(out, problem.output_shape, layout), wanted, rtol=0, atol=tolerance)
+
+
+def test_winograd_two_three_is_exact_on_small_integers() -> None:
+    problem = Conv2d(8, 8, 3, padding=1, input_size=(9, 9), bias=False)
+    rng = np.random.default_rng(0)
+    x, w = (rng.integers(-3, 4, shape).astype(np.float32) for shape in (problem.input_shape, problem.weight_shape))
+    y = cs.compile(problem, algorithm="winograd(2,3)", threads=1, cache=False)(x, 4 * w)
+    np.testing.assert_array_equal(y, convolve(problem, x, 4 * w))
+
+
+@pytest.mark.parametrize(("name", "problem", "why"), [
+    ("winograd", Conv2d(4, 4, 3, stride=2, input_size=9), "stride"),
+    ("winograd", Conv2d(4, 4, 3, groups=2, input_size=9), "groups"),
+    ("winograd", Conv2d(4, 4, 1, input_size=9), "one tap"),
+    ("winograd", Linear(4, 4), "fully connected"),
+    ("winograd(4,5)", Conv2d(4, 4, 3, input_size=9), "taps"),
+    ("winograd(1,3)", Conv2d(4, 4, 3, input_size=9), "at least 2"),
+    ("im2col", Conv2d(4, 4, 1, input_size=9), "as it stands"),
+    ("im2col(2,3)", Conv2d(4, 4, 3, input_size=9), "no sizes"),
+    ("", Linear(4, 4), "use one of direct"),
+    ("wino", Linear(4, 4), "use one of direct"),
+    ("direct(2,3)", Linear(4, 4), "no sizes"),
+])
+def test_where_an_algorithm_does_not_apply(name: str, problem: Any, why: str) -> None:
+    with pytest.raises(LoweringError, match=why):
+        cs.compile(problem, algorithm=name)
+
+
+def test_the_usual_members_of_the_families() -> None:
+    assert [a.name for a in applicable(Conv2d(8, 8, 3, input_size=9))] == ["direct", "im2col", "winograd(4,3)"]
+    assert [a.name for a in applicable(Conv2d(8, 8, (1, 7), input_size=9))] == ["direct", "im2col", "winograd(2,7)"]
+    assert [a.name for a in applicable(Linear(8, 8))] == ["direct"]
+
+
+def test_kernels_of_different_algorithms_do_not_share_code() -> None:
+    problem = Conv2d(8, 8, 3, input_size=9)
+    schedule = default_recipe(problem, Machine.host()).schedule(problem)
+    kernel = Kernel(problem, schedule, layout="nchw", threads=1, machine=Machine.host())
+    assert kernel.algorithm == "direct"
+    with pytest.raises(ScheduleError):
+        Kernel(problem, schedule, layout="nchw", threads=1, machine=Machine.host(), algorithm="winograd(2,3)")
