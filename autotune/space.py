@@ -2,7 +2,18 @@
 
 A recipe joins by a ``Domain``: the values of each parameter worth trying for a problem, and which
 combinations fit. The search needs nothing else: it enumerates a domain, and it walks from a recipe to its
-neighbours, which differ in one parameter.
+neighbours, which differ in one parameter. What the parameters of the three recipes decide:
+
+    register tile          vectors, rows, pixels (channels, depthwise); maps, rows, vectors (pixels)
+    cache blocks           block: tiles that share a piece of input; depth: channels before the next tap
+    loop order             the whole image as one block walks it inside the weights, small blocks outside;
+                           depth below all channels puts taps inside channel blocks
+    unrolling              unroll (channels); unroll_taps
+    layout of the input    pack: in place, a window with a physical border, or in the order of use
+    threads                parallel: over blocks of pixels or of output channels
+    tails, borders         peel_borders; tiles that divide the image have no tail
+
+The layout of the activations belongs to the target, and that of the weights follows the loops.
 """
 
 from __future__ import annotations
@@ -30,7 +41,10 @@ class Target:
 
 @dataclass(frozen=True)
 class Domain:
-    """The values of a recipe's parameters, by name, and which combinations fit the target."""
+    """The values of a recipe's parameters, by name, and which combinations fit the target.
+
+    Numbers are in ascending order. A parameter that is not named keeps the recipe's own default.
+    """
 
     recipe: type[Recipe]
     values: Mapping[str, tuple[Any, ...]]
@@ -43,16 +57,22 @@ class Domain:
                 yield made
 
     def neighbours(self, recipe: Recipe) -> Iterator[Recipe]:
-        """The recipes that differ in one parameter by one place in its list of values."""
+        """The recipes that differ in one parameter: a number by one place in its list of values, wherever
+        it lies itself; anything else by any other value."""
         for field in fields(recipe):
-            options = self.values.get(field.name, ())
             current = getattr(recipe, field.name)
-            at = options.index(current) if current in options else -1
-            near = options if at < 0 or not isinstance(current, int) else options[max(0, at - 1):at + 2]
-            for value in near:
+            for value in _near(self.values.get(field.name, ()), current):
                 made = replace(recipe, **{field.name: value})
-                if value != current and self.fits(made):
+                if self.fits(made):
                     yield made
+
+
+def _near(options: tuple[Any, ...], current: Any) -> tuple[Any, ...]:
+    """The options next to a number, below and above; all others where there is no order."""
+    if isinstance(current, bool) or not isinstance(current, int):
+        return tuple(value for value in options if value != current)
+    return (*[value for value in options if value < current][-1:],
+            *[value for value in options if value > current][:1])
 
 
 Maker = Callable[[Target], Domain | None]
@@ -105,12 +125,14 @@ def channels(target: Target) -> Domain | None:
     """Blocked schedules with vectors of output channels."""
     problem, machine = target.problem, target.machine
     maps, inputs, rows, columns = _per_group(problem)
-    if maps < machine.lanes // 4:
+    if isinstance(problem, Conv2d) and maps < machine.lanes // 4:
         return None
     flat = isinstance(problem, Linear) or is_flat(problem)
     packs: tuple[str, ...] = ("none",)
-    if isinstance(problem, Conv2d):
-        packs = ("none", "packed") if flat and target.layout == "nchw" else ("none", "window")
+    if isinstance(problem, Conv2d) and not flat:
+        packs = ("none", "window")
+    elif isinstance(problem, Conv2d) and target.layout == "nchw":
+        packs = ("none", "packed")
 
     def fits(recipe: Channels) -> bool:
         tile = recipe.vectors * recipe.rows * recipe.pixels
@@ -132,10 +154,13 @@ def channels(target: Target) -> Domain | None:
 
 @register
 def pixels(target: Target) -> Domain | None:
-    """Schedules with vectors of neighbouring pixels, for depthwise and thin layers."""
+    """Schedules with vectors of neighbouring pixels, for depthwise and thin layers; in layouts that keep
+    channels together, where nothing else applies."""
     problem, machine = target.problem, target.machine
     maps, inputs, rows, columns = _per_group(problem)
-    if target.layout != "nchw" or isinstance(problem, Linear) or maps * inputs > 256:
+    if isinstance(problem, Linear) or maps * inputs > 256:
+        return None
+    if target.layout != "nchw" and (channels(target) or depthwise(target)):
         return None
     taps = problem.R * problem.S
 

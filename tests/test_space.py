@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import dataclass, fields, replace
 
 import pytest
 
 from convsched.analytic import default_recipe
 from convsched.autotune import space
 from convsched.autotune.model import Rates, cost
-from convsched.autotune.space import Target, candidates, neighbours
+from convsched.autotune.space import Domain, Target, candidates, neighbours
 from convsched.lower.direct import lower_direct
 from convsched.machine import Machine
 from convsched.problem import Conv2d, Linear, Problem
 from convsched.recipes import Channels, Pixels
-from convsched.schedule import apply
+from convsched.schedule import Schedule, apply, parse_schedule
 
 MACHINE = Machine.example("avx512")
 DEPTHWISE = Conv2d(512, 512, 3, padding=1, groups=512, input_size=14, activation="relu")
@@ -50,16 +50,69 @@ def test_neighbours_differ_in_one_parameter() -> None:
         assert sum(getattr(recipe, f.name) != getattr(default, f.name) for f in fields(recipe)) == 1
 
 
-def test_a_registered_recipe_joins(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(space, "_MAKERS", [])
+def test_a_number_outside_of_its_domain_has_neighbours_below_and_above() -> None:
     target = Target(DENSE, MACHINE)
-    assert len(candidates(target)) == 1  # the default alone
-    space.register(space.channels)
-    assert len(candidates(target)) > 100
+    default = candidates(target)[0]
+    assert isinstance(default, Channels)
+    blocks = {near.block for near in neighbours(target, replace(default, block=10)) if isinstance(near, Channels)}
+    assert blocks == {7, 10, 14}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A recipe of its own: vectors of output channels, so many pixels of a row unrolled."""
+
+    lanes: int
+    unrolled: int
+    name = "rows"
+
+    def schedule(self, problem: Problem, layout: str = "nchw") -> Schedule:
+        return parse_schedule(f"split m {self.lanes} -> m0 m1; split f {self.unrolled} -> f0 f1; "
+                              "reorder n m0 e f0 c r s f1 m1; attach init at f0; attach epilogue at f0; "
+                              "stage t at f0 registers; unroll f1; vectorize m1; parallel m0")
+
+
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``Rows`` as the only recipe of the space."""
+    monkeypatch.setattr(space, "_MAKERS", [])
+
+    @space.register
+    def rows(target: Target) -> Domain | None:
+        if not isinstance(target.problem, Conv2d) or target.problem.groups > 1:
+            return None
+        columns = target.problem.F
+        return Domain(Rows, {"lanes": (4, 8, 16), "unrolled": (1, 2, 4, 7, 14)},
+                      lambda recipe: columns % recipe.unrolled == 0)
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_recipe_joins_by_registering_its_domain() -> None:
+    target = Target(DENSE, MACHINE)
+    default, *found = candidates(target)
+    assert isinstance(default, Channels)
+    assert found == [Rows(lanes, unrolled) for lanes in (4, 8, 16) for unrolled in (1, 2, 4, 7, 14)]
+    assert set(neighbours(target, Rows(8, 4))) == {Rows(4, 4), Rows(16, 4), Rows(8, 2), Rows(8, 7)}
+    assert seconds(DENSE, Rows(16, 14)) < seconds(DENSE, Rows(16, 1)) < seconds(DENSE, Rows(4, 1))
+    assert len(candidates(Target(DEPTHWISE, MACHINE))) == 1  # it does not apply: the default alone
+
+
+def test_only_copies_that_a_layout_allows_are_offered() -> None:
+    packs = {layout: {recipe.pack for recipe in candidates(Target(POINTWISE, MACHINE, layout))
+                      if isinstance(recipe, Channels)} for layout in ("nchw", "nhwc", "nchw16c")}
+    assert packs == {"nchw": {"none", "packed"}, "nhwc": {"none"}, "nchw16c": {"none"}}
+
+
+def test_layers_of_few_maps_have_a_space_in_every_layout() -> None:
+    thin = Conv2d(32, 64, 5, stride=2, padding=2, groups=32, input_size=19)
+    for problem in (thin, Linear(20, 3, batch_size=5)):
+        for layout in ("nchw", "nhwc", "nchw16c"):
+            assert len(candidates(Target(problem, MACHINE, layout))) > 1
 
 
 def test_the_bound_falls_with_bandwidth_and_threads() -> None:
     default = candidates(Target(DENSE, MACHINE))[0]
     assert seconds(DENSE, default, Rates(100e9, 10e9, 5e9, 2e9)) > seconds(DENSE, default)
-    assert seconds(DENSE, default, threads=2) < seconds(DENSE, default)
+    shared = candidates(Target(DENSE, MACHINE, threads=2))[0]
+    assert seconds(DENSE, shared, threads=2) < seconds(DENSE, shared)
     assert seconds(DENSE, default) >= DENSE.flops / RATES.peak
