@@ -7,19 +7,21 @@ written would be written back within the time measured next.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
+from convsched.kernels.pool import run_all
 from convsched.kernels.stream import Array, stream_buffer, stream_kernel
 from convsched.machine import Machine
 
 
-def evict(machine: Machine) -> float:
-    """Fills the caches of this core, and the shared one, with a buffer that nobody else uses.
+def evict(machine: Machine, threads: int = 1) -> None:
+    """Fills the shared cache, and those of this core, with a buffer that nobody else uses.
 
-    Returns the sum of what was read: the number of float32 read, as long as it is below 2^24 a lane. Takes
-    some 2 ms for a last level of 32 MiB; the buffer is made at the first call and kept.
+    With several threads each reads the whole buffer, so that the private caches of as many cores are filled.
+    Takes some 2 ms for a last level of 32 MiB; the buffer is made at the first call and kept.
     """
-    return stream_kernel(machine).read(_buffer(eviction_bytes(machine)))
+    buffer = _buffer(eviction_bytes(machine))
+    run_all([partial(stream_kernel(machine).read, buffer)] * threads)
 
 
 def eviction_bytes(machine: Machine) -> int:

@@ -3,10 +3,11 @@
 Times on one machine drift by a fifth within minutes (frequency, neighbours), so two times are only
 comparable when they were taken in turn. `interleave` goes round all candidates, forwards and backwards by
 turns, and takes one sample of each a round; the minimum over rounds is the figure to compare. A call
-shorter than a clock can resolve is repeated within a sample.
+shorter than a clock can resolve is repeated within a sample. `race` compares two so, in as many rounds as it
+takes to tell them apart.
 
-`hot_and_cold` times single calls in both regimes a layer can meet: its data in the caches, as in a loop over
-one layer, and in memory, as the weights of a network that do not fit the caches.
+Both find the data in the caches, as in a loop over one layer; `cold` finds them in memory, as the weights of a
+network that do not fit the caches.
 
 `measure_peak` is the denominator of "% of peak": the rate of one core on independent vector FMAs.
 """
@@ -34,6 +35,11 @@ Clock = Callable[[], int]
 CLOCK: Clock = time.perf_counter_ns
 
 Result = TypeVar("Result")
+
+SETTLED, SETTLED_SAMPLES = 0.015, 3  # so many samples this near to the least: it will not fall much more
+SLOWER = 1.15  # times the incumbent after as many rounds: timed no more
+HOPELESS = 2.0  # after the first round
+RACE_ROUNDS, RACE_SECONDS = 12, 1.0  # the most
 
 PEAK_CALL_SECONDS = 2e-3  # long against the cost of a call (2 us), short against a scheduler's slice (4 ms)
 
@@ -70,9 +76,11 @@ def interleave(
     budget: float | None = None,
     settle: float = 0.0,
     prepare: Mapping[str, Callable[[], object]] | None = None,
+    enough: Callable[[Mapping[str, Sequence[float]]], bool] = lambda _: False,
     clock: Clock = CLOCK,
 ) -> dict[str, Timing]:
-    """Times the callables in turn: `repeats` rounds, or fewer when `budget` seconds are over.
+    """Times the callables in turn: `repeats` rounds, or fewer when `budget` seconds are over or the samples
+    so far are `enough`.
 
     Every callable is first called once to warm up, and again (unless the first call was long) to learn how
     many calls make a sample of at least `min_seconds`. There is always one whole round, however small the
@@ -99,9 +107,27 @@ def interleave(
                 prepare[name]()
             samples[name].append(_sample(callables[name], batches[name], clock))
         order.reverse()
-        if budget is not None and (clock() - start) * 1e-9 >= budget:
+        if enough(samples) or (budget is not None and (clock() - start) * 1e-9 >= budget):
             break
     return {name: Timing(tuple(samples[name]), batches[name]) for name in callables}
+
+
+def race(candidate: Callable[[], object], incumbent: Callable[[], object] | None = None, *,
+         clock: Clock = CLOCK) -> tuple[Timing, Timing | None]:
+    """Times a candidate in turn with an incumbent, until the times are settled or it is clearly slower."""
+    calls = {"candidate": candidate} if incumbent is None else {"candidate": candidate, "incumbent": incumbent}
+    timings = interleave(calls, repeats=RACE_ROUNDS, budget=RACE_SECONDS, enough=decided, clock=clock)
+    return timings["candidate"], timings.get("incumbent")
+
+
+def decided(samples: Mapping[str, Sequence[float]]) -> bool:
+    """Whether more samples would not change which is faster: all settled, or the candidate clearly slower."""
+    least = {name: min(own) for name, own in samples.items()}
+    rounds, slower = len(samples["candidate"]), least["candidate"] / least.get("incumbent", math.inf)
+    if slower > HOPELESS or (slower > SLOWER and rounds >= SETTLED_SAMPLES):
+        return True
+    return rounds >= SETTLED_SAMPLES and all(
+        sorted(own)[SETTLED_SAMPLES - 1] <= least[name] * (1 + SETTLED) for name, own in samples.items())
 
 
 def once(call: Callable[[], Result], clock: Clock = CLOCK) -> tuple[Result, float]:
@@ -116,7 +142,7 @@ def now() -> float:
     return time.time()
 
 
-def hot_and_cold(
+def cold(
     call: Callable[[], object],
     *,
     repeats: int = 10,
@@ -124,8 +150,8 @@ def hot_and_cold(
     keep: Sequence[npt.NDArray[Any]] = (),
     budget: float | None = None,
     clock: Clock = CLOCK,
-) -> tuple[Timing, Timing]:
-    """Times single calls with hot caches, each after another call, and with cold ones, each after `flush`.
+) -> Timing:
+    """Times single calls with cold caches, each after `flush`.
 
     `flush` evicts every cache, unless another is given. It runs before the timed region; inside, it would
     favour whatever leaves less to evict. The arrays to `keep` are read again after the flush, such as the
@@ -138,15 +164,9 @@ def hot_and_cold(
         for array in keep:
             np.max(array)
 
-    timings = interleave(
-        {"hot": call, "cold": call},
-        repeats=repeats,
-        min_seconds=0.0,  # a second call in a sample would find warm caches
-        budget=budget,
-        prepare={"hot": call, "cold": cool},
-        clock=clock,
-    )
-    return timings["hot"], timings["cold"]
+    # Samples of one call: a second one would find warm caches.
+    return interleave({"cold": call}, repeats=repeats, min_seconds=0.0, budget=budget, prepare={"cold": cool},
+                      clock=clock)["cold"]
 
 
 def count_for(run: Callable[[int], object], seconds: float, clock: Clock = CLOCK) -> int:

@@ -1,30 +1,35 @@
 """The search for a problem's schedule: the default first, a race of the best by the model, then a climb.
 
 The search knows no clock and no process: it is given a function that measures a candidate against the
-incumbent, one that estimates, and one that says whether the budget is spent. A candidate replaces the
-incumbent when it is faster by more than the noise; within the noise, less workspace wins, then the shorter
-schedule. However early the budget ends, the result is never slower than the default.
+incumbent, one that estimates, and ones that say whether the budget, or the model's part of it, is spent. A
+candidate replaces the incumbent by the rule by which the cache chooses: faster beyond the noise, else less
+workspace, then the simpler schedule. However early the budget ends, the result is never slower than the
+default.
 """
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import islice
 
-from convsched.autotune.worker import Outcome
+from convsched.autotune.candidate import Outcome
+from convsched.autotune.record import Contender, winner
 from convsched.recipes import Recipe
 
-NOISE = 0.02  # times closer than this are equal
 RACERS = 12
-ESTIMATES = 96  # candidates the model looks at before the race
+ESTIMATES = 96  # candidates the model looks at for the race
+FIRST_LOOKS, FIRST_NEAR = 16, 3  # those before the first is tried, in the race and near an incumbent
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A candidate and what became of it; ``speed`` is that relative to the default (1 = equal)."""
+    """A candidate, its schedule's text and what became of it; ``speed`` relative to the default (1 = equal)."""
 
     recipe: Recipe
+    schedule: str
     outcome: Outcome
     speed: float
 
@@ -33,30 +38,42 @@ class Measured:
 class Search:
     """One problem's search; ``tried`` grows as it runs, so that an interruption keeps what was measured.
 
-    ``measure(recipe, incumbent)`` gives the outcome of a candidate timed in turn with the incumbent (None
-    for the first); ``estimate(recipe)`` is the model's seconds, or None where the recipe makes no schedule;
-    ``spent()`` is whether the budget is used up.
+    ``measure(recipe, incumbent)`` gives a candidate timed in turn with the incumbent (None for the first);
+    ``estimate(recipe)`` is the model's seconds, or None where the recipe makes no schedule; ``spent()`` is
+    whether the budget is used up, ``may_rank()`` whether the model may look at one more only to order them.
     """
 
     default: Recipe
     space: Sequence[Recipe]
     near: Callable[[Recipe], Sequence[Recipe]]
-    measure: Callable[[Recipe, Recipe | None], Outcome]
+    measure: Callable[[Recipe, Measured | None], Measured]
     estimate: Callable[[Recipe], float | None]
     spent: Callable[[], bool]
+    may_rank: Callable[[], bool] = lambda: True
     tried: dict[Recipe, Measured] = field(default_factory=dict)
     best: Measured | None = None
     complete: bool = False
     _estimates: dict[Recipe, float] = field(default_factory=dict)
+    _ahead: list[Recipe] = field(default_factory=list)
 
-    def run(self) -> Measured | None:
-        """Search until nothing improves or the budget is spent; the best found, None if not even the
-        default ran."""
+    def recall(self, before: Iterable[Measured]) -> None:
+        """Go on from candidates that an earlier run has measured, the default among them."""
+        for measured in before:
+            self._keep(measured)
+
+    def run_default(self) -> Measured:
+        """The default: measured now, unless it has been."""
         if self.default not in self.tried:
             self._try(self.default)
-        if self.best is None:
+        return self.tried[self.default]
+
+    def run(self) -> Measured | None:
+        """Search until nothing improves or the budget is spent; the best found, None if not even the default
+        ran. Called again, it goes on."""
+        if self.run_default().outcome.status != "ok":
             return None
-        for candidate in self._racers():
+        racers = max(0, RACERS + 1 - len(self.tried))
+        for candidate in islice(self._racers(), racers):
             if self.spent():
                 return self.best
             self._try(candidate)
@@ -65,58 +82,69 @@ class Search:
 
     def _try(self, recipe: Recipe) -> bool:
         """Measure a candidate; whether it became the incumbent."""
-        incumbent = self.best
-        outcome = self.measure(recipe, incumbent.recipe if incumbent else None)
-        speed = 1.0
-        if incumbent is not None and outcome.status == "ok":
-            speed = incumbent.speed / outcome.ratio
-        self.tried[recipe] = measured = Measured(recipe, outcome, speed)
-        if outcome.status != "ok":
+        return self._keep(self.measure(recipe, self.best))
+
+    def _keep(self, measured: Measured) -> bool:
+        self.tried[measured.recipe] = measured
+        if measured.outcome.status != "ok" or not (self.best is None or better(measured, self.best)):
             return False
-        if incumbent is None or better(measured, incumbent):
-            self.best = measured
-            return True
-        return False
+        self.best = measured
+        return True
 
     def _racers(self) -> Iterator[Recipe]:
         """The candidates that the model names, the best first; it looks at those near the default first."""
-        space = [r for r in self.space if r not in self.tried]
+        space = [r for r in self.space if r != self.default]
         random.Random(0).shuffle(space)
         space.sort(key=lambda r: distance(r, self.default))
-        yield from self._ranked(space[:ESTIMATES])[:RACERS]
+        return self._ranked([r for r in space[:ESTIMATES] if r not in self.tried], FIRST_LOOKS)
 
     def _climb(self) -> bool:
         """Measure the neighbours of the incumbent until none improves; False if the budget ended it."""
         while self.best is not None:
             start = self.best
             near = [r for r in self.near(start.recipe) if r not in self.tried]
-            for candidate in self._ranked(near):
+            for candidate in self._ranked(near, FIRST_NEAR):
                 if self.spent():
                     return False
                 if self._try(candidate):
                     break
-            if any(r not in self._estimates for r in near):
-                return False  # the budget ended before the model had seen them
             if self.best is start:
                 return True
         return True
 
-    def _ranked(self, recipes: Sequence[Recipe]) -> list[Recipe]:
-        for recipe in recipes:
-            if recipe not in self._estimates and not self.spent():
-                seconds = self.estimate(recipe)
-                self._estimates[recipe] = float("inf") if seconds is None else seconds
-        known = [r for r in recipes if self._estimates.get(r, float("inf")) < float("inf")]
-        return sorted(known, key=lambda r: self._estimates[r])
+    def _ranked(self, recipes: Sequence[Recipe], first: int) -> Iterator[Recipe]:
+        """Those that make a schedule, the best of those that the model has looked at first: it looks at the
+        ``first`` of them before any is tried, at others by ``look_ahead``, and at the rest when all are tried."""
+        self._ahead = waiting = list(recipes)
+        for recipe in waiting[:first]:
+            if self.spent() or not self.may_rank():
+                break
+            self._estimate(recipe)
+        while waiting:
+            seen = [r for r in waiting if r in self._estimates]
+            recipe = min(seen, key=self._estimates.__getitem__) if seen else waiting[0]
+            waiting.remove(recipe)
+            if self.spent() or self._estimate(recipe) < math.inf:
+                yield recipe
+
+    def look_ahead(self) -> bool:
+        """Let the model look at one more candidate that may be tried; whether there was one."""
+        recipe = next((r for r in self._ahead if r not in self._estimates), None)
+        if recipe is not None:
+            self._estimate(recipe)
+        return recipe is not None
+
+    def _estimate(self, recipe: Recipe) -> float:
+        if recipe not in self._estimates:
+            seconds = self.estimate(recipe)
+            self._estimates[recipe] = math.inf if seconds is None else seconds
+        return self._estimates[recipe]
 
 
 def better(candidate: Measured, incumbent: Measured) -> bool:
-    """Whether a candidate replaces the incumbent: faster beyond the noise, or equal and smaller."""
-    if candidate.speed > incumbent.speed * (1 + NOISE):
-        return True
-    if candidate.speed < incumbent.speed * (1 - NOISE / 2):
-        return False
-    return candidate.outcome.workspace < incumbent.outcome.workspace
+    """Whether a candidate replaces the incumbent: the rule by which the cache chooses, for these two."""
+    pair = [Contender(1 / one.speed, one.outcome.workspace, one.schedule) for one in (incumbent, candidate)]
+    return winner(pair, default=1.0) == 1
 
 
 def distance(a: Recipe, b: Recipe) -> int:

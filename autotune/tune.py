@@ -1,23 +1,28 @@
 """Tuning: a measured search for each layer, remembered in the schedule cache.
 
 Times of one run are kept relative to the default of that run: a record's ``hot`` is the default's time
-divided by the candidate's measured speed-up, so that records compare although the machine drifts.
+divided by the candidate's measured speed-up, so that records compare although the machine drifts. A later run
+goes on from the records: what has been measured is not measured again.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from convsched.autotune.cache import ScheduleCache
 from convsched.autotune.calibrate import calibration
+from convsched.autotune.candidate import Job, Outcome
 from convsched.autotune.measure import now
 from convsched.autotune.model import Rates, cost
-from convsched.autotune.record import Key, Record
-from convsched.autotune.search import Search
+from convsched.autotune.record import Key, Record, choose
+from convsched.autotune.search import Measured, Search
 from convsched.autotune.space import Target, candidates, neighbours
-from convsched.autotune.worker import Job, Outcome, Worker
+from convsched.autotune.worker import Worker
 from convsched.errors import ConvschedError
 from convsched.lower.direct import lower_direct
 from convsched.machine import Machine, default_threads
@@ -27,6 +32,8 @@ from convsched.schedule import Schedule, apply, parse_schedule
 
 MOST_FAILURES = 0.5  # of the candidates; more, and the search says so instead of going on
 LEAST_TRIES = 8  # before the share of failures means something
+RANKING_SHARE = 0.1  # of the seconds of a search, for the model to order candidates
+PATIENCE = 10.0  # times the seconds of the default, from compiling to timing, and at the least seconds: a job's
 
 
 class TuneError(ConvschedError):
@@ -51,25 +58,42 @@ class Budget:
             return Budget(candidates=amount)
         return Budget(seconds=amount * {"s": 1, "m": 60, "h": 3600}[unit])
 
+    @property
+    def is_spent(self) -> bool:
+        return self.seconds <= 0 or self.candidates <= 0
+
     def __str__(self) -> str:
         return f"{self.seconds:g}s" if self.candidates == float("inf") else f"{self.candidates:g} candidates"
 
 
+class Records(Protocol):
+    """What the tuner needs of the schedule cache: to know what was measured, and to keep what it measures."""
+
+    def records(self, key: Key) -> Iterable[Record]: ...
+
+    def put(self, record: Record) -> object: ...
+
+    def mark_run(self, key: Key, complete: bool, budget: str, tried: int, time: float) -> object: ...
+
+
 @dataclass(frozen=True)
 class Progress:
-    """Where a search stands after a candidate: its outcome, the best speed-up, counts, seconds left."""
+    """Where a search stands after a candidate: its outcome, the best speed-up over the default, candidates
+    tried and failed (those of earlier runs too), and what is left of the whole budget."""
 
     problem: Problem
     outcome: Outcome
     speed: float
     tried: int
     failed: int
-    left: float
+    left: Budget
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """What tuning found: the best schedule, its speed-up over the default as timed at the end in turn."""
+    """What tuning found: the schedule that the cache now gives, and its speed-up over the default, as timed in
+    turn with it at the end. ``tried`` counts the candidates measured now, ``failures`` those known, by reason.
+    """
 
     problem: Problem
     schedule: Schedule
@@ -90,7 +114,7 @@ class Tuned:
 class Tuner:
     """Tunes problems one after another with one worker process; a context manager."""
 
-    cache: ScheduleCache
+    cache: Records
     threads: int
     layout: str = "nchw"
     accuracy: str = "normal"
@@ -102,6 +126,9 @@ class Tuner:
         known = calibration()
         self.rates = Rates(known.peak, *(known.bandwidth[level] for level in ("l2", "l3", "dram")))
         self.worker = Worker()
+        self._writer = ThreadPoolExecutor(1, "convsched-records")
+        self._writing: Future[object] | None = None
+        self.begin(Budget())
 
     def __enter__(self) -> Tuner:
         self.worker.start()
@@ -109,130 +136,211 @@ class Tuner:
 
     def __exit__(self, *_: object) -> None:
         self.worker.close()
+        self._writer.shutdown()
+
+    def begin(self, budget: Budget) -> None:
+        """Start to spend a budget."""
+        self.budget, self.measured, self._start = budget, 0, self.clock()
+
+    @property
+    def left(self) -> Budget:
+        """What is left of the budget."""
+        return Budget(self.budget.seconds - (self.clock() - self._start), self.budget.candidates - self.measured)
+
+    def keep(self, record: Record) -> None:
+        """Put a record into the cache while the worker goes on: that takes as long as a disk takes to sync."""
+        self.settle()
+        self._writing = self._writer.submit(self.cache.put, record)
+
+    def settle(self) -> None:
+        """Wait until the latest record is in the cache; raises what putting it there raised."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
     def tune(self, problem: Problem, budget: Budget) -> Tuned:
-        """Search one problem; every candidate is in the cache as soon as it is measured."""
-        run = _Run(self, problem, budget)
+        """Search one problem; every candidate is in the cache before the next is measured. Raises TuneError."""
+        self.begin(budget)
+        search = LayerSearch(self, problem)
         try:
-            return run.finish(run.search.run() is not None)
+            search.run_default()
+            search.run(self.left)
+            return search.finish()
         except (KeyboardInterrupt, ConvschedError):
-            run.mark(complete=False)
+            search.mark(complete=False)
             raise
 
 
-class _Run:
-    """The search of one problem, tied to the worker and the cache."""
+class LayerSearch:
+    """The search of one problem, tied to the worker and the cache; it can be run bit by bit."""
 
-    def __init__(self, tuner: Tuner, problem: Problem, budget: Budget) -> None:
-        self.tuner, self.problem, self.budget = tuner, problem, budget
+    def __init__(self, tuner: Tuner, problem: Problem) -> None:
+        self.tuner, self.problem = tuner, problem
         self.target = Target(problem, tuner.machine, tuner.layout, tuner.threads)
         self.key = Key.of(problem, tuner.machine, layout=tuner.layout, threads=tuner.threads,
                           accuracy=tuner.accuracy)
         self.known = {record.schedule: record for record in tuner.cache.records(self.key)}
-        self.failures: dict[str, int] = {}
+        self.failures = Counter(_reason(r) for r in self.known.values() if r.status != "ok" and r.is_settled)
         self.measured = 0
-        self.start = tuner.clock()
-        self.default_seconds = float("nan")
+        self._verified = set[str]()
+        self._job_seconds: float | None = None
+        self._ranking = 0.0
         space = candidates(self.target)
-        self.search = Search(space[0], space, lambda r: neighbours(self.target, r), self.measure,
-                             self.estimate, self.spent)
+        self._search = Search(space[0], space, lambda r: neighbours(self.target, r), self._measure,
+                              self._estimate, lambda: self._left.is_spent, self._may_rank)
+        self._deadline = self._most = self._ranking_limit = 0.0
 
-    def text(self, recipe: Recipe) -> str:
+    @property
+    def complete(self) -> bool:
+        """Whether the search came to its end."""
+        return self._search.complete
+
+    @property
+    def default(self) -> Record:
+        """The default's record, once it is measured."""
+        return self.known[self._text(self._search.default)]
+
+    @property
+    def default_seconds(self) -> float:
+        """A call with the default."""
+        assert self.default.hot is not None
+        return self.default.hot
+
+    def run_default(self) -> None:
+        """Measure the default, unless its time is known, and take up what earlier runs have measured. Raises
+        TuneError for a default that does not run."""
+        before = self.known.get(self._text(self._search.default))
+        if before is not None and before.status == "ok":
+            self._search.recall([self._recalled(self._search.default, before)])
+        outcome = self._search.run_default().outcome
+        if outcome.status != "ok":
+            raise TuneError(f"the default of {self.problem.text} {_reason(outcome)}")
+        recipes = {repr(recipe): recipe for recipe in self._search.space}
+        self._search.recall(self._recalled(recipe, record) for record in self.known.values()
+                            if (recipe := recipes.get(record.recipe)) and record is not self.default
+                            and record.is_settled and self._text(recipe) == record.schedule)
+
+    def run(self, share: Budget) -> None:
+        """Search on, within a share of the budget. Raises TuneError if most candidates fail."""
+        self._deadline = self.tuner.clock() + share.seconds
+        self._most = self.measured + share.candidates
+        self._ranking_limit = self._ranking + RANKING_SHARE * share.seconds
+        self._search.run()
+
+    def finish(self) -> Tuned:
+        """Time in turn with the default what the cache would give, until that is a schedule so timed or the
+        default itself: what was only lucky when it was measured is recorded as it is."""
+        while (chosen := choose(self.known.values())) and chosen != self.default:
+            if chosen.schedule in self._verified:
+                break
+            self._verified.add(chosen.schedule)
+            self._keep(chosen, self._run(chosen.schedule, self.default), self.default)
+        assert chosen is not None
+        assert chosen.hot is not None
+        self.mark(self.complete)
+        return Tuned(self.problem, parse_schedule(chosen.schedule), chosen.recipe,
+                     self.default_seconds / chosen.hot, self.default_seconds, self.measured, dict(self.failures),
+                     self.complete)
+
+    def mark(self, complete: bool) -> None:
+        """Record how the run ended."""
+        self.tuner.settle()
+        self.tuner.cache.mark_run(self.key, complete, str(self.tuner.budget), self.measured, self.tuner.clock())
+
+    @property
+    def _left(self) -> Budget:
+        """What is left of the share."""
+        return Budget(self._deadline - self.tuner.clock(), self._most - self.measured)
+
+    def _may_rank(self) -> bool:
+        return self._ranking < self._ranking_limit
+
+    def _look_ahead(self) -> bool:
+        """While the worker compiles, the model costs no time; while it measures, nothing may disturb it."""
+        before = self._ranking
+        looked = not self._left.is_spent and self._search.look_ahead()
+        self._ranking = before
+        return looked
+
+    def _text(self, recipe: Recipe) -> str:
         return recipe.schedule(self.problem, self.tuner.layout).text
 
-    def job(self, schedule: str, incumbent: str, cold: bool = False) -> Job:
-        return Job(self.problem.text, self.tuner.layout, self.tuner.threads, schedule, incumbent, cold)
-
-    def left(self) -> float:
-        return self.budget.seconds - (self.tuner.clock() - self.start)
-
-    def spent(self) -> bool:
-        return self.left() <= 0 or self.measured >= self.budget.candidates
-
-    def estimate(self, recipe: Recipe) -> float | None:
+    def _estimate(self, recipe: Recipe) -> float | None:
         """The model's seconds; None for parameters that make no legal schedule."""
+        start = self.tuner.clock()
         try:
             schedule = recipe.schedule(self.problem, self.tuner.layout)
             program = apply(lower_direct(self.problem, self.tuner.layout), schedule)
+            return cost(program, self.tuner.machine, self.tuner.rates, self.tuner.threads).seconds
         except ConvschedError:
             return None
-        return cost(program, self.tuner.machine, self.tuner.rates, self.tuner.threads).seconds
+        finally:
+            self._ranking += self.tuner.clock() - start
 
-    def measure(self, recipe: Recipe, incumbent: Recipe | None) -> Outcome:
-        """Recorded already, or by the worker; recorded at once."""
-        schedule = self.text(recipe)
+    def _measure(self, recipe: Recipe, incumbent: Measured | None) -> Measured:
+        """By the worker, and recorded at once; what made the same schedule before is known. The default of
+        another version is as good an incumbent as any."""
+        schedule = self._text(recipe)
         before = self.known.get(schedule)
-        against = self.text(incumbent) if incumbent is not None else ""
-        if incumbent is None and before is not None and before.hot is not None:
-            self.default_seconds = before.hot
-            return _recalled(before, before)
-        if before is not None and incumbent is not None and (other := self.known.get(against)) is not None:
-            return _recalled(before, other)
-        outcome = self.tuner.worker.run(self.job(schedule, against, cold=True))
+        if incumbent and before and before.is_settled:
+            return self._recalled(recipe, before)
+        against = self.known[incumbent.schedule] if incumbent else choose(self.known.values())
+        outcome = self._run(schedule, against, self._look_ahead)
         self.measured += 1
-        if incumbent is None:
-            self.default_seconds = outcome.hot
-        self.record(recipe, outcome, is_default=incumbent is None)
-        self.count(outcome)
-        return outcome
-
-    def count(self, outcome: Outcome) -> None:
-        """Report, and stop a search in which most candidates fail."""
-        if outcome.status != "ok":
-            reason = f"{outcome.status}: {outcome.message}"
-            self.failures[reason] = self.failures.get(reason, 0) + 1
-        failed = sum(self.failures.values())
-        best = self.search.best
-        speed = best.speed if best else 1.0
-        self.tuner.report(Progress(self.problem, outcome, speed, self.measured, failed, self.left()))
-        if self.measured >= LEAST_TRIES and failed > MOST_FAILURES * self.measured:
-            raise TuneError(f"{failed} of {self.measured} candidates of {self.problem.text} failed: "
-                            + "; ".join(f"{n} x {reason}" for reason, n in self.failures.items()))
-
-    def record(self, recipe: Recipe, outcome: Outcome, is_default: bool) -> None:
-        best = self.search.best
-        hot: float | None = None
-        if outcome.status == "ok":
-            hot = outcome.hot if best is None else self.default_seconds / best.speed * outcome.ratio
-        scale = hot / outcome.hot if hot else 1.0
-        made = Record(
+        self.tuner.measured += 1
+        record = Record(
             problem=self.key.problem, layout=self.key.layout, threads=self.key.threads,
             accuracy=self.key.accuracy, machine=self.key.machine, algorithm="direct", recipe=repr(recipe),
-            schedule=self.text(recipe), status=outcome.status, message=outcome.message, hot=hot,
-            cold=outcome.cold * scale, spread=outcome.spread, error=outcome.error,
-            workspace=outcome.workspace, samples=outcome.samples, is_default=is_default,
-            time=self.tuner.clock())
-        self.known[made.schedule] = made
-        self.tuner.cache.put(made)
+            schedule=schedule, status=outcome.status, is_default=incumbent is None,
+            tries=before.tries + 1 if before else 1, time=self.tuner.clock())
+        measured = self._recalled(recipe, self._keep(record, outcome, against))
+        self._count(outcome)
+        return measured
 
-    def finish(self, found: bool) -> Tuned:
-        """Time the winner against the default once more; one that is slower is recorded as it was found."""
-        best, default = self.search.best, self.search.tried[self.search.default]
-        if not found or best is None:
-            raise TuneError(f"the default of {self.problem.text} {default.outcome.status}: "
-                            f"{default.outcome.message}")
-        if self.default_seconds != self.default_seconds:  # nan: the default was recalled, not measured
-            self.default_seconds = default.outcome.hot
-        if best.recipe != self.search.default:
-            outcome = self.tuner.worker.run(self.job(self.text(best.recipe), self.text(self.search.default)))
-            speed = 1 / outcome.ratio if outcome.status == "ok" else 0.0
-            known = self.known[self.text(best.recipe)]
-            self.tuner.cache.put(replace(known, hot=self.default_seconds / max(speed, 1e-9),
-                                         time=self.tuner.clock()))
-            best = replace(best, speed=speed) if speed > 1 else default
-        self.mark(self.search.complete)
-        return Tuned(self.problem, parse_schedule(self.text(best.recipe)), repr(best.recipe), best.speed,
-                     self.default_seconds, self.measured, self.failures, self.search.complete)
+    def _run(self, schedule: str, against: Record | None,
+             meanwhile: Callable[[], bool] = lambda: False) -> Outcome:
+        """A job for the worker. None takes much longer than the first, which prepares data as well."""
+        job = Job(self.problem.text, self.tuner.layout, self.tuner.threads, schedule,
+                  against.schedule if against else "")
+        start = self.tuner.clock()
+        patience = None if self._job_seconds is None else PATIENCE * max(1.0, self._job_seconds)
+        outcome = self.tuner.worker.run(job, patience, meanwhile)
+        if self._job_seconds is None:
+            self._job_seconds = self.tuner.clock() - start
+        return outcome
 
-    def mark(self, complete: bool) -> None:
-        self.tuner.cache.mark_run(self.key, complete, str(self.budget), self.measured, self.tuner.clock())
+    def _keep(self, record: Record, outcome: Outcome, against: Record | None) -> Record:
+        """Record an outcome, on the scale of the incumbent's record."""
+        scale = against.hot / outcome.incumbent if against and against.hot else 1.0
+        kept = replace(
+            record, status=outcome.status, message=outcome.message, hot=outcome.hot * scale,
+            cold=outcome.cold * scale, spread=outcome.spread, error=outcome.error, workspace=outcome.workspace,
+            samples=outcome.samples, flags=outcome.flags, time=self.tuner.clock())
+        self.known[kept.schedule] = kept
+        self.tuner.keep(kept)
+        return kept
+
+    def _recalled(self, recipe: Recipe, record: Record) -> Measured:
+        """A record as the search sees it."""
+        outcome = Outcome(record.status, record.message, workspace=record.workspace)
+        default = self.known.get(self._text(self._search.default))
+        speed = default.hot / record.hot if default and default.hot and record.hot else 1.0
+        return Measured(recipe, record.schedule, outcome, speed)
+
+    def _count(self, outcome: Outcome) -> None:
+        """Report, and stop a search in which most candidates fail."""
+        if outcome.status != "ok":
+            self.failures[_reason(outcome)] += 1
+        failed, tried = self.failures.total(), len(self.known)
+        best = self._search.best
+        self.tuner.report(Progress(self.problem, outcome, best.speed if best else 1.0, tried, failed, self.tuner.left))
+        if tried >= LEAST_TRIES and failed > MOST_FAILURES * tried:
+            raise TuneError(f"{failed} of {tried} candidates of {self.problem.text} failed: "
+                            + "; ".join(f"{n} x {reason}" for reason, n in self.failures.most_common()))
 
 
-def _recalled(before: Record, other: Record) -> Outcome:
-    """A candidate measured in an earlier run, relative to the incumbent's record of the same scale."""
-    nan = float("nan")
-    return Outcome(before.status, before.message, before.hot or nan, other.hot or nan, before.cold or nan,
-                   before.spread or 0.0, before.samples, before.error or 0.0, before.workspace)
+def _reason(failure: Record | Outcome) -> str:
+    return f"{failure.status}: {failure.message}"
 
 
 def tune(layer: Problem, *, budget: str = "10s", threads: int | None = None, layout: str = "nchw",
@@ -245,10 +353,3 @@ def tune(layer: Problem, *, budget: str = "10s", threads: int | None = None, lay
     """
     with Tuner(cache or ScheduleCache(), threads or default_threads(), layout, accuracy) as tuner:
         return tuner.tune(layer, Budget.parse(budget))
-
-
-def shares(problems: Sequence[tuple[Problem, int]], seconds: float) -> list[float]:
-    """The seconds of a network's budget that each distinct layer gets: half evenly, half by its work."""
-    work = [count * problem.macs for problem, count in problems]
-    total = sum(work) or 1
-    return [seconds * (0.5 / len(work) + 0.5 * w / total) for w in work]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,7 +12,8 @@ import click
 
 if TYPE_CHECKING:
     from convsched.autotune import tune as autotune
-    from convsched.autotune.tune import Budget, Tuned, Tuner
+    from convsched.autotune.network import TunedLayer, TunedNetwork
+    from convsched.autotune.tune import Budget, Tuner
     from convsched.explain.cases import Case
 
 INTERRUPTED = 130
@@ -18,59 +22,72 @@ INTERRUPTED = 130
 def run(cases: list[Case], budget: str, threads: int, layout: str, file: Path | None) -> int:
     """Tune the distinct layers, print a line each and a total; the exit code."""
     from convsched.autotune.cache import ScheduleCache
-    from convsched.autotune.tune import Budget, TuneError, Tuner, shares
+    from convsched.autotune.network import tune_network
+    from convsched.autotune.tune import Budget, Tuner
 
     whole = Budget.parse(budget)
-    problems = [(case.problem, case.count) for case in cases]
-    parts = shares(problems, 1.0)
-    done: list[tuple[Case, Tuned]] = []
-    failed = 0
-    with Tuner(ScheduleCache(file), threads, layout) as tuner:
-        for case, part in zip(cases, parts, strict=True):
-            share = Budget(whole.seconds * part, max(1, whole.candidates * part))
-            try:
-                done.append((case, _tuned(tuner, case, share)))
-            except KeyboardInterrupt:
-                click.echo("interrupted; what was measured is kept, and the next run goes on from there")
-                _total(done)
-                return INTERRUPTED
-            except TuneError as error:
-                click.echo(f"{case.problem.text}: {error}")
-                failed += 1
-    _total(done)
-    return 1 if failed else 0
+    layers = [(case.problem, case.count) for case in cases]
+    with Tuner(ScheduleCache(file), threads, layout) as tuner, _live(tuner, whole):
+        network = tune_network(tuner, layers, whole, lambda layer: click.echo(line(layer)))
+    for problem, why in network.failures.items():
+        click.echo(f"{problem.text}: {why}")
+    if network.interrupted:
+        click.echo("interrupted; what was measured is kept, and the next run goes on from there")
+    if network.layers:
+        click.echo(total(network))
+    if network.interrupted:
+        return INTERRUPTED
+    return 1 if network.failures else 0
 
 
-def _tuned(tuner: Tuner, case: Case, budget: Budget) -> Tuned:
-    """Tune one layer with a bar that shows the best so far."""
+@contextmanager
+def _live(tuner: Tuner, whole: Budget) -> Iterator[None]:
+    """A bar of the budget with the current layer, on a terminal; elsewhere the lines must do."""
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TextColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(20), TimeRemainingColumn(compact=True))
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(case.problem.text, total=min(budget.seconds, 1e9))
+    if not console.is_terminal:
+        yield
+        return
+    columns = (BarColumn(20), TextColumn("{task.description}", markup=False))
+    together = sys.stdout.isatty()  # lines are then to appear above the bar; a file gets them as they are
+    with Progress(*columns, console=console, transient=True, redirect_stdout=together) as bar:
+        task = bar.add_task("measuring the defaults", total=1.0)
 
         def report(progress: autotune.Progress) -> None:
-            text = (f"{case.problem.text}: {progress.tried} tried, {progress.failed} failed, "
-                    f"best {progress.speed:.3f}x the default")
-            bar.update(task, description=text, completed=max(0.0, budget.seconds - progress.left))
+            bar.update(task, description=status(progress), completed=used(whole, progress.left))
 
         tuner.report = report
-        result = tuner.tune(case.problem, budget)
-    failures = "".join(f"; {count} x {reason}" for reason, count in result.failures.items())
-    rate = case.problem.flops / result.seconds * 1e-9
-    click.echo(f"{case.problem.text}  x{case.count}  {result.seconds * 1e3:.3f} ms  {rate:.1f} GFLOP/s  "
-               f"{result.speed:.3f}x the default  {result.tried} tried"
-               f"{'' if result.complete else ' (budget spent)'}{failures}")
-    return result
+        yield
 
 
-def _total(done: list[tuple[Case, Tuned]]) -> None:
+def status(progress: autotune.Progress) -> str:
+    """Where the search of a layer stands, and what is left of the whole budget."""
+    left = progress.left
+    rest = f"{max(0.0, left.seconds):.0f} s" if left.candidates == float("inf") else f"{left.candidates:g} candidates"
+    return (f"{rest} left  {progress.problem.text}  {progress.speed:.3f}x the default, "
+            f"{progress.tried} tried, {progress.failed} failed")
+
+
+def used(whole: Budget, left: Budget) -> float:
+    """How much of the budget is spent, from 0 to 1."""
+    shares = [rest / all_ for all_, rest in ((whole.seconds, left.seconds), (whole.candidates, left.candidates))
+              if 0 < all_ < float("inf")]
+    return min(1.0, max(0.0, 1.0 - min(shares, default=1.0)))
+
+
+def line(layer: TunedLayer) -> str:
+    """What tuning found for a layer, in one line."""
+    tuned = layer.tuned
+    failures = "".join(f"; {count} x {reason}" for reason, count in tuned.failures.items())
+    return (f"{tuned.problem.text}  x{layer.count}  {tuned.seconds * 1e3:.3f} ms  "
+            f"{tuned.problem.flops / tuned.seconds * 1e-9:.1f} GFLOP/s  {tuned.speed:.3f}x the default  "
+            f"{tuned.tried} tried{'' if tuned.complete else ' (budget spent)'}{failures}")
+
+
+def total(network: TunedNetwork) -> str:
     """The network's time before and after, each layer as often as it occurs."""
-    if not done:
-        return
-    before = sum(case.count * result.default_seconds for case, result in done)
-    after = sum(case.count * result.seconds for case, result in done)
-    click.echo(f"{len(done)} layers: {before * 1e3:.3f} ms with the defaults, {after * 1e3:.3f} ms tuned, "
-               f"{before / after:.3f}x")
+    before, after = network.default_seconds, network.seconds
+    return (f"{len(network.layers)} layers: {before * 1e3:.3f} ms with the defaults, {after * 1e3:.3f} ms tuned, "
+            f"{before / after:.3f}x")

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
 
+from convsched.autotune import evict as evict_module
 from convsched.autotune.blas import blas_threads
 from convsched.autotune.evict import evict, eviction_bytes
 from convsched.autotune.measure import (
+    RACE_ROUNDS,
     Timing,
+    cold,
     count_for,
-    hot_and_cold,
+    decided,
     interleave,
     measure_peak,
     now,
     once,
+    race,
 )
 from convsched.kernels.jit import load
 from convsched.kernels.peak import SYMBOL, PeakKernel, fma_loop, peak_kernel
+from convsched.kernels.stream import stream_kernel
 from convsched.machine import Machine
 
 
@@ -125,27 +130,74 @@ def test_what_prepares_a_sample_is_not_timed() -> None:
     assert timings["b"].samples == pytest.approx((100e-6,) * 2)
 
 
+def test_rounds_end_when_there_is_enough() -> None:
+    clock = FakeClock()
+    seen = []
+
+    def enough(samples: Mapping[str, Sequence[float]]) -> bool:
+        seen.append({name: len(own) for name, own in samples.items()})
+        return len(samples["a"]) == 3
+
+    timings = interleave({name: clock.call(name, 100.0) for name in "ab"}, repeats=9, enough=enough, clock=clock)
+    assert [len(timings[name].samples) for name in "ab"] == [3, 3]
+    assert seen == [{"a": n, "b": n} for n in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(("candidate", "incumbent", "verdict"), [
+    ([2.1], [1.0], True), ([1.9], [1.0], False),  # hopeless, or not yet
+    ([1.2, 1.3, 1.2], [1.0, 1.1, 1.3], True), ([1.2, 1.3], [1.0, 1.1], False),  # clearly slower, or not yet
+    ([1.0, 1.001, 1.005], [1.1, 1.1, 1.1], True),  # settled
+    ([1.0, 1.001, 1.005], [1.1, 1.1, 1.2], False), ([1.0, 0.9, 1.0], [1.0, 1.0, 1.0], False),
+    ([1.0, 1.2, 1.1, 1.001, 1.4, 1.002], [0.9, 0.9, 0.95, 0.9, 1.3, 0.9], True),  # whatever disturbed it between
+])  # fmt: skip
+def test_when_a_race_is_decided(candidate: list[float], incumbent: list[float], verdict: bool) -> None:
+    assert decided({"candidate": candidate, "incumbent": incumbent}) is verdict
+
+
+def test_a_candidate_alone_is_timed_until_it_settles() -> None:
+    assert not decided({"candidate": [1.0, 1.0]})
+    assert decided({"candidate": [1.0, 1.0, 1.0]})
+    clock = FakeClock()
+    timing, other = race(clock.call("a", 900.0, 800.0, 500.0, 300.0, 300.0, 300.0, 300.0), clock=clock)
+    assert timing.samples == pytest.approx((500e-6, 300e-6, 300e-6, 300e-6))
+    assert other is None
+
+
+def test_a_race_has_a_last_round() -> None:
+    clock = FakeClock()
+    restless = [100.0 + 7 * (i % 5) + 50 / (i + 1) for i in range(100)]
+    timing, other = race(clock.call("a", *restless), clock.call("b", *restless), clock=clock)
+    assert other is not None
+    assert len(timing.samples) == len(other.samples) <= RACE_ROUNDS
+
+
+def test_a_hopeless_candidate_is_sampled_once() -> None:
+    clock = FakeClock()
+    timing, other = race(clock.call("a", 500.0), clock.call("b", 100.0), clock=clock)
+    assert other is not None
+    assert (len(timing.samples), len(other.samples)) == (1, 1)
+
+
 def test_the_flush_is_outside_the_timed_region() -> None:
     clock = FakeClock()
-    cold = False
+    is_cold = False
 
     def flush() -> None:
-        nonlocal cold
+        nonlocal is_cold
         clock.log.append("flush")
         clock.now += 5_000_000
-        cold = True
+        is_cold = True
 
     def call() -> None:
-        nonlocal cold
+        nonlocal is_cold
         clock.log.append("call")
-        clock.now += 90_000 if cold else 2_000
-        cold = False
+        clock.now += 90_000 if is_cold else 2_000
+        is_cold = False
 
-    hot, slow = hot_and_cold(call, repeats=3, flush=flush, clock=clock)
-    assert (hot.batch, slow.batch) == (1, 1)  # a second call in a sample would find warm caches
-    assert hot.samples == pytest.approx((2e-6,) * 3)
-    assert slow.samples == pytest.approx((90e-6,) * 3)
-    assert clock.log.count("flush") == 3  # one a cold sample
+    timing = cold(call, repeats=3, flush=flush, clock=clock)
+    assert timing.batch == 1  # a second call in a sample would find warm caches
+    assert timing.samples == pytest.approx((90e-6,) * 3)
+    assert clock.log == ["call"] + ["flush", "call"] * 3
 
 
 def test_arrays_to_keep_are_read_after_the_flush() -> None:
@@ -157,18 +209,24 @@ def test_arrays_to_keep_are_read_after_the_flush() -> None:
 
     array: Any = Watched()
     flush, call = clock.call("flush", 1.0), clock.call("call", 1.0)
-    hot_and_cold(call, repeats=1, flush=flush, keep=[array], clock=clock)
-    # Two to warm up, a pair for the hot sample, then the cold one.
-    assert clock.log == ["call"] * 4 + ["flush", "read", "call"]
+    cold(call, repeats=1, flush=flush, keep=[array], clock=clock)
+    assert clock.log == ["call", "flush", "read", "call"]
 
 
-def test_eviction_reads_twice_the_last_level() -> None:
+@pytest.mark.parametrize("threads", [1, 3])
+def test_eviction_reads_twice_the_last_level(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for machine in (Machine.example("avx512"), Machine.example("neon"), Machine.host()):
         assert eviction_bytes(machine) >= 2 * machine.l3
-    host = Machine.host()
-    small = dataclasses.replace(host, l1=1 << 12, l2=1 << 14, l3=1 << 16)
-    assert evict(small) * 4 == eviction_bytes(small) // (1 << 10) * (1 << 10)  # whole iterations, of ones
-    assert evict(small) == evict(small)
+    small = dataclasses.replace(Machine.host(), l1=1 << 12, l2=1 << 14, l3=1 << 16)
+    kernel, sums = stream_kernel(small), []
+
+    class Watched:
+        def read(self, buffer: Any) -> None:
+            sums.append(kernel.read(buffer))  # of ones: the number of float32 read
+
+    monkeypatch.setattr(evict_module, "stream_kernel", lambda machine: Watched())
+    evict(small, threads)
+    assert sums == [eviction_bytes(small) // (1 << 10) * (1 << 10) / 4] * threads  # each core's, whole iterations
 
 
 def test_a_count_that_takes_a_given_time() -> None:

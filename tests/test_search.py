@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from convsched.autotune.search import RACERS, Measured, Search, better, distance
-from convsched.autotune.tune import Budget, TuneError, shares
-from convsched.autotune.worker import Outcome
-from convsched.problem import Conv2d
+from convsched.autotune.candidate import Outcome
+from convsched.autotune.record import Contender, winner
+from convsched.autotune.search import FIRST_LOOKS, RACERS, Measured, Search, better, distance
+from convsched.autotune.tune import Budget, TuneError
 from convsched.recipes import Pixels, Recipe
 
 DEFAULT = Pixels(16, 1, 1, 1, False, False)
@@ -27,21 +27,28 @@ class Lab:
         self.failing, self.workspace = dict(failing or {}), dict(workspace or {})
         self.estimates = dict(estimates or {})
         self.asked: list[tuple[Recipe, Recipe | None]] = []
+        self.estimated: list[Recipe] = []
 
-    def measure(self, recipe: Recipe, incumbent: Recipe | None) -> Outcome:
-        self.asked.append((recipe, incumbent))
+    def measure(self, recipe: Recipe, incumbent: Measured | None) -> Measured:
+        self.asked.append((recipe, incumbent.recipe if incumbent else None))
+        return self.measured(recipe)
+
+    def measured(self, recipe: Recipe) -> Measured:
         if recipe in self.failing:
-            return Outcome(self.failing[recipe])  # type: ignore[arg-type]
-        other = float("nan") if incumbent is None else self.seconds.get(incumbent, 1.0)
-        return Outcome("ok", hot=self.seconds.get(recipe, 1.0), incumbent=other,
-                       workspace=self.workspace.get(recipe, 0))
+            return Measured(recipe, repr(recipe), Outcome(self.failing[recipe]), 1.0)  # type: ignore[arg-type]
+        outcome = Outcome("ok", workspace=self.workspace.get(recipe, 0))
+        return Measured(recipe, repr(recipe), outcome, 1 / self.seconds.get(recipe, 1.0))
 
-    def search(self, space: Sequence[Recipe] = SPACE) -> Search:
+    def estimate(self, recipe: Recipe) -> float | None:
+        self.estimated.append(recipe)
+        return self.estimates.get(recipe, 1.0)
+
+    def search(self, space: Sequence[Recipe] = SPACE, looks: float = float("inf")) -> Search:
         def near(recipe: Recipe) -> list[Recipe]:
             return [other for other in space if distance(recipe, other) == 1]
 
-        return Search(DEFAULT, space, near, self.measure, lambda r: self.estimates.get(r, 1.0),
-                      lambda: len(self.asked) >= self.budget)
+        return Search(DEFAULT, space, near, self.measure, self.estimate,
+                      lambda: len(self.asked) >= self.budget, lambda: len(self.estimated) < looks)
 
     @property
     def order(self) -> list[Recipe]:
@@ -91,12 +98,34 @@ def test_the_fastest_is_found() -> None:
 
 
 @pytest.mark.parametrize(("seconds", "workspace", "wins"), [
-    (0.99, 50, True), (1.005, 50, True), (0.99, 100, False), (1.0, 150, False), (0.97, 150, True),
-    (1.05, 0, False)])
+    (0.99, 50, True), (1.015, 50, True), (0.99, 100, False), (1.0, 150, False), (0.97, 150, True),
+    (1.05, 0, False), (0.99, 150, False)])
 def test_ties_go_to_less_workspace(seconds: float, workspace: int, wins: bool) -> None:
-    incumbent = Measured(DEFAULT, Outcome("ok", workspace=100), 1.0)
-    candidate = Measured(SPACE[1], Outcome("ok", workspace=workspace), 1 / seconds)
+    incumbent = Measured(DEFAULT, "unroll m", Outcome("ok", workspace=100), 1.5)
+    candidate = Measured(SPACE[1], "unroll m", Outcome("ok", workspace=workspace), 1.5 / seconds)
     assert better(candidate, incumbent) is wins
+
+
+def test_ties_in_workspace_go_to_the_simpler_schedule() -> None:
+    simple, other = (Measured(DEFAULT, text, Outcome("ok"), 1.5) for text in ("unroll m", "unroll c; unroll m"))
+    assert better(simple, other)
+    assert not better(other, simple)
+
+
+def test_a_tie_is_never_slower_than_the_default() -> None:
+    incumbent = Measured(DEFAULT, "unroll m", Outcome("ok", workspace=100), 1.005)
+    candidate = Measured(SPACE[1], "unroll m", Outcome("ok"), 0.995)
+    assert not better(candidate, incumbent)
+
+
+@pytest.mark.parametrize("seconds", [0.9, 0.985, 1.0, 1.01, 1.03])
+@pytest.mark.parametrize("workspace", [0, 100, 200])
+@pytest.mark.parametrize("text", ["split m 2", "split m 16"])
+def test_the_search_and_the_cache_choose_alike(seconds: float, workspace: int, text: str) -> None:
+    incumbent = Measured(DEFAULT, "split m 8", Outcome("ok", workspace=100), 1 / 0.95)
+    candidate = Measured(SPACE[1], text, Outcome("ok", workspace=workspace), 1 / (0.95 * seconds))
+    pair = [Contender(0.95, 100, "split m 8"), Contender(0.95 * seconds, workspace, text)]
+    assert better(candidate, incumbent) is (winner(pair, default=1.0) == 1)
 
 
 @pytest.mark.parametrize("status", ["failed", "wrong", "crashed", "timed out"])
@@ -129,9 +158,9 @@ def test_no_candidate_is_measured_twice() -> None:
 
 def test_the_race_follows_the_model() -> None:
     estimates = {recipe: float((11 * i) % 25) for i, recipe in enumerate(SPACE)}
-    lab = Lab(estimates=estimates)
-    lab.search().run()
-    expected = sorted(SPACE[1:], key=lambda r: estimates[r])[:RACERS]
+    lab, space = Lab(estimates=estimates), SPACE[:FIRST_LOOKS + 1]
+    lab.search(space).run()
+    expected = sorted(space[1:], key=lambda r: estimates[r])[:RACERS]
     assert lab.order[1:1 + RACERS] == expected
 
 
@@ -139,6 +168,65 @@ def test_recipes_without_a_schedule_are_not_measured() -> None:
     lab = Lab(estimates=dict.fromkeys(SPACE[1:20], None))
     lab.search().run()
     assert not set(lab.order) & set(SPACE[1:20])
+
+
+def test_what_the_model_has_no_time_for_is_measured_last() -> None:
+    lab = Lab(estimates=dict.fromkeys(SPACE[1:20], None))
+    lab.search(looks=0).run()
+    assert set(lab.order) == {DEFAULT, *SPACE[20:]}  # what makes no schedule is never measured
+    some = Lab(estimates={recipe: 1.0 / (i + 1) for i, recipe in enumerate(SPACE)}, budget=6)
+    some.search(looks=4).run()
+    first = some.order[1:5]
+    assert first == sorted(some.estimated[:4], key=lambda r: some.estimates[r] or 0)
+    assert some.order[5] == some.estimated[4]
+
+
+def test_the_model_looks_ahead_while_candidates_are_compiled() -> None:
+    estimates = {recipe: float((11 * i) % 25) for i, recipe in enumerate(SPACE)}
+    lab = Lab(estimates=estimates, budget=5)
+    search = lab.search(looks=2)
+    assert not search.look_ahead()  # nothing is to be tried yet
+    search.run_default()
+    measure = search.measure
+
+    def measure_meanwhile(recipe: Recipe, incumbent: Measured | None) -> Measured:
+        assert search.look_ahead()
+        return measure(recipe, incumbent)
+
+    search.measure = measure_meanwhile
+    search.run()
+    assert len(lab.estimated) == len(set(lab.estimated)) == 2 + 4
+    looked = [sorted(lab.estimated[:n], key=lambda r: estimates[r]) for n in (2, 3, 4, 5)]
+    for n, (recipe, known) in enumerate(zip(lab.order[1:], looked, strict=True)):
+        assert recipe == next(r for r in known if r not in lab.order[1:1 + n])  # the best of those seen so far
+
+
+def test_a_search_goes_on_where_it_paused() -> None:
+    seconds = {SPACE[13]: 0.5, SPACE[3]: 0.8}
+    whole = Lab(seconds)
+    whole.search().run()
+    bits = Lab(seconds, budget=0)
+    search = bits.search()
+    while not search.complete:
+        bits.budget += 3
+        search.run()
+    assert bits.order == whole.order
+
+
+def test_a_search_goes_on_from_what_is_recalled() -> None:
+    whole = Lab({SPACE[13]: 0.5, SPACE[3]: 0.8}, failing={SPACE[7]: "wrong"})
+    whole.search().run()
+    for cut in range(1, len(whole.order) + 1):
+        lab = Lab(whole.seconds, failing=whole.failing)
+        search = lab.search()
+        search.recall(map(whole.measured, whole.order[:cut]))
+        best = search.run()
+        assert best is not None
+        assert best.recipe == SPACE[13]
+        assert search.complete
+        assert not set(lab.order) & set(whole.order[:cut])
+    assert lab.order == []
+    assert set(lab.estimated) <= set(SPACE) - set(whole.order)
 
 
 @pytest.mark.parametrize(("text", "budget"), [
@@ -153,10 +241,3 @@ def test_budgets(text: str, budget: Budget) -> None:
 def test_budgets_that_are_none(text: str) -> None:
     with pytest.raises(TuneError, match="write a time such as 10s"):
         Budget.parse(text)
-
-
-def test_shares_sum_to_the_budget() -> None:
-    small, large = Conv2d(4, 8, 1, input_size=4), Conv2d(64, 64, 3, input_size=28)
-    parts = shares([(small, 1), (large, 1), (large, 3)], 60.0)
-    assert sum(parts) == pytest.approx(60)
-    assert 10 <= parts[0] < parts[1] < parts[2]
