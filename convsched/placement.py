@@ -6,18 +6,17 @@ copy loops are named after the tensor: ``x.h``, ``x.c``, so that later steps can
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
 from convsched.checks import PADDING, SMALL, checked, fail, require_loop
-from convsched.errors import ScheduleError
+from convsched.footprint import Box, Request, box_of, redirected, require_axes, uses, within
 from convsched.ir import (
     Affine,
     Body,
     Index,
-    Leaf,
     Load,
     Loop,
     Program,
@@ -25,8 +24,6 @@ from convsched.ir import (
     Store,
     Tensor,
     leaves,
-    map_leaves,
-    map_value,
     nested,
     storage_of,
 )
@@ -90,7 +87,7 @@ def stage(program: Program, tensor: str, at: str, where: Where, order: Sequence[
         raise fail(program, step, f"there is no tensor {tensor}", f"use one of {names}", mark)
     if at != "root":
         require_loop(program, step, at)
-    request = _Request(program, step, program.tensor(tensor), at, tuple(order), dict(align or {}))
+    request = Request(program, step, program.tensor(tensor), at, tuple(order), dict(align or {}))
     if where in ("registers", "buffer"):
         return checked(program, step, _shrunk(request, "register" if where == "registers" else "local"))
     if program.tensor(tensor).role not in ("input", "weight"):
@@ -127,58 +124,10 @@ def layout(program: Program, tensor: str, order: Sequence[str]) -> Program:
 
 def _stored(program: Program, name: str, order: Sequence[str]) -> Program:
     """The program with a local tensor stored in another order of its axes."""
-    request = _Request(program, f"layout {name} {' '.join(order)}", program.tensor(name), "root", tuple(order), {})
-    _require_axes(request, order)
+    request = Request(program, f"layout {name} {' '.join(order)}", program.tensor(name), "root", tuple(order), {})
+    require_axes(request, order)
     tensor = request.tensor
     return program.with_tensor(replace(tensor, storage=storage_of(tensor.letters, tensor.shape, tuple(order))))
-
-
-_Scope = tuple[tuple[Loop, ...], Body]  # the loops around a body, the body
-
-
-@dataclass(frozen=True)
-class _Request:
-    program: Program
-    step: str
-    tensor: Tensor
-    at: str
-    order: tuple[str, ...]
-    align: dict[str, int]
-
-    @property
-    def target(self) -> str:
-        """The buffer's name."""
-        return f"{self.tensor.name}_{'packed' if self.at == 'root' else f'at_{self.at}'}"
-
-    def fail(self, why: str, fix: str) -> ScheduleError:
-        return fail(self.program, self.step, why, fix, None if self.at == "root" else self.at)
-
-    def scopes(self) -> Iterator[_Scope]:
-        """The bodies of the loops ``at`` that use the tensor, with the loops around (``at`` included)."""
-        for item in self.program.stages:
-            for path, body in _loops_named(item.body, self.at) if self.at != "root" else [((), item.body)]:
-                if any(_uses(leaf, self.tensor.name) for _, leaf in leaves(body)):
-                    yield path, body
-
-    def around(self) -> dict[str, int]:
-        """The extents of the loops around those bodies, the greatest where a loop has several."""
-        extents: dict[str, int] = {}
-        for path, _ in self.scopes():
-            extents.update({loop.var: max(loop.extent, extents.get(loop.var, 0)) for loop in path})
-        return extents
-
-
-@dataclass(frozen=True)
-class _Box:
-    """What one iteration of ``at`` reads: from ``base``, ``sizes`` elements along each axis."""
-
-    base: Index
-    sizes: tuple[int, ...]
-    inner: Mapping[str, int]
-
-    def relative(self, index: Index) -> Index:
-        """An index within the box."""
-        return tuple(a - b for a, b in zip(index, self.base, strict=True))
 
 
 @dataclass(frozen=True)
@@ -190,19 +139,7 @@ class _Copy:
     index_of: Callable[[Index], Index]
 
 
-def _uses(leaf: Leaf, name: str) -> bool:
-    return any(n == name for n, _ in indices(leaf))
-
-
-def _loops_named(body: Body, var: str, path: tuple[Loop, ...] = ()) -> Iterator[_Scope]:
-    for statement in body:
-        if isinstance(statement, Loop):
-            if statement.var == var:
-                yield (*path, statement), statement.body
-            yield from _loops_named(statement.body, var, (*path, statement))
-
-
-def _shrunk(request: _Request, role: Literal["register", "local"]) -> Program:
+def _shrunk(request: Request, role: Literal["register", "local"]) -> Program:
     """A local tensor with room only for what one iteration uses."""
     program, name = request.program, request.tensor.name
     if request.tensor.role != "local":
@@ -213,35 +150,35 @@ def _shrunk(request: _Request, role: Literal["register", "local"]) -> Program:
     if role == "register" and (request.order or request.align):
         raise request.fail("registers have no order in memory", "leave the order and align out")
     scopes = list(request.scopes())
-    everywhere = sum(_uses(leaf, name) for s in program.stages for _, leaf in leaves(s.body))
-    inside = sum(_uses(leaf, name) for _, body in scopes for _, leaf in leaves(body))
-    users = [s.name for s in program.stages if any(_uses(leaf, name) for _, leaf in leaves(s.body))]
+    everywhere = sum(uses(leaf, name) for s in program.stages for _, leaf in leaves(s.body))
+    inside = sum(uses(leaf, name) for _, body in scopes for _, leaf in leaves(body))
+    users = [s.name for s in program.stages if any(uses(leaf, name) for _, leaf in leaves(s.body))]
     if everywhere != inside or len(users) > 1:
         raise request.fail(f"{name} is also used outside one loop {request.at}, in {', '.join(users)}",
                            "attach the other stages there first")
-    homes = [any(_uses(leaf, name) for _, leaf in leaves((top,))) for s in program.stages for top in s.body]
+    homes = [any(uses(leaf, name) for _, leaf in leaves((top,))) for s in program.stages for top in s.body]
     if role == "register" and sum(homes) > 1:
         raise request.fail(f"{name} would live in the registers of two loop nests", "stage before peel")
     for path, body in scopes:
         _require_fresh(request, path, body)
-    box = _box(request)
+    box = box_of(request)
     kept = [axis for axis, size in enumerate(box.sizes) if size > 1] or [len(box.sizes) - 1]
     if role == "local":
         kept = list(range(len(box.sizes)))
     letters = tuple(request.tensor.letters[axis] for axis in kept)
     shape = tuple(box.sizes[axis] for axis in kept)
     if request.order:
-        _require_axes(request, request.order)
+        require_axes(request, request.order)
     tile = Tensor(name, letters, shape, role, storage_of(letters, shape, request.order or None, request.align))
 
     def access(index: Index) -> Index:
         within = box.relative(index)
         return tuple(within[axis] for axis in kept)
 
-    return _within(request, lambda body: _redirected(body, name, name, access)).with_tensor(tile)
+    return within(request, lambda body: redirected(body, name, name, access)).with_tensor(tile)
 
 
-def _require_fresh(request: _Request, path: tuple[Loop, ...], body: Body) -> None:
+def _require_fresh(request: Request, path: tuple[Loop, ...], body: Body) -> None:
     """Raise unless each iteration sets the tensor before it reads it, and hands nothing on to the next."""
     name = request.tensor.name
     if path[-1].kind == "vector":
@@ -258,8 +195,8 @@ def _require_fresh(request: _Request, path: tuple[Loop, ...], body: Body) -> Non
                                "stage inside the loops of the output only")
 
 
-def _copied(request: _Request, packed: bool) -> Program:
-    box = _box(request)
+def _copied(request: Request, packed: bool) -> Program:
+    box = box_of(request)
     order, target = request.order or request.tensor.order, request.target
     for entry, multiple in request.align.items():
         if entry not in order or multiple < 1:
@@ -273,80 +210,23 @@ def _copied(request: _Request, packed: bool) -> Program:
                            f"use smaller multiples, blocks or factors: at most {most} elements")
 
     def filled(body: Body) -> Body:
-        used = _redirected(body, request.tensor.name, target, copy.index_of)
+        used = redirected(body, request.tensor.name, target, copy.index_of)
         return used if request.at == "root" else copy.body + used
 
-    program = _within(request, filled).with_tensor(copy.buffer)
+    program = within(request, filled).with_tensor(copy.buffer)
     if request.at != "root":
         return program
     first = next(i for i, s in enumerate(program.stages)
-                 if any(_uses(leaf, target) for _, leaf in leaves(s.body)))
+                 if any(uses(leaf, target) for _, leaf in leaves(s.body)))
     when: Literal["bind", "run"] = "bind" if request.tensor.role == "weight" else "run"
     pack = Stage(f"pack {request.tensor.name}", copy.body, when)
     return replace(program, stages=(*program.stages[:first], pack, *program.stages[first:]))
 
 
-def _box(request: _Request) -> _Box:
-    """The union of what all accesses inside ``at`` touch; they must share the part outside."""
-    found: list[tuple[Index, dict[str, int]]] = []
-    outside: set[str] = set()
-    for path, body in request.scopes():
-        outside |= {loop.var for loop in path}
-        for around, leaf in leaves(body):
-            extents = {loop.var: loop.extent for loop in around}
-            found += [(index, extents) for n, index in indices(leaf) if n == request.tensor.name]
-    if not found:
-        raise request.fail(f"nothing inside {request.at} uses {request.tensor.name}", "choose another loop")
-    inner: dict[str, int] = {}
-    for _, extents in found:
-        inner.update({var: max(extent, inner.get(var, 0)) for var, extent in extents.items()})
-    if outside & inner.keys():
-        both = ", ".join(sorted(outside & inner.keys()))
-        raise request.fail(f"{both} is inside one loop {request.at} and around another", "stage before peel")
-    base, sizes = [], []
-    for axis in range(len(request.tensor.shape)):
-        outer = {index[axis] - index[axis].part(inner) - index[axis].constant for index, _ in found}
-        if len(outer) != 1:
-            raise request.fail(f"accesses to {request.tensor.name} differ outside {request.at}", "choose an outer loop")
-        bounds = [(index[axis].part(extents) + index[axis].constant).bounds(extents) for index, extents in found]
-        low = min(b[0] for b in bounds)
-        base.append(next(iter(outer)) + low)
-        sizes.append(max(b[1] for b in bounds) - low + 1)
-    return _Box(tuple(base), tuple(sizes), inner)
-
-
-def _within(request: _Request, change: Callable[[Body], Body]) -> Program:
-    """The program with the bodies of the loops ``at`` that use the tensor changed."""
-    def walk(body: Body) -> Body:
-        return tuple(loop(s) if isinstance(s, Loop) else s for s in body)
-
-    def loop(found: Loop) -> Loop:
-        if found.var != request.at:
-            return replace(found, body=walk(found.body))
-        used = any(_uses(leaf, request.tensor.name) for _, leaf in leaves(found.body))
-        return replace(found, body=change(found.body)) if used else found
-
-    return request.program.with_body(change if request.at == "root" else walk)
-
-
-def _redirected(body: Body, name: str, target: str, index_of: Callable[[Index], Index]) -> Body:
-    """The body with the accesses to one tensor made accesses to another."""
-    def load(access: Load) -> Load:
-        return Load(target, index_of(access.index)) if access.tensor == name else access
-
-    def change(leaf: Leaf) -> Leaf:
-        value = map_value(leaf.value, load)
-        if leaf.tensor != name:
-            return replace(leaf, value=value)
-        return replace(leaf, tensor=target, index=index_of(leaf.index), value=value)
-
-    return map_leaves(body, change)
-
-
-def _window_copy(request: _Request, box: _Box) -> _Copy:
+def _window_copy(request: Request, box: Box) -> _Copy:
     source = request.tensor
     order = request.order or source.order
-    _require_axes(request, order)
+    require_axes(request, order)
     names = [f"{source.name}.{letter}" for letter in source.letters]
     read = tuple(b + n for b, n in zip(box.base, names, strict=True))
     copy = Store(request.target, tuple(Affine.of(n) for n in names), Load(source.name, read),
@@ -358,21 +238,7 @@ def _window_copy(request: _Request, box: _Box) -> _Copy:
     return _Copy(buffer, nested(loops, copy), box.relative)
 
 
-def _require_axes(request: _Request, order: Sequence[str]) -> None:
-    """Raise unless an order has each axis once: as ``c``, or as ``c/16`` before or after ``c%16``."""
-    letters = request.tensor.letters
-    parts = {letter: sorted(entry[1:] for entry in order if entry[:1] == letter) for letter in letters}
-    whole = sum(map(len, parts.values())) == len(order)
-    for part in parts.values():
-        block = part[0][1:] if part else ""
-        blocked = block.isascii() and block.isdigit() and len(block) < 10 and int(block) > 0
-        whole = whole and (part == [""] or (blocked and part == [f"%{block}", f"/{block}"]))
-    if not whole:
-        raise request.fail(f"the order {' '.join(order)} does not name the axes {' '.join(letters)}",
-                           "name each axis once, as c or as c/16 and c%16")
-
-
-def _packed_copy(request: _Request, box: _Box) -> _Copy:
+def _packed_copy(request: Request, box: Box) -> _Copy:
     source = request.tensor
     index = _source_index(request)
     used = {var for i in index for var in i.variables if var in box.inner}
@@ -394,7 +260,7 @@ def _packed_copy(request: _Request, box: _Box) -> _Copy:
     return _Copy(buffer, nested(extents, copy), lambda _: place)
 
 
-def _source_index(request: _Request) -> Index:
+def _source_index(request: Request) -> Index:
     """The one index by which the tensor is read (packing has one order of use)."""
     found = {index for _, body in request.scopes() for _, leaf in leaves(body)
              for n, index in indices(leaf) if n == request.tensor.name}
@@ -404,7 +270,7 @@ def _source_index(request: _Request) -> Index:
     return next(iter(found))
 
 
-def _in_reach(request: _Request, read: Index, inner: Mapping[str, int]) -> tuple[Affine, ...]:
+def _in_reach(request: Request, read: Index, inner: Mapping[str, int]) -> tuple[Affine, ...]:
     """Guards that keep a copy inside the tensor where a ragged split makes the box reach past its end."""
     extents = {**inner, **request.around()}
     guards = []

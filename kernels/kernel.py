@@ -19,7 +19,7 @@ import numpy as np
 from convsched.algorithms import named
 from convsched.errors import ArrayError
 from convsched.ir import Program, leaves
-from convsched.kernels import jit
+from convsched.kernels import binding, jit
 from convsched.kernels.arrays import (
     Array,
     activation_shape,
@@ -29,7 +29,6 @@ from convsched.kernels.arrays import (
     clear_tail,
 )
 from convsched.kernels.llvm import arguments, emit, names, symbols
-from convsched.kernels import binding
 from convsched.kernels.packing import aligned_zeros, plain
 from convsched.kernels.pool import run_all
 from convsched.machine import Machine

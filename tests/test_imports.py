@@ -19,7 +19,7 @@ ORDER = (  # left may not see right
     "bilinear sums accuracy",
     "ir",
     "text verify interp reference address baseline examples",
-    "schedule steps placement legality checks peeling skipping fusing",
+    "schedule steps placement legality checks peeling skipping fusing footprint",
     "recipes tiles toeplitz analytic algorithms lower",
     "kernels",
     "autotune",
