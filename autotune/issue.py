@@ -5,7 +5,8 @@ iterations read is loaded once, and the time is at least
 
     max(arithmetic, loads, latency of sums)
 
-and stores, shuffles and tests of borders come on top: they use the same pipes between the sums. How an
+and stores, shuffles and tests of borders come on top: they use the same pipes between the sums. A guard that
+all statements of a run-time loop share is a bound of that loop: of its iterations, only those run. How an
 access is loaded or stored follows the emitter: neighbours as a vector, one element for all lanes as a
 broadcast, a constant distance as rows transposed in registers, anything else lane by lane.
 
@@ -15,12 +16,13 @@ and one vector load a cycle); `bench/rank_correlation.py` says how well they do 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from convsched.ir import Affine, Body, Index, Leaf, Loop, Op, Program, Reduce, Tensor, loads
+from convsched.ir import Affine, Body, Index, Leaf, Loop, Op, Program, Reduce, Tensor, leaves, loads
 
 LATENCY = 4  # of an FMA: sums in flight that keep one pipe busy
 BROADCAST = 0.5  # a load of one element for all lanes, in vector loads: half the width
@@ -60,6 +62,7 @@ class Around:
     extents: Mapping[str, int]
     unrolled: Mapping[str, int] = field(default_factory=dict)
     lane: str = ""
+    granted: frozenset[Affine] = frozenset()  # guards that the bounds of loops ensure
 
     @property
     def lanes(self) -> int:
@@ -79,8 +82,11 @@ class Issue:
         for leaf, inside in self._straight(body, around):
             if isinstance(leaf, Loop):
                 times = math.prod(inside.unrolled.values()) / math.prod(around.unrolled.values())
-                here = Around({**inside.extents, leaf.var: leaf.extent})
-                total += times * (ENTRY + leaf.extent * (STEP + self.time(leaf.body, here)))
+                extents = {**inside.extents, leaf.var: leaf.extent}
+                guards = _bounds(leaf, extents)
+                here = Around(extents, granted=inside.granted | guards)
+                iterations = leaf.extent * _share(guards, extents)
+                total += times * (ENTRY + iterations * (STEP + self.time(leaf.body, here)))
             else:
                 self._count(leaf, inside, straight)
         return total + straight.time(self.load)
@@ -95,7 +101,7 @@ class Issue:
                 lane = statement.var if statement.kind == "vector" and statement.extent > 1 else around.lane
                 unrolled = around.unrolled if lane == statement.var else {
                     **around.unrolled, statement.var: statement.extent}
-                yield from self._straight(statement.body, Around(extents, unrolled, lane))
+                yield from self._straight(statement.body, Around(extents, unrolled, lane, around.granted))
             else:
                 yield statement, around
 
@@ -141,19 +147,19 @@ class Issue:
         tensor, index = self.program.tensor(leaf.tensor), leaf.index
         count = math.prod(around.unrolled.values())
         stride = _stride(tensor, index, around.lane)
-        masked = any(w.bounds(around.extents)[1] >= 0 for w in leaf.where)
+        guards = [w for w in leaf.where if w not in around.granted and w.bounds(around.extents)[1] >= 0]
         if isinstance(leaf, Reduce):
             straight.loads += count
         if stride <= 1:
             straight.stores += count
-            straight.extra += count * MASKED_STORE * masked
+            straight.extra += count * MASKED_STORE * bool(guards)
         elif (rows := _run(tensor, index, around)) > 1:
             full, part = divmod(rows, around.lanes)
             straight.extra += count / rows * around.lanes * (
                 full * SQUARE + (PART_SQUARE + part * PART_ROW if part else 0))
         else:
             straight.extra += count * around.lanes * SCATTER
-        if masked and any(_is_dynamic(w, around) for w in leaf.where):
+        if any(_is_dynamic(w, around) for w in guards):
             straight.extra += count * MASK
 
 
@@ -169,10 +175,34 @@ def _guarded(tensor: Tensor, index: Index, around: Around) -> tuple[int, int, bo
             safe *= len(places)  # known now: a constant mask
             continue
         low, high = a.part(v for v in a.variables if v not in around.unrolled).bounds(around.extents)
-        inside = sum(place + low >= 0 and place + high < end for place in places)
+        above, below = a * -1 - 1 in around.granted, a - end in around.granted
+        inside = sum((above or place + low >= 0) and (below or place + high < end) for place in places)
         safe *= inside
         moving |= inside < len(places) and around.lane in a.variables
     return count, count - safe, moving
+
+
+def _bounds(loop: Loop, extents: Mapping[str, int]) -> frozenset[Affine]:
+    """The guards that all statements of a loop share and that bound its variable, as the emitter finds them."""
+    every = [set(leaf.where) for _, leaf in leaves(loop.body)]
+    return frozenset(w for w in set.intersection(*every) if loop.var in w.variables
+                     and w.variables <= extents.keys() and w.bounds(extents)[1] >= 0)
+
+
+def _share(guards: frozenset[Affine], extents: Mapping[str, int]) -> float:
+    """The share of the points of the loops at which all guards hold."""
+    names = sorted({v for w in guards for v in w.variables})
+    return _holding(guards, tuple((name, extents[name]) for name in names)) if guards else 1.0
+
+
+@lru_cache(maxsize=4096)
+def _holding(guards: frozenset[Affine], extents: tuple[tuple[str, int], ...]) -> float:
+    names, counts = [name for name, _ in extents], [count for _, count in extents]
+    holds = 0
+    for values in itertools.product(*map(range, counts)):
+        point = dict(zip(names, values, strict=True))
+        holds += all(w.evaluate(point) < 0 for w in guards)
+    return holds / math.prod(counts)
 
 
 def _is_dynamic(a: Affine, around: Around) -> bool:

@@ -2,7 +2,7 @@
 
     Program  = tensors, stages                        Stage = name, when, body
     Body     = statements in order
-             | Loop(var, extent, body, kind)          kind: serial | unroll | vector | parallel
+             | Loop(var, extent, body, kind, ahead)   kind: serial | unroll | vector | parallel
              | Store(tensor, index, value, where)     t[i, j] = v
              | Reduce(tensor, index, value, where)    t[i, j] += v
     Value    = Load(tensor, index) | Const(number) | Op(name, values)
@@ -12,7 +12,8 @@
 
 Local and register tensors are zero when a program starts. A read of a tensor inside its ``border`` (a
 virtual frame around the shape, used for padding) gives zero. A ``constant`` tensor has its values in the
-program: after unrolling, its zeros vanish and its ones become plain additions. Stages run in order; those with
+program: after unrolling, its zeros vanish and its ones become plain additions. A loop's ``ahead`` are (tensor,
+iterations): a hint to fetch what the tensor gives so many iterations later. Stages run in order; those with
 ``when="bind"`` depend on weights only and run once, when weights are bound.
 """
 
@@ -247,6 +248,7 @@ class Loop:
     extent: int
     body: Body
     kind: Kind = "serial"
+    ahead: tuple[tuple[str, int], ...] = ()
 
 
 Leaf = Store | Reduce

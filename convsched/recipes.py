@@ -5,13 +5,14 @@
 ``depthwise``  vectors of channels, one filter a lane, for layouts that keep channels together.
 
 A recipe is a frozen dataclass; ``recipe.schedule(problem, layout)`` writes its steps. Register accumulators
-are ``stage t``, packing is ``stage x`` and ``layout w``; nothing here is known to the emitter.
+are ``stage t``, packing is ``stage x`` and ``layout w``; nothing here is known to the emitter. Any other module
+may define a recipe: ``Recipe`` says what one has.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import Field, dataclass
+from typing import Any, ClassVar, Literal, Protocol
 
 from convsched.lower.direct import taps
 from convsched.problem import Conv2d, Linear, Problem
@@ -21,6 +22,7 @@ from convsched.schedule import (
     Layout,
     Parallel,
     Peel,
+    Prefetch,
     Reorder,
     Schedule,
     Skip,
@@ -30,6 +32,19 @@ from convsched.schedule import (
     Unroll,
     Vectorize,
 )
+
+
+class Recipe(Protocol):
+    """A frozen dataclass of parameters that writes a schedule."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    @property
+    def name(self) -> str:
+        """The same whatever the parameters."""
+
+    def schedule(self, problem: Problem, layout: str = "nchw") -> Schedule:
+        """The steps for a problem, with activations stored as ``layout`` says."""
 
 
 def is_flat(problem: Problem) -> bool:
@@ -71,6 +86,12 @@ class Channels:
     piece of the input; ``depth`` input channels are summed before the next filter tap; ``unroll`` of them
     are written out. Products with padding are left out along the axes to ``skip``; along "hw", the input
     needs no copy with a border.
+
+    ``tail`` is what becomes of a remainder: "peel" gives it an own copy of the nest; "overlap" does so for
+    channels, and moves the last tile of a row of pixels back, to be computed twice in part; "mask" runs all
+    tiles in full and stores what is inside. In the copy of the input, rows of all channels ("nchw"), pixels
+    ("nhwc"), planes ("nchw16c") or tiles ("packed") are a multiple of ``align`` elements apart, if it is not 0.
+    Weights are fetched ``prefetch`` iterations of the loop over channels before they are used, if it is not 0.
     """
 
     lanes: int
@@ -83,7 +104,10 @@ class Channels:
     pack: Literal["none", "window", "packed"]
     parallel: Literal["pixels", "channels"] = "pixels"
     skip: Literal["", "h", "hw"] = ""
-    name = "channels"
+    tail: Literal["peel", "overlap", "mask"] = "peel"
+    align: int = 0
+    prefetch: int = 0
+    name: ClassVar[str] = "channels"
 
     def schedule(self, problem: Problem, layout: str = "nchw") -> Schedule:
         """The steps for a problem."""
@@ -100,17 +124,21 @@ def _channels(p: Channels, problem: Problem, layout: str) -> list[Step]:
     c_factors = (depth, p.unroll) if depth < c_extent else (p.unroll,)
     c = Axis.cut("c", c_extent, *c_factors)
     head = [*(["n"] if conv else []), *(["g"] if groups > 1 else [])]
+    factors: tuple[int, ...]
+    row_peels: tuple[Step, ...] = ()
     if conv is None or flat:
         loop, extent = ("p", conv.E * conv.F) if conv else ("n", problem.N)
-        column = Axis.cut(loop, extent, p.block * p.pixels, p.pixels)
+        wide = p.block * p.pixels
+        wide = min(wide, extent) if p.tail == "overlap" else wide  # of a single block: then tiles alone are ragged
+        column = Axis.cut(loop, extent, wide, p.pixels)
         row = Axis((), ())
         outer, tiles, inner = column.names[0], [column.names[1]], [column.names[2]]
-        pixel_peels = column.peels(extent, p.block * p.pixels, p.pixels)
+        factors = wide, p.pixels
     else:
         row_factors = (p.block * p.rows, p.rows) if p.rows > 1 else (p.block,)
         row, column = Axis.cut("e", conv.E, *row_factors), Axis.cut("f", conv.F, p.pixels)
         outer, tiles, inner = row.names[0], [row.names[1], column.names[0]], [*row.names[2:], column.names[1]]
-        pixel_peels = (*row.peels(conv.E, *row_factors), *column.peels(conv.F, p.pixels))
+        factors, row_peels, extent = (p.pixels,), row.peels(conv.E, *row_factors), conv.F
     at, sums = tiles[-1], [*c.names[:-2], *taps(problem), *c.names[-2:]]
     skipped = _skip(problem, p.skip)
     return [
@@ -121,9 +149,19 @@ def _channels(p: Channels, problem: Problem, layout: str) -> list[Step]:
         Layout("w", (*(["g"] if groups > 1 else []), m.names[0], *sums, *m.names[1:])),
         Unroll((c.names[-1], *inner, m.names[1])), Vectorize((m.names[2],)),
         Parallel(outer if p.parallel == "pixels" else m.names[0]),
-        *m.peels(m_extent, p.vectors * p.lanes), *pixel_peels, *c.peels(c_extent, *c_factors),
+        *([] if p.tail == "mask" else m.peels(m_extent, p.vectors * p.lanes)), *row_peels,
+        *_pixel_tail(p, column, extent, *factors), *c.peels(c_extent, *c_factors),
         *([Peel(name, "guarded") for name in (at, *(["s"] if "s" in sums else []))]
-          if any("w" in step.axes for step in skipped) else [])]
+          if any("w" in step.axes for step in skipped) else []),
+        *([Prefetch("w_packed", c.names[-2], p.prefetch)] if p.prefetch else [])]
+
+
+def _pixel_tail(p: Channels, column: Axis, extent: int, *factors: int) -> tuple[Step, ...]:
+    """What becomes of the last, ragged tile of a row of pixels, and of a ragged block of tiles around it."""
+    peels = column.peels(extent, *factors)
+    if p.tail == "peel" or not extent % p.pixels:
+        return peels
+    return peels[:-1] if p.tail == "mask" else (*peels[:-1], Peel(column.names[len(factors) - 1], "overlap"))
 
 
 def _skip(problem: Problem, axes: str) -> list[Skip]:
@@ -136,21 +174,39 @@ def _skip(problem: Problem, axes: str) -> list[Skip]:
     return [Skip("x", found)] if found else []
 
 
+PADDED = {"nchw": "h", "nhwc": "w", "nchw16c": "c/16"}  # what ``align`` sets apart in a window
+
+
+def copy_stride(p: Channels, problem: Conv2d, layout: str) -> int:
+    """Elements between what ``align`` sets apart in the copy of the input; 0 where there is no copy."""
+    channels = problem.C // problem.groups
+    if p.pack == "packed":
+        return channels * problem.R * problem.S * p.pixels
+    if p.pack == "none" or layout == "nhwc":
+        return channels if p.pack == "window" else 0
+    wide = -(-problem.F // p.pixels) * p.pixels
+    width = (wide - 1) * problem.stride[1] + (problem.S - 1) * problem.dilation[1] + 1
+    height = (p.block * p.rows - 1) * problem.stride[0] + (problem.R - 1) * problem.dilation[0] + 1
+    return channels * width if layout == "nchw" else height * width * 16
+
+
 def _pack_input(p: Channels, layout: str, outer: str, tiles: list[str], sums: list[str],
                 inner: list[str]) -> list[Step]:
     """The copy of the input that the tiles of one block share."""
     if p.pack == "packed":  # in the order of use: [tile][channel, tap][pixel]
         pixel, copied = f"x.{inner[-1]}", [f"x.{name}" for name in (*sums, *tiles, *inner[:-1])]
-        return [StageAt("x", outer, "packed", (*tiles, *sums, *inner)), Reorder((*copied, pixel)),
+        align = ((tiles[-1], p.align),) if p.align else ()
+        return [StageAt("x", outer, "packed", (*tiles, *sums, *inner), align), Reorder((*copied, pixel)),
                 Split(pixel, p.lanes, f"{pixel}_0", f"{pixel}_1", "mask" if p.pixels % p.lanes else "none"),
                 Unroll((f"{pixel}_0",)), Vectorize((f"{pixel}_1",))]
     if p.pack == "window":
+        align = ((PADDED[layout], p.align),) if p.align else ()
         order = {"nchw": ("n", "h", "c", "w"), "nhwc": ("n", "h", "w", "c"),
                  "nchw16c": ("n", "c/16", "h", "w", "c%16")}[layout]
         if layout == "nchw":
-            return [StageAt("x", outer, "window", order), Split("x.w", p.lanes, "x.w0", "x.w1", "mask"),
+            return [StageAt("x", outer, "window", order, align), Split("x.w", p.lanes, "x.w0", "x.w1", "mask"),
                     Vectorize(("x.w1",))]
-        return [StageAt("x", outer, "window", order), Split("x.c", p.lanes, "x.c0", "x.c1", "mask"),
+        return [StageAt("x", outer, "window", order, align), Split("x.c", p.lanes, "x.c0", "x.c1", "mask"),
                 Reorder(("x.c0", "x.h", "x.w", "x.c1") if layout == "nchw16c" else
                         ("x.h", "x.w", "x.c0", "x.c1")), Vectorize(("x.c1",))]
     return []
@@ -161,8 +217,9 @@ class Pixels:
     """Tile of ``maps`` output channels by ``rows`` rows by ``vectors`` vectors along the row.
 
     The filter taps are written out, so that an input vector is loaded once for all rows that use it.
-    Borders are masked loads; the first and last tile of rows have copies of their own where
-    ``peel_borders``.
+    Borders are masked loads; the first and last tile of rows, and the first of columns, have copies of their own
+    where ``peel_borders``. ``order`` is what runs outside in the written-out code: all rows for each tap, or all taps
+    for each row, which keeps fewer input vectors waiting. ``lanes`` may be half a register, for short rows.
     """
 
     lanes: int
@@ -171,7 +228,8 @@ class Pixels:
     vectors: int
     unroll_taps: bool
     peel_borders: bool
-    name = "pixels"
+    order: Literal["taps", "rows"] = "taps"
+    name: ClassVar[str] = "pixels"
 
     def schedule(self, problem: Problem, layout: str = "nchw") -> Schedule:
         """The steps for a problem."""
@@ -190,8 +248,9 @@ def _pixels(p: Pixels, problem: Problem) -> list[Step]:
     head = ["n"] + (["g"] if problem.groups > 1 else [])
     row_tile, row_inner = list(row.names[:1]), list(row.names[1:])
     steps += [*m.steps, *row.steps, *column.steps]
-    steps.append(Reorder((*head, m.names[0], *row_tile, column.names[0], "c", *taps(problem), m.names[1],
-                          *row_inner, *column.names[1:])))
+    tile = [m.names[1], *row_inner]
+    inner = [*taps(problem), *tile] if p.order == "taps" else [*tile, *taps(problem)]
+    steps.append(Reorder((*head, m.names[0], *row_tile, column.names[0], "c", *inner, *column.names[1:])))
     at = column.names[0]
     steps += [Attach("init", at), Attach("epilogue", at), StageAt("t", at, "registers")]
     if p.peel_borders and p.unroll_taps:
@@ -207,6 +266,8 @@ def _pixels(p: Pixels, problem: Problem) -> list[Step]:
         if p.peel_borders:
             steps.append(Peel(row.names[0], "guarded"))
     steps += column.peels(extent, p.vectors * p.lanes)
+    if p.peel_borders and problem.padding[1] and extent > p.vectors * p.lanes:
+        steps.append(Peel(at, "first"))
     return steps
 
 
@@ -226,7 +287,7 @@ class Depthwise:
     rows: int
     pixels: int
     unroll_taps: bool
-    name = "depthwise"
+    name: ClassVar[str] = "depthwise"
 
     def schedule(self, problem: Problem, layout: str = "nchw16c") -> Schedule:
         """The steps for a problem with as many groups as channels in and out."""
@@ -245,6 +306,3 @@ class Depthwise:
             steps += [Peel(row.names[0], "first"), Peel(at, "first")]
         steps += [Peel(row.names[0]), Peel(at)]
         return Schedule(tuple(steps))
-
-
-Recipe = Channels | Pixels | Depthwise

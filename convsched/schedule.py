@@ -4,6 +4,7 @@ The text form is one step after another, separated by ``;``:
 
     split m 32 -> m0 m1 tail=mask; reorder m0 e c m1; fuse e f -> p; unroll m1; vectorize m2; parallel m0
     stage x at e window h c w align=h:16; layout w m0 c r s m1; attach epilogue at e; peel m0 last
+    prefetch w at c0 ahead=16
 
 ``parse_schedule(schedule.text) == schedule`` for every schedule: a step checks its fields when it is made,
 so that no object can say what no text says.
@@ -18,7 +19,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import ClassVar, Literal, assert_never, get_args
 
-from convsched import fusing, peeling, placement, skipping, steps
+from convsched import fusing, peeling, placement, prefetching, skipping, steps
 from convsched.checks import bounded, fail
 from convsched.errors import ScheduleError
 from convsched.ir import Program
@@ -65,7 +66,7 @@ _SEVERAL: _Rule = (lambda v: isinstance(v, tuple) and bool(v) and all(map(_is_na
                    "a tuple of names such as ('m0', 'c')")
 _RULES: dict[str, _Rule] = {
     **dict.fromkeys(("loop", "outer", "inner", "first", "second", "fused", "tensor", "at", "stage"), _A_NAME),
-    "factor": (_is_number, f"an integer of at most {MOST}, not negative"),
+    **dict.fromkeys(("factor", "ahead"), (_is_number, f"an integer of at most {MOST}, not negative")),
     **dict.fromkeys(("loops", "axes"), _SEVERAL),
     "Layout.order": (lambda v: bool(v) and _is_order(v), "a tuple of names such as ('m0', 'c') or ('c/16', 'c%16')"),
     "StageAt.order": (_is_order, "a tuple of names such as ('h', 'c/16')"),
@@ -225,7 +226,19 @@ class Skip(_Checked):
         return f"skip {self.tensor} {' '.join(self.axes)}"
 
 
-Step = Split | Reorder | Fuse | Unroll | Vectorize | Parallel | StageAt | Layout | Attach | Peel | Skip
+@dataclass(frozen=True)
+class Prefetch(_Checked):
+    """Fetch what ``tensor`` gives ``ahead`` iterations later; see ``prefetching.prefetch``."""
+
+    tensor: str
+    at: str
+    ahead: int
+
+    def __str__(self) -> str:
+        return f"prefetch {self.tensor} at {self.at} ahead={self.ahead}"
+
+
+Step = Split | Reorder | Fuse | Unroll | Vectorize | Parallel | StageAt | Layout | Attach | Peel | Skip | Prefetch
 
 
 @dataclass(frozen=True)
@@ -324,6 +337,8 @@ def apply_step(program: Program, step: Step) -> Program:
             return steps.attach(program, step.stage, step.at)
         case Skip():
             return skipping.skip(program, step.tensor, step.axes)
+        case Prefetch():
+            return prefetching.prefetch(program, step.tensor, step.at, step.ahead)
         case Peel():
             return peeling.peel(program, step.loop, step.which)
         case _:
@@ -360,6 +375,9 @@ _FORMS: tuple[tuple[str, str, Callable[[dict[str, str]], Step]], ...] = (
      lambda m: Attach(m["stage"], m["at"])),
     ("skip TENSOR AXIS ...", rf"skip (?P<tensor>{_NAME}) (?P<axes>{_NAMES})",
      lambda m: Skip(m["tensor"], tuple(m["axes"].split()))),
+    ("prefetch TENSOR at LOOP ahead=ITERATIONS",
+     rf"prefetch (?P<tensor>{_NAME}) at (?P<at>{_NAME}) ahead=(?P<ahead>{_NUMBER})",
+     lambda m: Prefetch(m["tensor"], m["at"], int(m["ahead"]))),
     ("peel LOOP [first|last|guarded|overlap]", rf"peel (?P<loop>{_NAME})(?: (?P<which>first|last|guarded|overlap))?",
      lambda m: Peel(m["loop"], m["which"] or "last")),  # type: ignore[arg-type]
 )

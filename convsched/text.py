@@ -120,11 +120,16 @@ def _marked(line: list[Loop], depth: int, mark: str | None) -> str:
 def _header(line: list[Loop]) -> str:
     parts = []
     for kind, group in groupby(line, key=lambda loop: loop.kind):
-        bounds = [f"{loop.var} < {loop.extent}" for loop in group]
+        bounds = [f"{loop.var} < {loop.extent}{_ahead(loop)}" for loop in group]
         word = _WORDS[kind]
         parts += [f"{word} {', '.join(bounds)}:"] if kind in ("unroll", "vector") else [
             f"{word} {bound}:" for bound in bounds]
     return " ".join(parts)
+
+
+def _ahead(loop: Loop) -> str:
+    """What a loop fetches ahead of its use."""
+    return "".join(f" ({tensor} {iterations} ahead)" for tensor, iterations in loop.ahead)
 
 
 def _wrapped(text: str, depth: int) -> list[str]:
