@@ -10,10 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from convsched.lower.fft_layers import Fft
 from convsched.machine import Machine
 from convsched.problem import Conv2d, Linear, Problem
 from convsched.recipes import Channels, Depthwise, Pixels, Recipe, is_flat
-from convsched.tiles import Tiles, tile_counts
+from convsched.tiles import LongTiles, Register, Tiles, tile_counts
 from convsched.toeplitz import Toeplitz
 
 LATENCY = 8  # FMAs in flight that keep two pipes of four cycles busy
@@ -166,15 +167,36 @@ def meets_input(problem: Problem) -> bool:
 def _pixels(problem: Conv2d, machine: Machine) -> Pixels:
     maps = problem.M // problem.groups
     columns = problem.E * problem.F if is_flat(problem) else problem.F
+    half = machine.lanes // 2
+    lanes = half if half >= 4 and columns <= half else machine.lanes  # short rows leave most of a register idle
+    whole = -(-columns // lanes)
     accumulators = 20 if machine.registers >= 32 else 8
-    whole = -(-columns // machine.lanes)
-    vectors = whole if whole <= accumulators else _near_divisor(whole, accumulators // 2)
-    tile = min(maps, 4, max(1, accumulators // vectors))
-    rows = 1 if is_flat(problem) else min(max(2, 8 // (vectors * tile)), 7, problem.E)
+    many = False
+    if maps == 1 and not is_flat(problem):
+        tile, (vectors, rows, many) = 1, _depthwise_tile(problem, machine, whole)
+    else:
+        vectors = whole if whole <= accumulators else _near_divisor(whole, accumulators // 2)
+        tile = min(maps, 4, max(1, accumulators // vectors))
+        rows = 1 if is_flat(problem) else min(max(2, 8 // (vectors * tile)), 7, problem.E)
     products = problem.R * problem.S * tile * rows * vectors  # vector FMAs of a tile and input channel
     copies = min(3, -(-problem.E // rows))  # of the nest, with the first and last rows peeled
-    return Pixels(lanes=machine.lanes, maps=tile, rows=rows, vectors=vectors, unroll_taps=products <= 400,
-                  peel_borders=products * copies <= 800 and meets_input(problem))
+    return Pixels(lanes=lanes, maps=tile, rows=rows, vectors=vectors, unroll_taps=products <= 400,
+                  peel_borders=products * copies <= 800 and meets_input(problem), order="rows" if many else "taps")
+
+
+def _depthwise_tile(problem: Conv2d, machine: Machine, whole: int) -> tuple[int, int, bool]:
+    """(vectors, rows) of a tile, and whether taps run inside rows. A stride has loads that are shuffled, so that
+    few rows keep the registers busy; so do many taps."""
+    large, strided = problem.R * problem.S > 9, problem.stride[1] > 1
+    most = 16 >> (large + (machine.registers < 32))
+    vectors = min(whole, 2 if strided else 4)
+    if strided:
+        rows = min(problem.E, (8 if vectors == 1 else 3) // (2 if large else 1))
+    elif problem.E * vectors <= most:
+        rows = problem.E
+    else:
+        rows = min(problem.E, 8 if vectors == 1 else 4, most // vectors)
+    return vectors, rows, vectors * rows > 8 or (strided and not large)
 
 
 def _depthwise(problem: Conv2d, machine: Machine) -> Depthwise:
@@ -198,12 +220,42 @@ def default_tiles(problem: Conv2d, outputs: tuple[int, int], machine: Machine, l
     return Tiles(machine.lanes, outputs, block, vectors=1, pixels=pixels, unroll=4 if problem.C % 4 == 0 else 1)
 
 
+def default_long_tiles(fft: Fft, machine: Machine, layout: str = "nchw", threads: int = 1) -> LongTiles:
+    """The recipe of FFT tiles: a block takes at most a third of L3, beside the filter that it streams."""
+    p, plane = fft.problem, fft.plane
+    (rows, columns), (high, wide), points = plane.tiles, plane.outputs, (fft.column.points, fft.row.points)
+    row_bytes = 4 * points[0] * points[1] * (p.C + p.M) * columns
+    fits = [b for b in range(1, rows + 1) if rows % b == 0 and b * row_bytes <= machine.l3 // 3 and rows >= b * threads]
+    block = max(fits, default=1)
+    vectors, _, pixels = _register_tile(_Tiling(p.M, 1, block * columns, p.C, transposed=False, packed=False),
+                                        machine, tallest=1)
+    narrow = 2 if layout == "nchw" else machine.registers  # rows of the output leave as transposed squares
+    return LongTiles(
+        machine.lanes, plane.outputs, points, fft.row.reads, fft.fold, block, vectors, pixels,
+        unroll=4 if p.C % 4 == 0 else 1,
+        columns_in=_matrix_tile(points[0], fft.row.reads, machine), rows_in=_matrix_tile(points[1], points[0], machine),
+        columns_out=_matrix_tile(high, points[1], machine), rows_out=_matrix_tile(wide, high, machine, narrow))
+
+
+def _matrix_tile(rows: int, columns: int, machine: Machine, widest: int = 32) -> Register:
+    """The register tile of a product of matrices, rows by columns, that takes the fewest cycles."""
+    def cycles(tile: Register) -> float:
+        parts = [(a * b, r, c) for a, r in _tiles(rows, tile.rows) for b, c in _tiles(columns, tile.columns)]
+        copies = (rows % tile.rows > 0) + (columns % tile.columns > 0)
+        return (1 + 4 * COPY_PENALTY * copies) * sum(
+            count * (STEP + max(r * c, r + c, LATENCY) + VECTOR_LOAD * c + BROADCAST * r) for count, r, c in parts)
+
+    most = machine.registers - 4  # vectors and a broadcast beside them
+    return min((Register(r, c) for c in range(1, min(columns, widest, most) + 1)
+                for r in range(1, min(rows, most // c) + 1)), key=cycles)
+
+
 def default_toeplitz(problem: Conv2d, machine: Machine, layout: str = "nchw", threads: int = 1) -> Toeplitz:
     """The recipe of im2col: the matrix of a block takes at most half of L2."""
     maps, sums = problem.M // problem.groups, problem.C // problem.groups * problem.R * problem.S
     row_bytes = 4 * problem.C * problem.R * problem.S * problem.F
     fits = [b for b in range(1, problem.E + 1) if problem.E % b == 0 and b * row_bytes <= machine.l2 // 2]
-    block = max((b for b in fits if problem.E >= b * threads), default=1)
+    block = max((b for b in fits if b * threads <= problem.E), default=1)
     tiling = _Tiling(maps, 1, block * problem.F, sums, transposed=layout == "nchw", packed=False)
     vectors, _, pixels = _register_tile(tiling, machine, tallest=1)
     channels = problem.C // problem.groups

@@ -23,12 +23,15 @@ class Contraction:
     """A tensor that sums products of weights, constants and earlier tensors, in float64.
 
     ``subscripts`` are those of ``numpy.einsum`` for the ``operands``; ``constants`` are (name, shape, values).
+    ``folded`` operands are read by sums of loops: (name, extents of the loops of its subscripts, and for each axis
+    its constant and the coefficient of each loop). What lies outside the array is zero.
     """
 
     target: Tensor
     operands: tuple[str, ...]
     subscripts: str
     constants: tuple[tuple[str, tuple[int, ...], tuple[float, ...]], ...]
+    folded: tuple[tuple[str, tuple[int, ...], tuple[tuple[int, tuple[int, ...]], ...]], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """A JSON value; ``Contraction.from_json`` is its inverse."""
@@ -42,13 +45,27 @@ class Contraction:
         target = Tensor(given["name"], tuple(given["letters"]), tuple(given["shape"]), role,
                         tuple(StorageAxis(**axis) for axis in given["storage"]))
         constants = tuple((name, tuple(shape), tuple(values)) for name, shape, values in value["constants"])
-        return Contraction(target, tuple(value["operands"]), value["subscripts"], constants)
+        folded = tuple((name, tuple(extents), tuple((constant, tuple(steps)) for constant, steps in axes))
+                       for name, extents, axes in value["folded"])
+        return Contraction(target, tuple(value["operands"]), value["subscripts"], constants, folded)
 
     def run(self, known: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.float64]:
         """The tensor's elements, of the arrays known by name."""
-        constants = {name: np.array(values).reshape(shape) for name, shape, values in self.constants}
-        arrays = [constants[name] if name in constants else known[name] for name in self.operands]
-        return np.einsum(self.subscripts, *(a.astype(np.float64) for a in arrays), optimize=True)
+        given = {**known, **{name: np.array(values).reshape(shape) for name, shape, values in self.constants}}
+        given.update({name: _unfolded(given[name], extents, axes) for name, extents, axes in self.folded})
+        arrays = [given[name].astype(np.float64) for name in self.operands]
+        found: npt.NDArray[np.float64] = np.einsum(self.subscripts, *arrays, optimize=True)
+        return found
+
+
+def _unfolded(array: npt.NDArray[Any], extents: tuple[int, ...],
+              axes: tuple[tuple[int, tuple[int, ...]], ...]) -> npt.NDArray[Any]:
+    """The elements at every point of the loops, zero outside the array."""
+    loops = np.ogrid[tuple(slice(extent) for extent in extents)]
+    places = [constant + sum(step * loop for step, loop in zip(steps, loops, strict=True)) for constant, steps in axes]
+    inside = [(place >= 0) & (place < size) for place, size in zip(places, array.shape, strict=True)]
+    found = array[tuple(np.clip(place, 0, size - 1) for place, size in zip(places, array.shape, strict=True))]
+    return np.where(np.logical_and.reduce(np.broadcast_arrays(*inside)), found, 0)
 
 
 Binding = Copy | Contraction
@@ -96,18 +113,35 @@ def _binding(program: Program, stage: Stage) -> Binding | None:
     used = [load.tensor for load in operands]
     constants = tuple((t.name, t.shape, t.values) for t in program.tensors
                       if t.role == "constant" and t.name in used)
-    subscripts = [_subscripts(stage, load.index) for load in operands]
-    return Contraction(program.tensor(statement.tensor), tuple(used),
-                       f"{','.join(subscripts)}->{_subscripts(stage, statement.index)}", constants)
-
-
-def _subscripts(stage: Stage, index: Index) -> str:
-    """The letters of an index that is one loop an axis; loops are numbered in order."""
-    loops = [loop.var for around, _ in leaves(stage.body) for loop in around]
-    names = [a.terms[0][0] if len(a.terms) == 1 and a.terms[0][1] == 1 and a.constant == 0 else "" for a in index]
-    if "" in names:
+    extents = {loop.var: loop.extent for around, _ in leaves(stage.body) for loop in around}
+    folded = tuple((load.tensor, *_fold(load.index, extents)) for load in operands if not _is_plain(load.index))
+    if not _is_plain(statement.index):
         raise LoweringError(f"stage {stage.name!r} runs when weights are bound; leave its loops as they are")
-    return "".join(chr(ord("a") + loops.index(name)) for name in names)
+    subscripts = [_subscripts(list(extents), load.index) for load in operands]
+    return Contraction(program.tensor(statement.tensor), tuple(used),
+                       f"{','.join(subscripts)}->{_subscripts(list(extents), statement.index)}", constants, folded)
+
+
+def _is_plain(index: Index) -> bool:
+    """Whether an index is one loop an axis."""
+    return all(len(a.terms) == 1 and a.terms[0][1] == 1 and a.constant == 0 for a in index)
+
+
+def _subscripts(loops: Sequence[str], index: Index) -> str:
+    """A letter for each loop of an index: in the order of its axes, or of the loops where it is not plain."""
+    used = [a.terms[0][0] for a in index] if _is_plain(index) else _loops_of(loops, index)
+    return "".join(chr(ord("a") + loops.index(name)) for name in used)
+
+
+def _loops_of(loops: Sequence[str], index: Index) -> list[str]:
+    return [name for name in loops if any(name in a.variables for a in index)]
+
+
+def _fold(index: Index, extents: Mapping[str, int]) -> tuple[tuple[int, ...], tuple[tuple[int, tuple[int, ...]], ...]]:
+    """The extents of an index's loops, and the constant and coefficients of each axis."""
+    loops = _loops_of(list(extents), index)
+    return (tuple(extents[name] for name in loops),
+            tuple((a.constant, tuple(a.coefficient(name) for name in loops)) for a in index))
 
 
 def targets(found: Sequence[Binding]) -> set[str]:

@@ -5,7 +5,8 @@ the addresses of the program's tensors in the order of ``arguments(program)``. A
 iterations ``extent * thread / threads`` up to ``extent * (thread + 1) / threads``. A guard that all
 statements of a run-time loop share becomes a bound of the loop where it can. Elements of register
 tensors are SSA values, carried around run-time loops by phis; that needs every index of theirs to be known,
-so a register tensor indexed by a run-time loop lives on the stack instead.
+so a register tensor indexed by a run-time loop lives on the stack instead. An element of a constant is a
+literal where its index is known, and comes from a table of the module where it is not.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from convsched.ir import (
     leaves,
     loads,
 )
-from convsched.kernels.memory import Lanes, Memory, Point
+from convsched.kernels.memory import Lanes, Memory, Point, base
 from convsched.kernels.vectors import (
     Mask,
     constant,
@@ -38,8 +39,9 @@ from convsched.kernels.vectors import (
     splat,
     vector_type,
 )
-from convsched.kernels.writer import Writer
+from convsched.kernels.writer import Writer, float_literal
 from convsched.machine import Machine
+from convsched.prefetching import fetches
 
 # Between unrolled iterations that add to the same registers: loads stay in their iteration. The scheduler of
 # LLVM otherwise starts the next one's early, and a tile that fills the registers spills.
@@ -63,15 +65,16 @@ def symbols(program: Program) -> tuple[str, ...]:
 
 def emit(program: Program, machine: Machine) -> str:
     """The LLVM module of a program's run stages; the same program gives the same text."""
-    functions, declarations = [], set()
+    functions, declarations, tables = [], set[str](), dict[str, str]()
     for symbol, stage in zip(symbols(program), (s for s in program.stages if s.when == "run"), strict=True):
         emitter = _Emitter(program, stage, machine)
         functions.append(emitter.function(symbol))
         declarations |= emitter.w.declarations
+        tables |= emitter.tables
     bits = machine.vector_bytes * 8
     attributes = (f'attributes #0 = {{ nounwind "prefer-vector-width"="{bits}" '
                   f'"min-legal-vector-width"="{bits}" }}')
-    return "\n".join([*functions, *sorted(declarations), attributes, ""])
+    return "\n".join([*tables.values(), *functions, *sorted(declarations), attributes, ""])
 
 
 def names(leaf: Leaf) -> tuple[str, ...]:
@@ -92,6 +95,9 @@ class _Emitter:
         self.registers: dict[Register, str] = {}
         self.on_stack = _on_stack(program, stage)
         self.granted = self.memory.granted  # guards that the bounds of loops ensure
+        self.ahead: dict[str, int] = {}  # elements from what is read of a tensor to what is fetched
+        self.fetched: set[tuple[str, int]] = set()
+        self.tables: dict[str, str] = {}  # constants that are read at run time, as globals
 
     def function(self, symbol: str) -> str:
         """The text of the stage's function."""
@@ -105,6 +111,7 @@ class _Emitter:
                      for name in sorted(self.on_stack)]
         self.body(self.stage.body)
         self.memory.flush()
+        prologue += [f"  {base(name)} = getelementptr float, ptr @{base(name)[1:]}, i64 0" for name in self.tables]
         scope = self.w.scopes[0]
         head = f"define void @{symbol}(ptr %tensors, i64 %thread, i64 %threads) #0 {{"
         return "\n".join([head, "entry:", *prologue, *scope.hoisted, *scope.lines, "  ret void", "}"])
@@ -168,7 +175,9 @@ class _Emitter:
         self.point.dynamic[loop.var] = var
         w.scopes.append(type(w.scopes[0])(loop.var))
         w.label = head
+        around, self.ahead = self.ahead, {**self.ahead, **fetches(self.program, loop)}
         self.body(loop.body)
+        self.ahead = around
         self.memory.flush()
         self.memory.forget()
         following = w.let(f"add nuw nsw i64 {var}, 1")
@@ -272,6 +281,7 @@ class _Emitter:
         if isinstance(mask, tuple) and not any(mask):
             return
         tensor = self.program.tensor(leaf.tensor)
+        self.fetch(leaf, lanes)
         if self.in_registers(leaf.tensor):
             self.to_register(leaf, lanes, mask)
         elif isinstance(mask, str) and lanes.count == 1:
@@ -290,6 +300,17 @@ class _Emitter:
         self.memory.forget()
         self.w.line(f"  br label %join{number}")
         self.w.start_block(f"join{number}")
+
+    def fetch(self, leaf: Leaf, lanes: Lanes) -> None:
+        """Hints to fetch what iterations to come read here."""
+        for load in loads(leaf.value):
+            if load.tensor in self.ahead:
+                place = self.memory.place(self.program.tensor(load.tensor), load.index, lanes)
+                if (place.pointer, place.constant) not in self.fetched:
+                    self.fetched.add((place.pointer, place.constant))
+                    at = self.w.displaced(place.pointer, place.constant + self.ahead[load.tensor])
+                    self.w.line(f"  call void @llvm.prefetch.p0(ptr {at}, i32 0, i32 3, i32 1)")
+                    self.w.declare("void @llvm.prefetch.p0(ptr, i32, i32, i32)")
 
     def to_memory(self, leaf: Leaf, tensor: Tensor, lanes: Lanes, mask: Mask | None) -> None:
         value = self.value(leaf.value, lanes)
@@ -330,26 +351,39 @@ class _Emitter:
             return multiply_add(self.w, a, b, old, lanes.count, self.fused)
         return operation(self.w, "add", (old, self.value(value, lanes)), lanes.count)
 
-    def number(self, load: Load) -> float:
-        """The element of a constant tensor at this point."""
+    def number(self, load: Load) -> float | None:
+        """The element of a constant tensor at this point; None where only run time knows it."""
         tensor, place = self.program.tensor(load.tensor), 0
+        if not {v for a in load.index for v in a.variables} <= self.point.known.keys():
+            return None
         for a, size in zip(load.index, tensor.shape, strict=True):
             place = place * size + a.evaluate(self.point.known)
         return tensor.values[place]
 
     def factor(self, product: Op) -> tuple[float | None, Value | None]:
-        """The constant factor of a product, if it has one, and the other."""
+        """The constant factor of a product, if it has one that is known, and the other."""
         for one, other in (product.values, product.values[::-1]):
             if isinstance(one, Load) and self.program.tensor(one.tensor).role == "constant":
                 return self.number(one), other
         return None, None
+
+    def constant(self, load: Load, lanes: Lanes) -> str:
+        """An element of a constant tensor: a literal, or from the table in memory."""
+        number = self.number(load)
+        if number is not None:
+            return constant(number, lanes.count)
+        tensor = self.program.tensor(load.tensor)
+        values = ", ".join(f"float {float_literal(value)}" for value in tensor.values)
+        self.tables.setdefault(tensor.name, f"@{base(tensor.name)[1:]} = private unnamed_addr constant "
+                               f"[{tensor.elements} x float] [{values}], align 64")
+        return self.memory.load(tensor, load.index, lanes)
 
     def value(self, value: Value, lanes: Lanes) -> str:
         match value:
             case Const(number):
                 return constant(number, lanes.count)
             case Load(name, _) if self.program.tensor(name).role == "constant":
-                return constant(self.number(value), lanes.count)
+                return self.constant(value, lanes)
             case Load(name, index):
                 if not self.in_registers(name):
                     return self.memory.load(self.program.tensor(name), index, lanes)

@@ -26,6 +26,15 @@ from convsched.kernels.vectors import (
 from convsched.kernels.writer import Writer
 
 
+def base(tensor: str) -> str:
+    """The SSA name of a tensor's address; one with a prime, such as B', needs quotes.
+
+    >>> print(base("x"), base("B'"))
+    %x %"B'"
+    """
+    return f"%{tensor}" if "'" not in tensor else f'%"{tensor}"'
+
+
 @dataclass(frozen=True)
 class Lanes:
     """The vector loop around a statement: its variable and extent; extent 1 outside vector loops."""
@@ -105,7 +114,7 @@ class Memory:
         """The address of an access at this point."""
         found = self.offset(tensor, index)
         constant, terms, stride = self.point.split(found.affine, lanes)
-        pointer = self.w.pointer(f"%{tensor.name}", terms)
+        pointer = self.w.pointer(base(tensor.name), terms)
         if not found.rest:
             return Place(pointer, constant, stride)
         across = lanes if any(lanes.var in a.variables for a, *_ in found.rest) else Lanes()
@@ -219,7 +228,7 @@ class Memory:
         pointer = self.w.displaced(place.pointer, place.constant)
         if mask is None:
             return self.w.let(f"load float, ptr {pointer}, align 4")
-        safe = self.w.let(f"select i1 {mask_text(mask, 1)}, ptr {pointer}, ptr %{tensor.name}")
+        safe = self.w.let(f"select i1 {mask_text(mask, 1)}, ptr {pointer}, ptr {base(tensor.name)}")
         value = self.w.let(f"load float, ptr {safe}, align 4")
         return self.w.let(f"select i1 {mask_text(mask, 1)}, float {value}, float 0.0")
 

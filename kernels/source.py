@@ -57,12 +57,12 @@ def source(program: Program) -> str:
     used = {name for stage in stages for _, leaf in leaves(stage.body)
             for name in (leaf.tensor, *(load.tensor for load in loads(leaf.value)))}
     buffers = [printer.names[t.name] for t in arguments(program)]
-    lines = ["import math", "", "import numpy as np", "", "",
+    constants = [f"{printer.names[t.name]} = np.array([{', '.join(map(repr, t.values))}], np.float32)"
+                 for t in program.tensors if t.role == "constant" and t.name in used]
+    lines = ["import math", "", "import numpy as np", "", *constants, "",
              f"def run({', '.join([*buffers, 'thread', 'threads'])}):", f'    """{program.name}"""']
     lines += [f"    {printer.names[t.name]} = np.zeros({t.elements}, np.float32)"
               for t in program.tensors if t.role == "register" and t.name in used]
-    lines += [f"    {printer.names[t.name]} = np.array([{', '.join(map(repr, t.values))}], np.float32)"
-              for t in program.tensors if t.role == "constant" and t.name in used]
     for stage in stages:
         lines += [f"    # {stage.name}", *printer.body(stage.body, {}, 1)]
     return "\n".join([*lines, ""])

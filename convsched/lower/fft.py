@@ -186,3 +186,22 @@ def fft_tile(n: int, r: int) -> Bilinear:
         forward.then(diagonal([real, *[input_sums] * pairs])),
         Transform((diagonal([real, *[output_sums] * pairs]), *inner, Matrix(last.rows[:n - r + 1], last.columns))))
     return verify(triple, correlate) if n <= WHOLE else triple
+
+
+def part_of_tile(n: int, r: int, m: int) -> Bilinear:
+    """The first m outputs of ``fft_tile(n, r)``, from the m + r - 1 inputs that they need, by 3 n / 2 products.
+
+    The last product is one of zeros: 3 n / 2 is a multiple of many register tiles. Raises LoweringError unless
+    m + r - 1 <= n.
+    """
+    whole, inputs = fft_tile(n, r), m + r - 1
+    if not 1 <= m <= n - r + 1:
+        raise LoweringError(f"fft({n}): a tile of {n} has up to {n - r + 1} outputs of {r} taps, not {m}")
+    rank, products = whole.rank, 3 * n // 2
+    padded = Matrix((*Matrix.identity(rank).rows, *((),) * (products - rank)), rank)
+    first = whole.input.factors[0] @ Matrix.select(range(inputs), n).transposed
+    last = whole.output.factors[-1]
+    output = (whole.output.factors[0] @ padded.transposed, *whole.output.factors[1:-1])
+    return Bilinear(
+        f"fft({n},{r})", whole.filter.then(padded), Transform((first, *whole.input.factors[1:], padded)),
+        Transform((*output, Matrix(last.rows[:m], last.columns))))

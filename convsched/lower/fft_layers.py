@@ -1,0 +1,130 @@
+"""FFT tiles of a layer: along both axes, or along the only one with several taps, which may fold into a plane."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+from convsched.bilinear import Bilinear, Matrix, Transform, direct
+from convsched.errors import LoweringError
+from convsched.ir import Program
+from convsched.lower.bilinear import Fold, Plane, dense_array, lower_bilinear
+from convsched.lower.fft import part_of_tile
+from convsched.problem import Conv2d
+
+LONGEST = 128  # points of a tile by default: the proof of a transform takes 0.7 s for 128, seconds for more
+WEIGHT = 16  # products that take the time of a transformed weight on its way from memory
+
+
+@dataclass(frozen=True)
+class Side:
+    """Tiles of ``n`` points along one side of a plane: ``taps`` and ``outputs`` of each; one point is no transform."""
+
+    n: int
+    taps: int
+    outputs: int
+
+    @property
+    def points(self) -> int:
+        """Products of a tile."""
+        return 3 * self.n // 2 if self.n > 1 else 1
+
+    @property
+    def reads(self) -> int:
+        """Inputs of a tile."""
+        return self.outputs + self.taps - 1
+
+    @property
+    def triple(self) -> Bilinear:
+        """The algorithm along this side."""
+        return part_of_tile(self.n, self.taps, self.outputs) if self.n > 1 else direct(1, 1)
+
+    @property
+    def dense(self) -> Bilinear:
+        """The algorithm as it runs: each transform one matrix, of numbers rounded to multiples of 2^-60."""
+        triple = self.triple
+        A, B, C = (Matrix.of([Fraction(round(a * 2**60), 2**60) for a in row] for row in dense_array(transform))
+                   for transform in (triple.filter, triple.input, triple.output))
+        return Bilinear(triple.name, Transform((A,)), Transform((B,)), Transform((C,)))
+
+
+@dataclass(frozen=True)
+class Fft:
+    """FFT tiles of a problem, along the columns and along the rows of its plane."""
+
+    problem: Conv2d
+    column: Side
+    row: Side
+    fold: Fold
+
+    @property
+    def plane(self) -> Plane:
+        """Where the tiles lie."""
+        return Plane(self.problem, (self.column.outputs, self.row.outputs), self.fold)
+
+    @property
+    def name(self) -> str:
+        """The member's name: fft(64), fft(64)x(32)."""
+        sizes = [side.n for side in (self.column, self.row) if side.n > 1]
+        if len(sizes) == 2 and sizes[0] == sizes[1] and not self.fold:
+            sizes = sizes[:1]
+        return "fft" + "x".join(f"({n})" for n in sizes)
+
+    @property
+    def cost(self) -> int:
+        """Products, those of the transforms included, as matrices without factors."""
+        p, (K, L) = self.problem, self.plane.outputs
+        P, Q = self.column.points, self.row.points
+        tiles = p.N * self.plane.tiles[0] * self.plane.tiles[1]
+        inputs = self.row.reads * P * (self.column.reads + Q)
+        outputs = K * Q * (P + L)
+        return tiles * (p.C * inputs + p.M * outputs + P * Q * p.C * p.M) + WEIGHT * P * Q * p.C * p.M
+
+    def lower(self, layout: str) -> Program:
+        """The unscheduled program."""
+        return lower_bilinear(self.problem, self.column.triple, self.row.triple, layout, self.fold)
+
+
+def fft(problem: Conv2d, sizes: tuple[int, ...] = ()) -> Fft:
+    """The FFT tiles of a problem: ``sizes`` are the points along both sides (one for both), or along the side with
+    taps, and of a row of its folded plane; none for those of the least cost.
+
+    Raises LoweringError for sizes that do not fit.
+    """
+    if problem.R == problem.S == 1:
+        raise LoweringError(f"fft: {problem.text} has one tap; use direct")
+    if sizes:
+        return _of_sizes(problem, sizes)
+    powers = [1 << k for k in range(1, LONGEST.bit_length())]
+    found = []
+    for pair in [*((n,) for n in powers), *((n, k) for n in powers for k in powers)]:
+        try:
+            found.append(_of_sizes(problem, pair))
+        except LoweringError:
+            continue
+    if not found:
+        raise LoweringError(f"fft: {problem.text} has more taps than a tile of {LONGEST} points; write fft(n) with "
+                            "a larger n")
+    return min(found, key=lambda made: made.cost)
+
+
+def _of_sizes(p: Conv2d, sizes: tuple[int, ...]) -> Fft:
+    if p.R > 1 and p.S > 1:
+        column, row = (_side(n, taps, extent) for n, taps, extent
+                       in zip((sizes * 2)[:2], (p.R, p.S), (p.E, p.F), strict=True))
+        return Fft(p, column, row, "")
+    fold: Fold = "h" if p.R > 1 else "w"
+    taps, extent = (p.R, p.E) if p.R > 1 else (p.S, p.F)
+    if len(sizes) == 1:
+        along, across = _side(sizes[0], taps, extent), Side(1, 1, 1)
+        return Fft(p, along, across, "") if fold == "h" else Fft(p, across, along, "")
+    width = max(1, sizes[1] // 2)
+    return Fft(p, _side(sizes[0], -(-taps // width), -(-extent // width)), _side(sizes[1], width, width), fold)
+
+
+def _side(n: int, taps: int, extent: int) -> Side:
+    """Tiles of n points that cover the outputs of a side in equal parts."""
+    if n < max(taps, 2) or n & (n - 1):
+        raise LoweringError(f"fft({n}): a tile for {taps} taps has a power of two of points, from {max(taps, 2)} on")
+    tiles = -(-extent // (n - taps + 1))
+    return Side(n, taps, -(-extent // tiles))
