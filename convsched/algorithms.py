@@ -2,64 +2,132 @@
 
 ``algorithm=`` takes the name of a family, such as "winograd", which stands for its usual member, or a member's
 full name, such as "winograd(4,3)". A new lowering joins by an entry in ``FAMILIES``.
+
+``choices`` orders those that a problem may use without measuring: errors are predicted, and times estimated from
+the default recipes. A time is in vector FMAs of one core, so that only ratios between a core and its caches matter:
+products at full rate, or at that of the latency of FMAs where a register tile is small; transforms by the vector;
+filters, where they do not stay in L2, by the bytes that each block streams. What costs all algorithms alike is left
+out, such as reading the input and writing the output once.
 """
 
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, lru_cache, partial
+from math import hypot, inf, prod, sqrt
 
-from convsched.analytic import default_recipe, default_tiles, default_toeplitz
+from convsched.accuracy import BOUNDS, UNIT, Prediction, predict, predict_direct
+from convsched.analytic import LATENCY, default_long_tiles, default_recipe, default_tiles, default_toeplitz
+from convsched.bilinear import kronecker
 from convsched.errors import LoweringError
 from convsched.ir import Program
 from convsched.lower.bilinear import lower_bilinear
+from convsched.lower.blocks import blocks_of, lower_strassen
 from convsched.lower.direct import lower_direct
+from convsched.lower.fft_layers import Fft, fft
 from convsched.lower.im2col import lower_im2col
+from convsched.lower.strassen import strassen
 from convsched.lower.winograd import winograd
 from convsched.machine import Machine
+from convsched.names import Accuracy
 from convsched.problem import Conv2d, Linear, Problem
 from convsched.recipes import Recipe, is_flat
+from convsched.strassen_recipe import default_strassen
+from convsched.tiles import tile_counts
 
 OUTPUTS = {2: 4, 3: 4}  # of a Winograd tile along a side of so many taps; 2 for other sides
+MOST_TAPS = 8  # of a side, for Winograd
+ESTIMATED = ("direct", "winograd", "fft", "winograd(2,3)",  # F(2,3): more accurate than F(4,3), and fewer weights
+             "im2col")
+MARGIN = 4 / 3  # that an estimate must be below direct's: in doubt, direct
+LEAST_CHANNELS = 16  # in and out, below which vectors of channels are mostly empty
+TRANSFORM = 13  # FMAs of one vector at one point of a tile: transformed, stored, loaded again
+STEP = 1.0  # FMAs of loading a vector of weights and looping, for each step of a register tile
+L3_RATE, MEMORY_RATE = 16.0, 5.0  # bytes that a core streams in the time of a vector FMA
+FFT = 1.5  # the time of FFT tiles over that of their products at full rate
+IM2COL = 1.25  # the time of im2col over direct's
+
+
+class AccuracyWarning(UserWarning):
+    """No algorithm is as accurate as asked; the most accurate one is used."""
+
+
+def _unknown(machine: Machine, layout: str, threads: int) -> float:
+    """The estimate of what no model is known for: it is chosen last."""
+    return inf
 
 
 @dataclass(frozen=True)
 class Algorithm:
     """A way to compute one problem: ``lower(layout)`` is the unscheduled program, ``default(machine, layout,
-    threads)`` the recipe that nothing was measured for."""
+    threads)`` the recipe that nothing was measured for.
+
+    ``predict(terms, outputs)`` tells the errors of sums of so many products; ``terms`` are those of each product of
+    transformed data, ``outputs`` the elements of the output. ``estimate(machine, layout, threads)`` is the time of a
+    call by the default recipe, in vector FMAs of one core; infinite where it is not known.
+    """
 
     name: str
     lower: Callable[[str], Program]
     default: Callable[[Machine, str, int], Recipe]
+    predict: Callable[[int, int], Prediction]
+    terms: int
+    outputs: int
+    estimate: Callable[[Machine, str, int], float] = _unknown
+
+    @cached_property
+    def prediction(self) -> Prediction:
+        """The errors to expect, over rms(output), in some milliseconds."""
+        return self.predict(self.terms, self.outputs)
+
+    def fits(self, accuracy: Accuracy) -> bool:
+        """Whether the class takes the algorithm. More terms and outputs have more error: most problems are decided
+        by the next round numbers, which are predicted once for many problems."""
+        above = self.predict(1 << (self.terms - 1).bit_length(), 1 << -(-self.outputs.bit_length() // 8) * 8)
+        return above.allowed(accuracy) or self.prediction.allowed(accuracy)
+
+    def require(self, accuracy: Accuracy) -> None:
+        """Raise LoweringError unless the class takes the algorithm."""
+        if not self.fits(accuracy):
+            expected, found = self.prediction.expected, self.prediction.accuracy
+            fix = f'use accuracy="{found}", or' if found else "no class takes it: use"
+            raise LoweringError(
+                f"accuracy={accuracy!r}: {self.name} has an expected error of {expected:.2g} of the output's rms, and "
+                f"the class allows {BOUNDS[accuracy]:.2g}; {fix} algorithm=None for the fastest that fits")
 
 
 def named(name: str, problem: Problem) -> Algorithm:
     """The algorithm of a name for a problem; raises LoweringError where there is none, or it does not apply."""
-    match = re.fullmatch(r"([a-z0-9]+)((?:x?\(\d{1,2},\d{1,2}\)){0,2})", name) if isinstance(name, str) else None
+    match = re.fullmatch(r"([a-z0-9]+)((?:x?\(\d{1,4}(?:,\d{1,2})?\)){0,2})", name) if isinstance(name, str) else None
     if match is None or match[1] not in FAMILIES:
         raise LoweringError(f"algorithm={name!r}: use one of {', '.join(FAMILIES)}, or a member such as winograd(4,3)")
-    sizes = tuple((int(m), int(r)) for m, r in re.findall(r"\((\d+),(\d+)\)", match[2]))
+    sizes = tuple(tuple(map(int, pair.split(","))) for pair in re.findall(r"\(([\d,]+)\)", match[2]))
     return FAMILIES[match[1]](problem, sizes)
 
 
-def _direct(problem: Problem, sizes: tuple[tuple[int, int], ...]) -> Algorithm:
+def _direct(problem: Problem, sizes: tuple[tuple[int, ...], ...]) -> Algorithm:
     if sizes:
         raise LoweringError("algorithm='direct' has no sizes: leave the brackets out")
     return Algorithm("direct", partial(lower_direct, problem),
-                     lambda machine, layout, threads: default_recipe(problem, machine, layout, threads))
+                     lambda machine, layout, threads: default_recipe(problem, machine, layout, threads),
+                     _direct_error, problem.weights // problem.M, prod(problem.output_shape),
+                     partial(_direct_time, problem))
 
 
-def _im2col(problem: Problem, sizes: tuple[tuple[int, int], ...]) -> Algorithm:
+def _im2col(problem: Problem, sizes: tuple[tuple[int, ...], ...]) -> Algorithm:
     if sizes:
         raise LoweringError("algorithm='im2col' has no sizes: leave the brackets out")
     if isinstance(problem, Linear) or is_flat(problem):
         raise LoweringError(f"im2col: {problem.text} is a product of matrices as it stands; use direct")
-    return Algorithm("im2col", partial(lower_im2col, problem), partial(default_toeplitz, problem))
+    return Algorithm("im2col", partial(lower_im2col, problem), partial(default_toeplitz, problem),
+                     _direct_error, problem.weights // problem.M, prod(problem.output_shape),
+                     lambda machine, layout, threads: IM2COL * _direct_time(problem, machine, layout, threads))
 
 
-def _winograd(problem: Problem, sizes: tuple[tuple[int, int], ...]) -> Algorithm:
+def _winograd(problem: Problem, sizes: tuple[tuple[int, ...], ...]) -> Algorithm:
     """F(m, r) along each side of more than one tap; (m, r) once for both, or for the height and the width."""
     conv = _stride_one("winograd", problem)
     taps = [r for r in (conv.R, conv.S) if r > 1]
@@ -68,6 +136,9 @@ def _winograd(problem: Problem, sizes: tuple[tuple[int, int], ...]) -> Algorithm
     sizes = sizes or tuple((OUTPUTS.get(r, 2), r) for r in taps)
     if len(sizes) == 1:
         sizes = sizes * len(taps)
+    if max(taps) > MOST_TAPS:
+        raise LoweringError(f"winograd: {problem.text} has {max(taps)} taps along a side, and errors grow with them: "
+                            f"at most {MOST_TAPS}; use fft")
     if [r for _, r in sizes] != taps or any(m < 2 for m, _ in sizes):
         raise LoweringError(f"winograd{'x'.join(f'({m},{r})' for m, r in sizes)}: {problem.text} has "
                             f"{' and '.join(map(str, taps))} taps; write (m,r) with r={taps[0]} and m of at least 2, "
@@ -76,7 +147,28 @@ def _winograd(problem: Problem, sizes: tuple[tuple[int, int], ...]) -> Algorithm
     column, row = (next(along) if r > 1 else (1, 1) for r in (conv.R, conv.S))
     name = "winograd" + "x".join(f"({m},{r})" for m, r in dict.fromkeys(sizes))
     return Algorithm(name, lambda layout: lower_bilinear(conv, winograd(*column), winograd(*row), layout),
-                     partial(default_tiles, conv, (column[0], row[0])))
+                     partial(default_tiles, conv, (column[0], row[0])), partial(_winograd_error, column, row),
+                     conv.C, prod(conv.output_shape), partial(_winograd_time, conv, (column[0], row[0])))
+
+
+def _fft(problem: Problem, sizes: tuple[tuple[int, ...], ...]) -> Algorithm:
+    """Tiles of n points along both sides or the one with taps; or of n points and rows of its folded plane."""
+    conv = _stride_one("fft", problem)
+    if any(len(pair) > 1 for pair in sizes):
+        raise LoweringError("algorithm='fft' has the points of a tile as its sizes: write fft(64), or fft(32)x(64)")
+    tiles = fft(conv, tuple(n for n, in sizes))
+    return Algorithm(tiles.name, tiles.lower, partial(default_long_tiles, tiles), partial(_fft_error, tiles),
+                     conv.C, prod(conv.output_shape), partial(_fft_time, tiles))
+
+
+def _strassen(problem: Problem, sizes: tuple[tuple[int, ...], ...]) -> Algorithm:
+    """One level, or strassen(levels); how long it takes is only known by measuring."""
+    if sizes not in ((), ((1,),), ((2,),)):
+        raise LoweringError("algorithm='strassen' has its levels as size: write strassen, strassen(1) or strassen(2)")
+    levels = sizes[0][0] if sizes else 1
+    return Algorithm(f"strassen({levels})", partial(lower_strassen, problem, levels),
+                     partial(default_strassen, problem, levels), partial(_strassen_error, levels),
+                     blocks_of(problem, levels).block[1], prod(problem.output_shape))
 
 
 def _stride_one(name: str, problem: Problem) -> Conv2d:
@@ -87,18 +179,113 @@ def _stride_one(name: str, problem: Problem) -> Conv2d:
     return problem
 
 
-FAMILIES: dict[str, Callable[[Problem, tuple[tuple[int, int], ...]], Algorithm]] = {
+FAMILIES: dict[str, Callable[[Problem, tuple[tuple[int, ...], ...]], Algorithm]] = {
     "direct": _direct,
     "im2col": _im2col,
     "winograd": _winograd,
+    "fft": _fft,
+    "strassen": _strassen,
 }
 """The families by name: each gives the member of some sizes for a problem, or raises LoweringError."""
 
 
 def applicable(problem: Problem) -> Iterator[Algorithm]:
     """The usual member of each family that applies to a problem."""
-    for name in FAMILIES:
+    return _that_apply(problem, *FAMILIES)
+
+
+def choices(problem: Problem, machine: Machine, layout: str = "nchw", threads: int = 1,
+            accuracy: Accuracy = "normal") -> Iterator[Algorithm]:
+    """The algorithms whose predicted errors fit a class, the one with the least estimated time first.
+
+    Those without an estimate come last. Where none fits, it is the most accurate one that applies, with an
+    AccuracyWarning.
+    """
+    def time(algorithm: Algorithm) -> float:
+        return algorithm.estimate(machine, layout, threads) * (1 if algorithm.name == "direct" else MARGIN)
+
+    found: list[Algorithm] = []
+    fitting = False
+    for names in (ESTIMATED, [family for family in FAMILIES if family not in ESTIMATED]):
+        group = sorted(_that_apply(problem, *names), key=time)
+        for algorithm in group:
+            if algorithm.fits(accuracy):
+                fitting = True
+                yield algorithm
+        found += group
+    if not fitting:
+        best = min(found, key=lambda algorithm: algorithm.prediction.expected)
+        warnings.warn(f"{problem.text}: no algorithm has an expected error within accuracy={accuracy!r}, which is "
+                      f"{BOUNDS[accuracy]:.2g} of the output's rms; {best.name} is used, with "
+                      f"{best.prediction.expected:.2g}", AccuracyWarning, stacklevel=3)
+        yield best
+
+
+def choose(problem: Problem, machine: Machine, layout: str = "nchw", threads: int = 1,
+           accuracy: Accuracy = "normal") -> Algorithm:
+    """The algorithm of which ``compile`` takes the default recipe where nothing is stored: the first of ``choices``."""
+    return next(choices(problem, machine, layout, threads, accuracy))
+
+
+def _that_apply(problem: Problem, *names: str) -> Iterator[Algorithm]:
+    for name in names:
         try:
             yield named(name, problem)
         except LoweringError:
             continue
+
+
+@lru_cache(1024)
+def _direct_error(terms: int, outputs: int) -> Prediction:
+    return predict_direct(terms, outputs)
+
+
+@lru_cache(1024)
+def _winograd_error(column: tuple[int, int], row: tuple[int, int], channels: int, outputs: int) -> Prediction:
+    return predict(kronecker(winograd(*column), winograd(*row)), channels, outputs)
+
+
+@lru_cache(1024)
+def _strassen_error(levels: int, channels: int, outputs: int) -> Prediction:
+    return predict(strassen(levels), channels, outputs)
+
+
+@lru_cache(1024)
+def _fft_error(tiles: Fft, channels: int, outputs: int) -> Prediction:
+    """Independent errors of both directions add in squares, as F is orthogonal up to scales. The worst are products
+    of gains times the sum of all roundings, where each prediction is one gain times its own."""
+    sides = [side for side in (tiles.column, tiles.row) if side.n > 1]
+    found = [predict(side.dense, channels, outputs) for side in sides]
+    if len(found) == 1:
+        return found[0]
+    both = sum(1 / (UNIT * (3 * (side.reads + side.points) + channels)) for side in sides)
+    return Prediction(hypot(*(one.expected for one in found)), prod(one.worst for one in found) * both / sqrt(channels),
+                      prod(one.norm_bound for one in found) * both)
+
+
+def _fft_time(tiles: Fft, machine: Machine, layout: str, threads: int) -> float:
+    if min(tiles.problem.C, tiles.problem.M) < LEAST_CHANNELS:
+        return inf
+    return FFT * tiles.cost / machine.lanes / threads
+
+
+def _direct_time(problem: Problem, machine: Machine, layout: str, threads: int) -> float:
+    vectors = problem.groups * -(-problem.M // problem.groups // machine.lanes)
+    return problem.macs / problem.M * vectors / threads
+
+
+def _winograd_time(problem: Conv2d, outputs: tuple[int, int], machine: Machine, layout: str, threads: int) -> float:
+    """Of a call by ``default_tiles``, whose blocks of tiles are shared among the threads."""
+    if min(problem.C, problem.M) < LEAST_CHANNELS:
+        return inf
+    recipe = default_tiles(problem, outputs, machine, layout, threads)
+    points = (outputs[0] + problem.R - 1) * (outputs[1] + problem.S - 1)
+    rows, columns = tile_counts(problem, outputs)
+    tiles = recipe.block * columns
+    maps, channels = -(-problem.M // machine.lanes), -(-problem.C // machine.lanes)
+    full, part = divmod(tiles, recipe.pixels)
+    steps = full * (max(recipe.pixels, LATENCY) + STEP) + (part > 0) * (max(part, LATENCY) + STEP)
+    weights = 4 * points * problem.C * problem.M
+    stream = inf if 2 * weights <= machine.l2 else L3_RATE if 2 * weights <= machine.l3 else MEMORY_RATE
+    block = points * (problem.C * maps * steps + TRANSFORM * tiles * (channels + maps)) + weights / stream
+    return problem.N * -(-rows // recipe.block // threads) * block

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import operator
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from convsched.algorithms import named
-from convsched.errors import LoweringError, ScheduleError
+from convsched.algorithms import Algorithm, choices, named
+from convsched.errors import ConvschedError, LoweringError, ScheduleError
 from convsched.machine import Machine, default_threads, has_schedules
 from convsched.names import (
     ACCURACIES,
-    ALGORITHMS,
     BACKENDS,
     LAYOUTS,
     MAX_THREADS,
@@ -22,55 +23,110 @@ from convsched.problem import Conv2d, Linear, Problem
 from convsched.schedule import Schedule, parse_schedule
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Collection, Iterable
     from typing import SupportsIndex
 
     from convsched.autotune.cache import ScheduleCache
-    from convsched.autotune.record import Record
     from convsched.kernels.kernel import Kernel
     from convsched.recipes import Recipe
 
 
 def compile(layer: Problem, *, algorithm: str | None = None, schedule: Schedule | str | None = None,
             threads: SupportsIndex | None = None, accuracy: Accuracy = "normal", layout: Layout = "nchw",
-            cache: ScheduleCache | bool | None = None, backend: Backend = "llvm") -> Kernel:
+            cache: ScheduleCache | bool | None = None, backend: Backend = "llvm",
+            memory_limit: SupportsIndex | None = None) -> Kernel:
     """Compile a layer for this machine; never measures.
 
-    ``schedule``: a Schedule or its text; if None, the best that tuning left in the schedule cache, else the
-    analytic default. ``cache``: a ScheduleCache, None or True for the one in the cache folder, False for none.
-    ``threads``: how many run a call, at most 1024 (default: CONVSCHED_THREADS, else the cores this process may
-    use). ``layout``: of activations in and out: "nchw", "nhwc", or "nchw16c", (N, ceil(C/16), H, W, 16) with
-    zero tails. ``accuracy``: the class of error allowed; direct convolution satisfies all. ``backend``: "llvm",
-    or "numba" for the same nest as Numba source. Raises ScheduleError where a schedule does not fit,
-    LoweringError for the rest.
+    ``algorithm``: "direct", "im2col", "winograd", or a member such as "winograd(4,3)"; if None, that of the best
+    schedule that tuning left in the schedule cache, else the one with the least estimated time.
+    ``schedule``: a Schedule or its text, of direct convolution unless an algorithm is named; if None, the best in
+    the schedule cache, else the analytic default. ``cache``: a ScheduleCache, None or True for the one in the cache
+    folder, False for none. ``threads``: how many run a call, at most 1024 (default: CONVSCHED_THREADS, else the
+    cores this process may use). ``layout``: of activations in and out: "nchw", "nhwc", or "nchw16c",
+    (N, ceil(C/16), H, W, 16) with zero tails. ``backend``: "llvm", or "numba" for the same nest as Numba source.
+
+    ``accuracy``: the class of expected error allowed, as ``kernel.predicted_error`` tells it for independent data; a
+    channel far greater than all others can double that of Winograd's transforms. An algorithm or a schedule that was
+    asked for and does not fit is refused; where no algorithm fits, the most accurate one is used,
+    with an AccuracyWarning. ``memory_limit``: the most ``kernel.workspace_bytes``: what a call uses in all threads
+    beside its arrays and the bound weights, transformed ones included; None for no limit.
+
+    Raises ScheduleError where a schedule does not fit, LoweringError for the rest.
     """
     if not isinstance(layer, Conv2d | Linear):
         raise LoweringError(f"compile takes a Conv2d or a Linear, not {type(layer).__name__}")
-    chosen = named("direct" if algorithm is None else algorithm, layer)
+    chosen = None if algorithm is None else named(algorithm, layer)
     _choose("accuracy", accuracy, ACCURACIES)
     _choose("layout", layout, LAYOUTS)
     _choose("backend", backend, BACKENDS)
     _check_cache(cache)
     count = min(default_threads(), MAX_THREADS) if threads is None else _thread_count(threads)
-    machine = Machine.host()
-    kind = _kernel_type(backend)
-
-    def build(schedule: Schedule, recipe: Recipe | None = None) -> Kernel:
-        return kind(layer, schedule, layout=layout, threads=count, machine=machine, algorithm=chosen.name,
-                    recipe=recipe, accuracy=accuracy)
-
-    if isinstance(schedule, str):
-        return build(parse_schedule(schedule))
-    if isinstance(schedule, Schedule):
-        return build(schedule)
+    request = _Request(layer, layout, count, accuracy, _kernel_type(backend), _memory_limit(memory_limit))
     if schedule is not None:
-        raise ScheduleError("schedule", f"is a {type(schedule).__name__}", "give a Schedule or its text")
-    if cache is not False and algorithm is None:
-        kernel = _remembered(layer, machine, layout, count, accuracy, cache, build)
+        given = chosen or named("direct", layer)
+        given.require(accuracy)
+        return request.within_limit(request.build(given.name, _schedule(schedule)))
+    if chosen is not None:
+        chosen.require(accuracy)
+    if cache is not False:
+        kernel = _remembered(request, chosen, cache)
         if kernel is not None:
             return kernel
-    recipe = chosen.default(machine, layout, count)
-    return build(recipe.schedule(layer, layout), recipe)
+    return request.default([chosen] if chosen else choices(layer, request.machine, layout, count, accuracy))
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What every kernel that ``compile`` tries has in common; ``limit`` in bytes of workspace."""
+
+    layer: Problem
+    layout: Layout
+    threads: int
+    accuracy: Accuracy
+    kind: type[Kernel]
+    limit: int | None
+
+    @property
+    def machine(self) -> Machine:
+        return Machine.host()
+
+    def build(self, algorithm: str, schedule: Schedule, recipe: Recipe | None = None, origin: str = "") -> Kernel:
+        return self.kind(self.layer, schedule, layout=self.layout, threads=self.threads, machine=self.machine,
+                         algorithm=algorithm, recipe=recipe, accuracy=self.accuracy, origin=origin)
+
+    def fits(self, kernel: Kernel) -> bool:
+        return self.limit is None or kernel.workspace_bytes <= self.limit
+
+    def within_limit(self, kernel: Kernel) -> Kernel:
+        """The kernel itself, or a LoweringError with the numbers."""
+        if not self.fits(kernel):
+            raise LoweringError(f"memory_limit={self.limit}: {kernel.algorithm} needs a workspace of "
+                                f"{kernel.workspace_bytes} bytes for {self.layer.text} in {self.layout} on "
+                                f"{self.threads} thread{'s' * (self.threads != 1)}; give at least that, or None")
+        return kernel
+
+    def default(self, algorithms: Iterable[Algorithm]) -> Kernel:
+        """The default of the first algorithm that stays within the limit, with smaller blocks if need be."""
+        least: Kernel | None = None
+        for algorithm in algorithms:
+            kernel = self._smaller(algorithm.name, algorithm.default(self.machine, self.layout, self.threads))
+            if least is None or kernel.workspace_bytes < least.workspace_bytes:
+                least = kernel
+            if self.fits(kernel):
+                break
+        assert least is not None
+        return self.within_limit(least)
+
+    def _smaller(self, algorithm: str, recipe: Recipe) -> Kernel:
+        """The kernel of a recipe, whose block is divided until the workspace fits or no smaller one is left."""
+        kernel = self.build(algorithm, recipe.schedule(self.layer, self.layout), recipe)
+        size: int = getattr(recipe, "block", 1)
+        while self.limit is not None and not self.fits(kernel) and size > 1:
+            most = max(1, min(size * self.limit // kernel.workspace_bytes, size - 1))
+            size = max(b for b in range(1, most + 1) if size % b == 0)
+            recipe = replace(recipe, block=size)
+            kernel = self.build(algorithm, recipe.schedule(self.layer, self.layout), recipe)
+        return kernel
 
 
 def _kernel_type(backend: Backend) -> type[Kernel]:
@@ -82,27 +138,47 @@ def _kernel_type(backend: Backend) -> type[Kernel]:
     return Kernel
 
 
-def _remembered(layer: Problem, machine: Machine, layout: str, threads: int, accuracy: str,
-                cache: ScheduleCache | bool | None, build: Callable[[Schedule], Kernel]) -> Kernel | None:
-    """A kernel of the schedule that tuning found; one that no longer fits is passed over."""
+def _remembered(request: _Request, algorithm: Algorithm | None, cache: ScheduleCache | bool | None) -> Kernel | None:
+    """A kernel of the schedule that tuning found, for any algorithm or for one; a schedule that no longer fits is
+    passed over."""
     if cache is None or isinstance(cache, bool):
         if not has_schedules():  # without one, the tuner's modules need not be imported
             return None
         from convsched.autotune.cache import ScheduleCache
         cache = ScheduleCache()
-    from convsched.autotune.record import Key
-    kernels: dict[str, Kernel] = {}
+    from convsched.autotune.record import Key, Record, choose
+    kernels: dict[Record, Kernel] = {}
 
     def check(record: Record) -> None:
-        kernels[record.schedule] = build(parse_schedule(record.schedule))
+        named(record.algorithm, request.layer).require(request.accuracy)
+        kernels[record] = request.build(record.algorithm, parse_schedule(record.schedule),
+                                        origin=f"from the schedule cache: {record.recipe or 'of no recipe'}")
 
-    hit = cache.best(Key.of(layer, machine, layout=layout, threads=threads, accuracy=accuracy), check=check)
-    return None if hit is None else kernels[hit.record.schedule]
+    key = Key.of(request.layer, request.machine, layout=request.layout, threads=request.threads,
+                 accuracy=request.accuracy)
+    if algorithm is None and request.limit is None:
+        hit = cache.best(key, check=check)
+        return kernels[hit.record] if hit else None
+    left = [record for record in cache.records(key) if algorithm is None or record.algorithm == algorithm.name]
+    while record := choose(left):  # what is not asked for is no reason for a warning
+        left.remove(record)
+        with suppress(ConvschedError):
+            record.check()
+            check(record)
+            if request.fits(kernels[record]):
+                return kernels[record]
+    return None
 
 
 def _choose(name: str, value: object, allowed: Collection[str]) -> None:
     if not isinstance(value, str) or value not in allowed:
         raise LoweringError(f"{name}={value!r}: use one of {', '.join(allowed)}")
+
+
+def _schedule(schedule: object) -> Schedule:
+    if not isinstance(schedule, Schedule | str):
+        raise ScheduleError("schedule", f"is a {type(schedule).__name__}", "give a Schedule or its text")
+    return parse_schedule(schedule) if isinstance(schedule, str) else schedule
 
 
 def _check_cache(cache: object) -> None:
@@ -123,3 +199,16 @@ def _thread_count(threads: object) -> int:
     if isinstance(threads, bool) or not 1 <= count <= MAX_THREADS:
         raise LoweringError(f"threads={threads!r}: {rule}")
     return count
+
+
+def _memory_limit(limit: object) -> int | None:
+    if limit is None:
+        return None
+    rule = "use bytes of workspace, an integer from 0, or None for no limit"
+    try:
+        size = operator.index(limit)  # type: ignore[arg-type]
+    except TypeError:
+        raise LoweringError(f"memory_limit={limit!r}: {rule}") from None
+    if isinstance(limit, bool) or size < 0:
+        raise LoweringError(f"memory_limit={limit!r}: {rule}")
+    return size

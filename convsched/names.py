@@ -8,7 +8,6 @@ Accuracy: TypeAlias = Literal["strict", "normal", "fast"]
 Backend: TypeAlias = Literal["llvm", "numba"]
 Layout: TypeAlias = Literal["nchw", "nhwc", "nchw16c"]
 
-ALGORITHMS = ("direct",)
 ACCURACIES: tuple[Accuracy, ...] = get_args(Accuracy)
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 LAYOUTS: dict[str, tuple[str, ...]] = {

@@ -12,10 +12,12 @@ import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
+from math import inf
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
 
+from convsched.accuracy import BOUNDS, Prediction
 from convsched.algorithms import named
 from convsched.errors import ArrayError
 from convsched.ir import Program, leaves
@@ -27,12 +29,15 @@ from convsched.kernels.arrays import (
     check_output,
     check_weights,
     clear_tail,
+    from_layout,
 )
 from convsched.kernels.llvm import arguments, emit, names, symbols
 from convsched.kernels.packing import aligned_zeros, plain
 from convsched.kernels.pool import run_all
 from convsched.machine import Machine
+from convsched.names import Accuracy
 from convsched.problem import Problem
+from convsched.reference import convolve
 from convsched.schedule import Schedule, apply, parse_schedule
 from convsched.text import print_nest
 
@@ -127,11 +132,13 @@ class Kernel:
     ``kernel(x, weight, bias)`` packs the weights at each call; ``kernel.bind(weight, bias)`` packs them
     once. Arrays are float32 in the kernel's layout; weights are (M, C/groups, R, S). Raises ArrayError for
     arrays that do not fit. A copy, or a kernel read from a pickle, is compiled anew from problem and schedule
-    (or comes from the object cache), for the machine that reads it.
+    (or comes from the object cache), for the machine that reads it. ``recipe`` made the schedule, if known;
+    ``origin`` says where another schedule comes from.
     """
 
     def __init__(self, problem: Problem, schedule: Schedule, *, layout: str, threads: int, machine: Machine,
-                 algorithm: str = "direct", recipe: Recipe | None = None, accuracy: str = "normal") -> None:
+                 algorithm: str = "direct", recipe: Recipe | None = None, accuracy: Accuracy = "normal",
+                 origin: str = "") -> None:
         self.problem = problem
         self.algorithm = algorithm
         self.schedule = schedule
@@ -140,6 +147,7 @@ class Kernel:
         self.machine = machine
         self.recipe = recipe
         self.accuracy = accuracy
+        self.origin = origin
         self.x_shape = activation_shape(problem.input_shape, layout)
         self.y_shape = activation_shape(problem.output_shape, layout)
         self.interface, self.stages = self._load()
@@ -202,9 +210,15 @@ class Kernel:
         shared, sizes = self.interface.shared, self.interface.local_elements
         return 4 * sum(size if name in shared else size * self.threads for name, size in sizes.items())
 
+    @property
+    def predicted_error(self) -> Prediction:
+        """What to expect of max |error| / rms(output) against exact arithmetic, from the algorithm's matrices, in some
+        milliseconds: its ``expected`` is what classes of accuracy bound. Bias, residual and activation add little."""
+        return named(self.algorithm, self.problem).prediction
+
     def explain(self) -> str:
-        """Why this kernel: the problem, its size, the recipe, the schedule and the nest."""
-        p = self.problem
+        """Why this kernel: the problem, its size, the error to expect, the recipe, the schedule and the nest."""
+        p, error = self.problem, self.predicted_error
         lines = [
             f"problem    {p.text}",
             f"work       {p.macs / 1e6:.1f} M multiply-adds, {p.bytes / 1e6:.2f} MB moved at least, "
@@ -212,7 +226,9 @@ class Kernel:
             f"machine    {self.machine.text}",
             f"algorithm  {self.algorithm}, layout {self.layout}, {self.threads} thread{'s' * (self.threads != 1)}, "
             f"workspace {self.workspace_bytes / 1024:.0f} KiB",
-            f"recipe     {self.recipe if self.recipe is not None else 'written by hand'}",
+            f"error      {error.expected:.1e} of the output's rms expected, {error.worst:.1e} at worst; accuracy "
+            f"{self.accuracy} allows {BOUNDS[self.accuracy]:.0e}",
+            f"recipe     {self.recipe if self.recipe is not None else self.origin or 'written by hand'}",
             f"schedule   {self.schedule.text or 'none: the loops as they stand'}",
             "", self.nest]
         return "\n".join(lines)
@@ -223,7 +239,7 @@ class Kernel:
         made = binding.run(self.interface.bindings, given)
         packed = {name: array for name, array in made.items() if name in self.interface.names}
         as_given = {n: plain(n, a).run(a) for n, a in given.items() if n in self.interface.names}
-        return BoundKernel(self, {**packed, **as_given})
+        return BoundKernel(self, {**packed, **as_given}, (weight, bias))
 
     def __call__(self, x: Array, weight: Array, bias: Array | None = None, *, out: Array | None = None,
                  residual: Array | None = None) -> Array:
@@ -232,7 +248,7 @@ class Kernel:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _remake, (type(self), self.problem, self.schedule.text, self.layout, self.threads, self.algorithm,
-                         self.recipe, self.accuracy)
+                         self.recipe, self.accuracy, self.origin)
 
     def __repr__(self) -> str:
         return f"Kernel({self.problem.text!r}, {self.algorithm}, {self.layout}, threads={self.threads})"
@@ -241,12 +257,15 @@ class Kernel:
 class BoundKernel:
     """A kernel with its packed ``weights``: ``y = conv(x)``, ``conv(x, out=y)``, ``conv(x, residual=r)``.
 
-    Copies and pickles hold the packed weights, and the kernel as its own copies do.
+    It also refers to the arrays that were bound, ``given``, for ``measured_error``. Copies and pickles hold the
+    packed weights only, and the kernel as its own copies do.
     """
 
-    def __init__(self, kernel: Kernel, weights: Mapping[str, Array]) -> None:
+    def __init__(self, kernel: Kernel, weights: Mapping[str, Array],
+                 given: tuple[Array, Array | None] | None = None) -> None:
         self.kernel = kernel
         self.weights = weights
+        self.given = given
         self._slots = {n: i for i, n in enumerate(kernel.interface.names)}
         self._idle: list[Workspace] = []
 
@@ -268,6 +287,24 @@ class BoundKernel:
             self._idle.append(workspace)
         clear_tail(problem, kernel.layout, y)
         return y
+
+    def measured_error(self, x: Array, residual: Array | None = None) -> float:
+        """max |error| / rms(output) of a call on data of your own, against float64; compare ``predicted_error``.
+
+        Arrays are as for a call. The truth is that of the weights and bias as they are now in the arrays given to
+        ``bind``, which must not have changed since; it takes a slow, float64 convolution. Raises ArrayError for a
+        copy or an unpickled kernel, which has no such arrays. nan where data or outputs are not finite.
+        """
+        if self.given is None:
+            raise ArrayError("measured_error: a copy or an unpickled kernel holds packed weights only; bind the "
+                             "weights again: conv.kernel.bind(weight, bias)")
+        kernel, problem = self.kernel, self.kernel.problem
+        y = from_layout(self(x, residual=residual), problem.output_shape, kernel.layout)
+        known = None if residual is None else from_layout(residual, problem.output_shape, kernel.layout)
+        truth = convolve(problem, from_layout(x, problem.input_shape, kernel.layout), *self.given, known)
+        with np.errstate(invalid="ignore"):
+            error, rms = float(np.abs(y - truth).max()), float(np.sqrt(np.mean(np.square(truth))))
+        return error / rms if rms else error and inf
 
     def _borrow(self) -> Workspace:
         """An idle workspace, else a new one; ``pop`` is atomic, so that of two threads each gets its own."""
@@ -318,10 +355,10 @@ class BoundKernel:
 
 
 def _remake(kind: type[Kernel], problem: Problem, schedule: str, layout: str, threads: int,
-            algorithm: str, recipe: Recipe | None, accuracy: str) -> Kernel:
+            algorithm: str, recipe: Recipe | None, accuracy: Accuracy, origin: str) -> Kernel:
     """A kernel from what its pickle holds, compiled for this machine."""
     return kind(problem, parse_schedule(schedule), layout=layout, threads=threads, machine=Machine.host(),
-                algorithm=algorithm, recipe=recipe, accuracy=accuracy)
+                algorithm=algorithm, recipe=recipe, accuracy=accuracy, origin=origin)
 
 
 def _rebind(kind: type[BoundKernel], kernel: Kernel, packing: tuple[binding.Binding, ...],

@@ -56,7 +56,8 @@ class NumbaKernel(Kernel):
 
     def bind(self, weight: Array, bias: Array | None = None) -> BoundKernel:
         """As ``Kernel.bind``; the result has no ``native``."""
-        return _NumbaBoundKernel(self, super().bind(weight, bias).weights)
+        bound = super().bind(weight, bias)
+        return _NumbaBoundKernel(self, bound.weights, bound.given)
 
 
 class _NumbaBoundKernel(BoundKernel):

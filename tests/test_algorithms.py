@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import convsched as cs
@@ -19,7 +19,7 @@ from convsched.kernels.arrays import from_layout, to_layout
 from convsched.kernels.kernel import Kernel
 from convsched.kernels.source import run_source
 from convsched.machine import Machine
-from convsched.problem import Conv2d, Linear
+from convsched.problem import Conv2d, Linear, Problem
 from convsched.reference import convolve
 from convsched.schedule import Schedule, apply, parse_schedule
 from convsched.tiles import Tiles, tile_counts
@@ -105,9 +105,10 @@ def test_im2col_with_any_recipe(data: st.DataObject, layout: str, stride: int, g
 
 
 @settings(QUICK, max_examples=40)
-@given(problem=dense((3, 3)) | dense((1, 5)) | dense((3, 1)), layout=st.sampled_from(LAYOUTS),
+@given(problem=dense((3, 3)) | dense((1, 5)) | dense((3, 1)) | dense((1, 1)), layout=st.sampled_from(LAYOUTS),
        threads=st.sampled_from([1, 2]), family=st.sampled_from(sorted(FAMILIES)))
 def test_kernels_of_each_family(problem: Conv2d, layout: Any, threads: int, family: str) -> None:
+    assume(family in {one.name.split("(")[0] for one in applicable(problem)})
     kernel = cs.compile(problem, algorithm=family, layout=layout, threads=threads, cache=False)
     assert kernel.algorithm.startswith(family)
     rng = np.random.default_rng(0)
@@ -150,9 +151,13 @@ def test_where_an_algorithm_does_not_apply(name: str, problem: Any, why: str) ->
 
 
 def test_the_usual_members_of_the_families() -> None:
-    assert [a.name for a in applicable(Conv2d(8, 8, 3, input_size=9))] == ["direct", "im2col", "winograd(4,3)"]
-    assert [a.name for a in applicable(Conv2d(8, 8, (1, 7), input_size=9))] == ["direct", "im2col", "winograd(2,7)"]
-    assert [a.name for a in applicable(Linear(8, 8))] == ["direct"]
+    def usual(problem: Problem) -> dict[str, str]:
+        return {one.name.split("(")[0]: one.name for one in applicable(problem)}
+
+    assert usual(Conv2d(8, 8, 3, input_size=9)).items() >= {"direct": "direct", "im2col": "im2col",
+                                                            "winograd": "winograd(4,3)"}.items()
+    assert usual(Conv2d(8, 8, (1, 7), input_size=9))["winograd"] == "winograd(2,7)"
+    assert usual(Linear(8, 8)).keys() & {"direct", "im2col", "winograd", "fft"} == {"direct"}
 
 
 def test_kernels_of_different_algorithms_do_not_share_code() -> None:

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 import convsched as cs
+from convsched.algorithms import named
 from convsched.autotune.cache import ScheduleCache
-from convsched.autotune.record import Key, Record
+from convsched.autotune.record import CacheWarning, Key, Record
 from convsched.errors import ArrayError, LoweringError, ScheduleError
 from convsched.kernels import pool
 from convsched.kernels.kernel import BoundKernel, Kernel
@@ -90,6 +91,10 @@ def run_python(code: str, *arguments: str) -> str:
         ({"threads": np.array([1, 2])}, "use an integer from 1"),
         ({"threads": MAX_THREADS + 1}, "threads=1025: use an integer from 1 to 1024"),
         ({"threads": 10**6}, "threads=1000000: use an integer from 1 to 1024"),
+        ({"memory_limit": -1}, "memory_limit=-1: use bytes of workspace, an integer from 0, or None"),
+        ({"memory_limit": 1e6}, "memory_limit=1000000.0: use bytes of workspace"),
+        ({"memory_limit": "1M"}, "memory_limit='1M': use bytes of workspace"),
+        ({"memory_limit": True}, "memory_limit=True: use bytes of workspace"),
     ],
 )
 def test_what_compile_does_not_take_is_named(options: dict[str, Any], message: str) -> None:
@@ -121,12 +126,17 @@ def test_the_greatest_number_of_threads_compiles() -> None:
     assert cs.compile(LAYER, threads=MAX_THREADS).threads == MAX_THREADS
 
 
-def tuned(cache: ScheduleCache) -> str:
-    """The schedule of the only record in a cache, as tuning on one thread would leave it."""
-    schedule = "unroll s"
-    assert cache.put(Record(**vars(Key.of(LAYER, Machine.host())), algorithm="direct", recipe="by hand",
-                            schedule=schedule, hot=1e-6, status="ok", time=1.0))  # fmt: skip
+def tuned(cache: ScheduleCache, algorithm: str = "direct", schedule: str = "unroll s", hot: float = 1e-6,
+          accuracy: str = "normal", recipe: str = "by hand") -> str:  # fmt: skip
+    """The schedule of a record that is put into a cache, as tuning on one thread would leave it."""
+    assert cache.put(Record(**vars(Key.of(LAYER, Machine.host(), accuracy=accuracy)), algorithm=algorithm,
+                            recipe=recipe, schedule=schedule, hot=hot, status="ok", time=1.0))  # fmt: skip
     return schedule
+
+
+def default_of(algorithm: str) -> str:
+    """An algorithm's default schedule for the layer."""
+    return named(algorithm, LAYER).default(Machine.host(), "nchw", 1).schedule(LAYER).text
 
 
 def test_none_and_true_are_the_cache_in_the_cache_folder(
@@ -150,6 +160,47 @@ def test_a_cache_of_ones_own(tmp_path: Path) -> None:
     schedule = tuned(cache)
     assert cs.compile(LAYER, threads=1, cache=cache).schedule.text == schedule
     assert cs.compile(LAYER, threads=1).schedule.text != schedule
+
+
+def test_a_remembered_schedule_is_that_of_its_algorithm(tmp_path: Path) -> None:
+    cache = ScheduleCache(tmp_path / "mine.sqlite")
+    schedule = tuned(cache, "winograd(2,3)", default_of("winograd(2,3)"))
+    kernel = cs.compile(LAYER, threads=1, cache=cache)
+    assert (kernel.algorithm, kernel.schedule.text) == ("winograd(2,3)", schedule)
+    assert "recipe     from the schedule cache: by hand" in kernel.explain()
+    x, weight, bias = integers()
+    np.testing.assert_allclose(kernel(x, weight, bias), convolve(LAYER, x, weight, bias), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("algorithm", ["direct", "winograd(2,3)", "im2col"])
+def test_an_algorithm_asked_for_is_looked_up_too(tmp_path: Path, algorithm: str) -> None:
+    """Only its own records count; those of others are no reason for a warning."""
+    cache = ScheduleCache(tmp_path / "mine.sqlite")
+    own = {"direct": tuned(cache, hot=1e-5), "winograd(2,3)": tuned(cache, "winograd(2,3)",
+                                                                    default_of("winograd(2,3)"))}  # fmt: skip
+    kernel = cs.compile(LAYER, threads=1, cache=cache, algorithm=algorithm)
+    assert kernel.algorithm == algorithm
+    assert kernel.schedule.text == own.get(algorithm, default_of(algorithm))
+    assert ("from the schedule cache" in kernel.explain()) == (algorithm in own)
+
+
+def test_a_remembered_schedule_stays_within_the_memory_limit(tmp_path: Path) -> None:
+    cache = ScheduleCache(tmp_path / "mine.sqlite")
+    tuned(cache, "winograd(2,3)", default_of("winograd(2,3)"), hot=1e-6)
+    slower = tuned(cache, hot=1e-5)
+    limit = cs.compile(LAYER, schedule=slower, threads=1).workspace_bytes
+    assert cs.compile(LAYER, threads=1, cache=cache).workspace_bytes > limit
+    assert cs.compile(LAYER, threads=1, cache=cache, memory_limit=limit).schedule.text == slower
+    assert cs.compile(LAYER, threads=1, cache=cache, memory_limit=limit - 1).recipe is not None
+
+
+@pytest.mark.parametrize("algorithm", ["winograd(6,3)", "winograd(9,9)", "magic"])
+def test_a_record_that_does_not_fit_is_passed_over(tmp_path: Path, algorithm: str) -> None:
+    cache = ScheduleCache(tmp_path / "mine.sqlite")
+    tuned(cache, algorithm, accuracy="strict")
+    with pytest.warns(CacheWarning, match="accuracy='strict': winograd.6,3.|taps|use one of"):
+        kernel = cs.compile(LAYER, threads=1, cache=cache, accuracy="strict")
+    assert kernel.recipe is not None
 
 
 def test_the_names_agree_with_their_types() -> None:
@@ -190,16 +241,18 @@ DUPLICATES: list[Callable[[Any], Any]] = [copy.copy, copy.deepcopy, lambda given
 @pytest.mark.parametrize(
     "options",
     [
-        {}, {"threads": 2, "layout": "nchw16c", "accuracy": "fast"}, {"schedule": ""}, {"backend": "numba"},
+        {}, {"algorithm": "winograd(2,3)"},
+        {"threads": 2, "layout": "nchw16c", "accuracy": "fast"}, {"schedule": ""}, {"backend": "numba"},
         {"schedule": "split m 8 -> m0 m1 tail=mask; layout w m0 c r s m1; reorder m0 e f c r s m1; vectorize m1"},
     ],
-    ids=["default", "options", "unscheduled", "numba", "packed"],
+    ids=["default", "algorithm", "options", "unscheduled", "numba", "packed"],
 )  # fmt: skip
 def test_kernels_can_be_copied(options: dict[str, Any], duplicate: Callable[[Any], Any]) -> None:
     conv = bound(**options)
     kernel, other = conv.kernel, duplicate(conv.kernel)
     assert type(other) is type(kernel)
-    for name in ("problem", "schedule", "layout", "threads", "accuracy", "recipe", "machine", "interface"):
+    for name in ("problem", "algorithm", "schedule", "layout", "threads", "accuracy", "recipe", "origin", "machine",
+                 "interface"):  # fmt: skip
         assert getattr(other, name) == getattr(kernel, name)
     again = duplicate(conv)
     assert type(again) is type(conv)

@@ -218,7 +218,7 @@ def test_two_threads_give_what_one_gives(name: str, layout: Any) -> None:
     laid_residual = None if residual is None else to_layout(residual, layout)
     expected = convolve(problem, x, weight, bias, residual)
     for threads in (1, 2, 3):
-        conv = cs.compile(problem, layout=layout, threads=threads).bind(weight, bias)
+        conv = cs.compile(problem, algorithm="direct", layout=layout, threads=threads).bind(weight, bias)
         for _ in range(3):
             y = conv(laid, residual=laid_residual)
             np.testing.assert_array_equal(from_layout(y, problem.output_shape, layout), expected)
@@ -229,7 +229,7 @@ def test_two_threads_give_what_one_gives(name: str, layout: Any) -> None:
 def test_one_bound_kernel_may_be_called_by_several_threads_at_once(name: str, threads: int) -> None:
     problem = LAYERS[name]
     _, weight, bias, _ = integers(problem)
-    conv = cs.compile(problem, threads=threads).bind(weight, bias)
+    conv = cs.compile(problem, algorithm="direct", threads=threads).bind(weight, bias)
     inputs = [integers(problem, seed)[0] for seed in range(4)]
     expected = [convolve(problem, x, weight, bias) for x in inputs]
     wrong: list[int] = []
@@ -254,7 +254,7 @@ def test_relu_keeps_nan_and_infinity(layout: Any) -> None:
     problem = Conv2d(3, 4, 1, bias=False, input_size=(1, 4), activation="relu")
     x = np.ones(problem.input_shape, np.float32)
     x[0, 0, 0] = [np.nan, np.inf, -np.inf, 5]
-    kernel = cs.compile(problem, layout=layout, threads=1)
+    kernel = cs.compile(problem, algorithm="direct", layout=layout, threads=1)
     laid = kernel(to_layout(x, layout), np.ones(problem.weight_shape, np.float32))
     y = from_layout(laid, problem.output_shape, layout)
     np.testing.assert_array_equal(y, np.broadcast_to(np.float32([np.nan, np.inf, 0, 7]), y.shape))
@@ -270,7 +270,7 @@ def test_denormal_weights_are_flushed_when_bound(name: str, schedule: str | None
     shapes = (problem.weight_shape, problem.bias_shape)
     weight, bias = (rng.choice(np.array(numbers, np.float32), shape) for shape in shapes)
     before = weight.copy()
-    conv = cs.compile(problem, schedule=schedule, threads=1).bind(weight, bias)
+    conv = cs.compile(problem, algorithm="direct", schedule=schedule, threads=1).bind(weight, bias)
     for packed in conv.weights.values():
         assert not ((packed != 0) & (np.abs(packed) < tiny)).any()
         assert (np.abs(packed) == tiny).any()
@@ -286,7 +286,7 @@ def test_denormal_weights_are_flushed_when_bound(name: str, schedule: str | None
 def test_a_warm_call_with_out_allocates_nothing_big(name: str, threads: int) -> None:
     problem = LAYERS[name]
     x, weight, bias, _ = integers(problem)
-    conv = cs.compile(problem, threads=threads).bind(weight, bias)
+    conv = cs.compile(problem, algorithm="direct", threads=threads).bind(weight, bias)
     out = np.empty(problem.output_shape, np.float32)
     for _ in range(3):
         conv(x, out=out)
@@ -308,7 +308,7 @@ def test_a_warm_call_with_out_allocates_no_arrays(layout: Any) -> None:
     problem = LAYERS["dense"]
     x, weight, bias, _ = integers(problem)
     laid = to_layout(x, layout)
-    conv = cs.compile(problem, layout=layout, threads=1).bind(weight, bias)
+    conv = cs.compile(problem, algorithm="direct", layout=layout, threads=1).bind(weight, bias)
     out = conv(laid)
     tracemalloc.start()
     try:

@@ -69,7 +69,7 @@ def test_a_hit_compiles_nothing_and_gives_the_same(folder: Path, monkeypatch: py
         raise AssertionError("compiled in spite of the cache")
 
     monkeypatch.setattr(jit, "compile_object", refuse)
-    monkeypatch.setattr("convsched.kernels.kernel.lower_direct", refuse)
+    monkeypatch.setattr("convsched.kernels.kernel.apply", refuse)
     for threads in (1, 2):
         second = cs.compile(LAYER, schedule=first.schedule, threads=threads)
         check(second)
