@@ -27,6 +27,7 @@ from convsched.autotune.record import Key, Record, Run, parse_line
 from convsched.autotune.tune import Budget, Tuned, TuneError, Tuner
 from convsched.errors import ConvschedError
 from convsched.machine import Machine, default_threads, machine_key
+from convsched.names import Accuracy
 from convsched.problem import Problem
 
 if TYPE_CHECKING:
@@ -45,8 +46,8 @@ class ClusterError(TuneError):
 
 
 def tune_on(client: Client, work: Sequence[tuple[Problem, Budget]], *, cache: ScheduleCache,
-            threads: int | None = None, layout: str = "nchw", accuracy: str = "normal",
-            report: Report | None = None) -> list[Tuned]:
+            threads: int | None = None, layout: str = "nchw", accuracy: Accuracy = "normal",
+            algorithm: str | None = None, report: Report | None = None) -> list[Tuned]:
     """Tune layers, each within its budget, on the workers of a Dask cluster; the results in order.
 
     Every host measures one layer at a time, keyed by its own machine, on `threads` threads (default: those
@@ -64,7 +65,7 @@ def tune_on(client: Client, work: Sequence[tuple[Problem, Budget]], *, cache: Sc
         raise ClusterError(f"a cluster needs Dask ({error}): pip install convsched[cluster]") from error
     if not isinstance(client, Client) or client.asynchronous:
         raise ClusterError(f"client={client!r}: give a distributed.Client that is not asynchronous")
-    farm = _Farm(client, work, cache, threads, layout, accuracy, report)
+    farm = _Farm(client, work, cache, threads, layout, accuracy, algorithm, report)
     try:
         return farm.run()
     finally:
@@ -90,7 +91,8 @@ class _Farm:
     cache: ScheduleCache
     threads: int | None
     layout: str
-    accuracy: str
+    accuracy: Accuracy
+    algorithm: str | None
     report: Report | None
     name: str = field(default_factory=lambda: f"convsched-{uuid4().hex}")
     sites: dict[str, _Site] = field(default_factory=dict)
@@ -172,8 +174,9 @@ class _Farm:
                 key = Key(problem=problem.text, layout=self.layout, threads=self.threads or site.threads,
                           accuracy=self.accuracy, machine=site.machine)
                 known = [record.to_json() for record in self.cache.records(key)]
-                future = self.client.submit(_tune, self.name, problem, budget, key, known, pure=False,
-                                            workers=[site.address])  # and no other: its machine is in the key
+                future = self.client.submit(
+                    _tune, self.name, problem, budget, key, self.accuracy, self.algorithm, known, pure=False,
+                    workers=[site.address])  # and no other: its machine is in the key
                 self.running[future] = index, site
 
     def collect(self, future: Future) -> None:
@@ -285,14 +288,15 @@ def _survey(wanted: str) -> tuple[str, int]:
     return machine_key(Machine.host()), default_threads()
 
 
-def _tune(farm: str, problem: Problem, budget: Budget, key: Key, known: list[str]) -> tuple[Tuned, list[str]]:
+def _tune(farm: str, problem: Problem, budget: Budget, key: Key, accuracy: Accuracy, algorithm: str | None,
+          known: list[str]) -> tuple[Tuned, list[str]]:
     """Tune a layer on this worker; the result, and all lines that were sent on the way."""
     from distributed import get_worker
 
     worker = get_worker()
     records = (record for record in map(parse_line, known) if isinstance(record, Record))
     ledger = _Ledger(farm, records, lambda line: worker.log_event(farm, (worker.address, line)))
-    with alone(), Tuner(ledger, key.threads, key.layout, key.accuracy) as tuner:
+    with alone(), Tuner(ledger, key.threads, key.layout, accuracy, algorithm) as tuner:
         return tuner.tune(problem, budget), ledger.lines
 
 

@@ -124,7 +124,7 @@ def decided(samples: Mapping[str, Sequence[float]]) -> bool:
     """Whether more samples would not change which is faster: all settled, or the candidate clearly slower."""
     least = {name: min(own) for name, own in samples.items()}
     rounds, slower = len(samples["candidate"]), least["candidate"] / least.get("incumbent", math.inf)
-    if slower > HOPELESS or (slower > SLOWER and rounds >= SETTLED_SAMPLES):
+    if (slower > HOPELESS and rounds > 1) or (slower > SLOWER and rounds >= SETTLED_SAMPLES):  # one may be unlucky
         return True
     return rounds >= SETTLED_SAMPLES and all(
         sorted(own)[SETTLED_SAMPLES - 1] <= least[name] * (1 + SETTLED) for name, own in samples.items())

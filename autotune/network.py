@@ -97,7 +97,11 @@ class _Network:
         for problem, count in layers:
             counts[problem] += count
         for problem, count in counts.items():
-            layer = _Layer(LayerSearch(self.tuner, problem), count)
+            try:
+                layer = _Layer(LayerSearch(self.tuner, problem), count)
+            except TuneError as error:
+                self.failures[problem] = str(error)
+                continue
             self.layers.append(layer)
             if self.tried(layer, layer.search.run_default):
                 layer.weight = count * layer.search.default_seconds

@@ -15,13 +15,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
-from convsched.analytic import default_recipe
+from convsched.algorithms import choose
 from convsched.autotune.cache import ScheduleCache
 from convsched.autotune.candidate import Job, Outcome
 from convsched.autotune.record import TIE, CacheError, Record, Status
 from convsched.errors import ConvschedError
 from convsched.machine import Machine, machine_key
-from convsched.names import LAYOUTS
+from convsched.names import ACCURACIES, LAYOUTS
 from convsched.problem import parse_problem
 
 Verdict: TypeAlias = Literal["good", "changed", "slower"] | Status
@@ -89,20 +89,34 @@ def _check(cache: ScheduleCache, record: Record, run: Callable[[Job], Outcome]) 
         default = _default(record)
     except ConvschedError as error:
         return Check(record, Outcome("failed", str(error).splitlines()[0]))
-    stored = {other.schedule: other.hot for other in cache.records(record.key)}
-    seconds = stored.get(default)
+    stored = {(other.algorithm, other.schedule): other.hot for other in cache.records(record.key)}
+    seconds = stored.get((default.algorithm, default.schedule))
     then = seconds / record.hot if seconds and record.hot else None
-    job = Job(record.problem, record.layout, record.threads, record.schedule, default)
+    job = Job(record.problem, record.layout, record.threads, record.schedule, default.schedule, record.algorithm,
+              default.algorithm)
     check = Check(record, run(job), then)
     if not check.is_bad:
         return check
-    return Check(record, run(job if check.verdict == "slower" else replace(job, incumbent="")), then)
+    alone = replace(job, incumbent="", incumbent_algorithm="direct")
+    return Check(record, run(job if check.verdict == "slower" else alone), then)
 
 
-def _default(record: Record) -> str:
-    """The schedule that `compile` takes where nothing is stored."""
+@dataclass(frozen=True)
+class _Default:
+    """What `compile` takes where nothing is stored."""
+
+    algorithm: str
+    schedule: str
+
+
+def _default(record: Record) -> _Default:
     if record.layout not in LAYOUTS:
         raise CacheError(f"layout {record.layout!r} is none: use one of {', '.join(LAYOUTS)}")
+    accuracy = next((known for known in ACCURACIES if known == record.accuracy), None)
+    if accuracy is None:
+        raise CacheError(f"accuracy {record.accuracy!r} is none: use one of {', '.join(ACCURACIES)}")
     problem = parse_problem(record.problem)
-    recipe = default_recipe(problem, Machine.host(), record.layout, record.threads)
-    return recipe.schedule(problem, record.layout).text
+    machine = Machine.host()
+    chosen = choose(problem, machine, record.layout, record.threads, accuracy)
+    recipe = chosen.default(machine, record.layout, record.threads)
+    return _Default(chosen.name, recipe.schedule(problem, record.layout).text)

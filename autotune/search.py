@@ -13,11 +13,11 @@ import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
-from itertools import islice
+from itertools import chain, islice
 
 from convsched.autotune.candidate import Outcome
 from convsched.autotune.record import Contender, winner
-from convsched.recipes import Recipe
+from convsched.autotune.space import Choice
 
 RACERS = 12
 ESTIMATES = 96  # candidates the model looks at for the race
@@ -28,7 +28,7 @@ FIRST_LOOKS, FIRST_NEAR = 16, 3  # those before the first is tried, in the race 
 class Measured:
     """A candidate, its schedule's text and what became of it; ``speed`` relative to the default (1 = equal)."""
 
-    recipe: Recipe
+    choice: Choice
     schedule: str
     outcome: Outcome
     speed: float
@@ -38,23 +38,25 @@ class Measured:
 class Search:
     """One problem's search; ``tried`` grows as it runs, so that an interruption keeps what was measured.
 
-    ``measure(recipe, incumbent)`` gives a candidate timed in turn with the incumbent (None for the first);
-    ``estimate(recipe)`` is the model's seconds, or None where the recipe makes no schedule; ``spent()`` is
+    ``measure(choice, incumbent)`` gives a candidate timed in turn with the incumbent (None for the first);
+    ``estimate(choice)`` is the model's seconds, or None where the choice makes no schedule; ``spent()`` is
     whether the budget is used up, ``may_rank()`` whether the model may look at one more only to order them.
+    ``seeds`` are tried right after the default: other algorithms' own defaults.
     """
 
-    default: Recipe
-    space: Sequence[Recipe]
-    near: Callable[[Recipe], Sequence[Recipe]]
-    measure: Callable[[Recipe, Measured | None], Measured]
-    estimate: Callable[[Recipe], float | None]
+    default: Choice
+    space: Sequence[Choice]
+    near: Callable[[Choice], Sequence[Choice]]
+    measure: Callable[[Choice, Measured | None], Measured]
+    estimate: Callable[[Choice], float | None]
     spent: Callable[[], bool]
     may_rank: Callable[[], bool] = lambda: True
-    tried: dict[Recipe, Measured] = field(default_factory=dict)
+    seeds: Sequence[Choice] = ()
+    tried: dict[Choice, Measured] = field(default_factory=dict)
     best: Measured | None = None
     complete: bool = False
-    _estimates: dict[Recipe, float] = field(default_factory=dict)
-    _ahead: list[Recipe] = field(default_factory=list)
+    _estimates: dict[Choice, float] = field(default_factory=dict)
+    _ahead: list[Choice] = field(default_factory=list)
 
     def recall(self, before: Iterable[Measured]) -> None:
         """Go on from candidates that an earlier run has measured, the default among them."""
@@ -73,36 +75,38 @@ class Search:
         if self.run_default().outcome.status != "ok":
             return None
         racers = max(0, RACERS + 1 - len(self.tried))
-        for candidate in islice(self._racers(), racers):
+        for candidate in chain((r for r in self.seeds if r not in self.tried), islice(self._racers(), racers)):
             if self.spent():
                 return self.best
             self._try(candidate)
         self.complete = self._climb()
         return self.best
 
-    def _try(self, recipe: Recipe) -> bool:
+    def _try(self, choice: Choice) -> bool:
         """Measure a candidate; whether it became the incumbent."""
-        return self._keep(self.measure(recipe, self.best))
+        return self._keep(self.measure(choice, self.best))
 
     def _keep(self, measured: Measured) -> bool:
-        self.tried[measured.recipe] = measured
+        self.tried[measured.choice] = measured
         if measured.outcome.status != "ok" or not (self.best is None or better(measured, self.best)):
             return False
         self.best = measured
         return True
 
-    def _racers(self) -> Iterator[Recipe]:
-        """The candidates that the model names, the best first; it looks at those near the default first."""
-        space = [r for r in self.space if r != self.default]
+    def _racers(self) -> Iterator[Choice]:
+        """The candidates that the model names, the best first; it looks first at those near the default, or near
+        the seed that has beaten it."""
+        start = self.best.choice if self.best and self.best.choice in self.seeds else self.default
+        space = [r for r in self.space if r != start]
         random.Random(0).shuffle(space)
-        space.sort(key=lambda r: distance(r, self.default))
+        space.sort(key=lambda r: distance(r, start))
         return self._ranked([r for r in space[:ESTIMATES] if r not in self.tried], FIRST_LOOKS)
 
     def _climb(self) -> bool:
         """Measure the neighbours of the incumbent until none improves; False if the budget ended it."""
         while self.best is not None:
             start = self.best
-            near = [r for r in self.near(start.recipe) if r not in self.tried]
+            near = [r for r in self.near(start.choice) if r not in self.tried]
             for candidate in self._ranked(near, FIRST_NEAR):
                 if self.spent():
                     return False
@@ -112,33 +116,33 @@ class Search:
                 return True
         return True
 
-    def _ranked(self, recipes: Sequence[Recipe], first: int) -> Iterator[Recipe]:
+    def _ranked(self, choices: Sequence[Choice], first: int) -> Iterator[Choice]:
         """Those that make a schedule, the best of those that the model has looked at first: it looks at the
         ``first`` of them before any is tried, at others by ``look_ahead``, and at the rest when all are tried."""
-        self._ahead = waiting = list(recipes)
-        for recipe in waiting[:first]:
+        self._ahead = waiting = list(choices)
+        for choice in waiting[:first]:
             if self.spent() or not self.may_rank():
                 break
-            self._estimate(recipe)
+            self._estimate(choice)
         while waiting:
             seen = [r for r in waiting if r in self._estimates]
-            recipe = min(seen, key=self._estimates.__getitem__) if seen else waiting[0]
-            waiting.remove(recipe)
-            if self.spent() or self._estimate(recipe) < math.inf:
-                yield recipe
+            choice = min(seen, key=self._estimates.__getitem__) if seen else waiting[0]
+            waiting.remove(choice)
+            if self.spent() or self._estimate(choice) < math.inf:
+                yield choice
 
     def look_ahead(self) -> bool:
         """Let the model look at one more candidate that may be tried; whether there was one."""
-        recipe = next((r for r in self._ahead if r not in self._estimates), None)
-        if recipe is not None:
-            self._estimate(recipe)
-        return recipe is not None
+        choice = next((r for r in self._ahead if r not in self._estimates), None)
+        if choice is not None:
+            self._estimate(choice)
+        return choice is not None
 
-    def _estimate(self, recipe: Recipe) -> float:
-        if recipe not in self._estimates:
-            seconds = self.estimate(recipe)
-            self._estimates[recipe] = math.inf if seconds is None else seconds
-        return self._estimates[recipe]
+    def _estimate(self, choice: Choice) -> float:
+        if choice not in self._estimates:
+            seconds = self.estimate(choice)
+            self._estimates[choice] = math.inf if seconds is None else seconds
+        return self._estimates[choice]
 
 
 def better(candidate: Measured, incumbent: Measured) -> bool:
@@ -147,8 +151,8 @@ def better(candidate: Measured, incumbent: Measured) -> bool:
     return winner(pair, default=1.0) == 1
 
 
-def distance(a: Recipe, b: Recipe) -> int:
-    """In how many parameters two recipes differ; other kinds of recipe are as far as can be."""
-    if type(a) is not type(b):
-        return len(fields(b))
-    return sum(getattr(a, f.name) != getattr(b, f.name) for f in fields(a))
+def distance(a: Choice, b: Choice) -> int:
+    """In how many parameters two candidates differ; other algorithms and recipes are as far as can be."""
+    if a.algorithm != b.algorithm or type(a.recipe) is not type(b.recipe):
+        return len(fields(b.recipe))
+    return sum(getattr(a.recipe, f.name) != getattr(b.recipe, f.name) for f in fields(a.recipe))

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, overload
 
+import convsched.autotune.algorithm_space  # noqa: F401  (its recipes join the space)
+from convsched.algorithms import named
 from convsched.autotune.cache import ScheduleCache
 from convsched.autotune.calibrate import calibration
 from convsched.autotune.candidate import Job, Outcome
@@ -21,14 +23,16 @@ from convsched.autotune.measure import now
 from convsched.autotune.model import Rates, cost
 from convsched.autotune.record import Key, Record, choose
 from convsched.autotune.search import Measured, Search
-from convsched.autotune.space import Target, candidates, neighbours
+from convsched.autotune.space import Choice, Target, candidates, neighbours, seeds
 from convsched.autotune.worker import Worker
-from convsched.errors import ConvschedError
-from convsched.lower.direct import lower_direct
+from convsched.errors import ConvschedError, LoweringError
 from convsched.machine import Machine, default_threads
-from convsched.problem import Problem
-from convsched.recipes import Recipe
+from convsched.names import Accuracy
+from convsched.problem import Conv2d, Linear, Problem
 from convsched.schedule import Schedule, apply, parse_schedule
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 MOST_FAILURES = 0.5  # of the candidates; more, and the search says so instead of going on
 LEAST_TRIES = 8  # before the share of failures means something
@@ -112,19 +116,23 @@ class Tuned:
 
 @dataclass
 class Tuner:
-    """Tunes problems one after another with one worker process; a context manager."""
+    """Tunes problems one after another with one worker process; a context manager.
+
+    Candidates are of all algorithms whose predicted error fits the class of ``accuracy``, or of one ``algorithm``.
+    """
 
     cache: Records
     threads: int
     layout: str = "nchw"
-    accuracy: str = "normal"
+    accuracy: Accuracy = "normal"
+    algorithm: str | None = None
     report: Callable[[Progress], None] = lambda _: None
     clock: Callable[[], float] = now
 
     def __post_init__(self) -> None:
         self.machine = Machine.host()
         known = calibration()
-        self.rates = Rates(known.peak, *(known.bandwidth[level] for level in ("l2", "l3", "dram")))
+        self.rates = Rates.of(known)
         self.worker = Worker()
         self._writer = ThreadPoolExecutor(1, "convsched-records")
         self._writing: Future[object] | None = None
@@ -176,7 +184,7 @@ class LayerSearch:
 
     def __init__(self, tuner: Tuner, problem: Problem) -> None:
         self.tuner, self.problem = tuner, problem
-        self.target = Target(problem, tuner.machine, tuner.layout, tuner.threads)
+        self.target = Target(problem, tuner.machine, tuner.layout, tuner.threads, tuner.accuracy, tuner.algorithm)
         self.key = Key.of(problem, tuner.machine, layout=tuner.layout, threads=tuner.threads,
                           accuracy=tuner.accuracy)
         self.known = {record.schedule: record for record in tuner.cache.records(self.key)}
@@ -185,9 +193,12 @@ class LayerSearch:
         self._verified = set[str]()
         self._job_seconds: float | None = None
         self._ranking = 0.0
-        space = candidates(self.target)
+        try:
+            space = candidates(self.target)
+        except LoweringError as error:
+            raise TuneError(str(error)) from error
         self._search = Search(space[0], space, lambda r: neighbours(self.target, r), self._measure,
-                              self._estimate, lambda: self._left.is_spent, self._may_rank)
+                              self._estimate, lambda: self._left.is_spent, self._may_rank, seeds(self.target))
         self._deadline = self._most = self._ranking_limit = 0.0
 
     @property
@@ -215,10 +226,10 @@ class LayerSearch:
         outcome = self._search.run_default().outcome
         if outcome.status != "ok":
             raise TuneError(f"the default of {self.problem.text} {_reason(outcome)}")
-        recipes = {repr(recipe): recipe for recipe in self._search.space}
-        self._search.recall(self._recalled(recipe, record) for record in self.known.values()
-                            if (recipe := recipes.get(record.recipe)) and record is not self.default
-                            and record.is_settled and self._text(recipe) == record.schedule)
+        choices = {(choice.algorithm, repr(choice.recipe)): choice for choice in self._search.space}
+        self._search.recall(self._recalled(choice, record) for record in self.known.values()
+                            if (choice := choices.get((record.algorithm, record.recipe))) and record is not self.default
+                            and record.is_settled and self._text(choice) == record.schedule)
 
     def run(self, share: Budget) -> None:
         """Search on, within a share of the budget. Raises TuneError if most candidates fail."""
@@ -234,7 +245,7 @@ class LayerSearch:
             if chosen.schedule in self._verified:
                 break
             self._verified.add(chosen.schedule)
-            self._keep(chosen, self._run(chosen.schedule, self.default), self.default)
+            self._keep(chosen, self._run(chosen.algorithm, chosen.schedule, self.default), self.default)
         assert chosen is not None
         assert chosen.hot is not None
         self.mark(self.complete)
@@ -262,46 +273,46 @@ class LayerSearch:
         self._ranking = before
         return looked
 
-    def _text(self, recipe: Recipe) -> str:
-        return recipe.schedule(self.problem, self.tuner.layout).text
+    def _text(self, choice: Choice) -> str:
+        return choice.schedule(self.problem, self.tuner.layout).text
 
-    def _estimate(self, recipe: Recipe) -> float | None:
+    def _estimate(self, choice: Choice) -> float | None:
         """The model's seconds; None for parameters that make no legal schedule."""
         start = self.tuner.clock()
         try:
-            schedule = recipe.schedule(self.problem, self.tuner.layout)
-            program = apply(lower_direct(self.problem, self.tuner.layout), schedule)
+            schedule = choice.schedule(self.problem, self.tuner.layout)
+            program = apply(named(choice.algorithm, self.problem).lower(self.tuner.layout), schedule)
             return cost(program, self.tuner.machine, self.tuner.rates, self.tuner.threads).seconds
         except ConvschedError:
             return None
         finally:
             self._ranking += self.tuner.clock() - start
 
-    def _measure(self, recipe: Recipe, incumbent: Measured | None) -> Measured:
+    def _measure(self, choice: Choice, incumbent: Measured | None) -> Measured:
         """By the worker, and recorded at once; what made the same schedule before is known. The default of
         another version is as good an incumbent as any."""
-        schedule = self._text(recipe)
+        schedule = self._text(choice)
         before = self.known.get(schedule)
         if incumbent and before and before.is_settled:
-            return self._recalled(recipe, before)
+            return self._recalled(choice, before)
         against = self.known[incumbent.schedule] if incumbent else choose(self.known.values())
-        outcome = self._run(schedule, against, self._look_ahead)
+        outcome = self._run(choice.algorithm, schedule, against, self._look_ahead)
         self.measured += 1
         self.tuner.measured += 1
         record = Record(
             problem=self.key.problem, layout=self.key.layout, threads=self.key.threads,
-            accuracy=self.key.accuracy, machine=self.key.machine, algorithm="direct", recipe=repr(recipe),
-            schedule=schedule, status=outcome.status, is_default=incumbent is None,
+            accuracy=self.key.accuracy, machine=self.key.machine, algorithm=choice.algorithm,
+            recipe=repr(choice.recipe), schedule=schedule, status=outcome.status, is_default=incumbent is None,
             tries=before.tries + 1 if before else 1, time=self.tuner.clock())
-        measured = self._recalled(recipe, self._keep(record, outcome, against))
+        measured = self._recalled(choice, self._keep(record, outcome, against))
         self._count(outcome)
         return measured
 
-    def _run(self, schedule: str, against: Record | None,
+    def _run(self, algorithm: str, schedule: str, against: Record | None,
              meanwhile: Callable[[], bool] = lambda: False) -> Outcome:
         """A job for the worker. None takes much longer than the first, which prepares data as well."""
         job = Job(self.problem.text, self.tuner.layout, self.tuner.threads, schedule,
-                  against.schedule if against else "")
+                  against.schedule if against else "", algorithm, against.algorithm if against else "direct")
         start = self.tuner.clock()
         patience = None if self._job_seconds is None else PATIENCE * max(1.0, self._job_seconds)
         outcome = self.tuner.worker.run(job, patience, meanwhile)
@@ -320,12 +331,12 @@ class LayerSearch:
         self.tuner.keep(kept)
         return kept
 
-    def _recalled(self, recipe: Recipe, record: Record) -> Measured:
+    def _recalled(self, choice: Choice, record: Record) -> Measured:
         """A record as the search sees it."""
         outcome = Outcome(record.status, record.message, workspace=record.workspace)
         default = self.known.get(self._text(self._search.default))
         speed = default.hot / record.hot if default and default.hot and record.hot else 1.0
-        return Measured(recipe, record.schedule, outcome, speed)
+        return Measured(choice, record.schedule, outcome, speed)
 
     def _count(self, outcome: Outcome) -> None:
         """Report, and stop a search in which most candidates fail."""
@@ -343,13 +354,31 @@ def _reason(failure: Record | Outcome) -> str:
     return f"{failure.status}: {failure.message}"
 
 
-def tune(layer: Problem, *, budget: str = "10s", threads: int | None = None, layout: str = "nchw",
-         accuracy: str = "normal", cache: ScheduleCache | None = None) -> Tuned:
-    """Search the best schedule of a layer on this machine and remember it for ``compile``.
+@overload
+def tune(layer: Problem, *, budget: str = ..., threads: int | None = ..., layout: str = ..., accuracy: Accuracy = ...,
+         algorithm: str | None = ..., cache: ScheduleCache | None = ..., client: Client | None = ...) -> Tuned: ...
+@overload
+def tune(layer: Sequence[Problem], *, budget: str = ..., threads: int | None = ..., layout: str = ...,
+         accuracy: Accuracy = ..., algorithm: str | None = ..., cache: ScheduleCache | None = ...,
+         client: Client | None = ...) -> list[Tuned]: ...
+def tune(layer: Problem | Sequence[Problem], *, budget: str = "10s", threads: int | None = None, layout: str = "nchw",
+         accuracy: Accuracy = "normal", algorithm: str | None = None, cache: ScheduleCache | None = None,
+         client: Client | None = None) -> Tuned | list[Tuned]:
+    """Search the best schedule of a layer, or of each of several, and remember it for ``compile``.
 
-    ``budget``: a time ("10s", "2m") or "100 candidates". The analytic default is measured first, so that
-    the result is never slower. Every candidate is checked against a float64 oracle before it is timed.
-    Raises TuneError.
+    ``budget``: for each layer, a time ("10s", "2m") or "100 candidates". The analytic default is measured first,
+    so that the result is never slower. Every candidate is checked against a float64 oracle before it is timed.
+    ``accuracy``: the class of error that algorithms may have; ``algorithm``: only schedules of this one.
+    ``client``: a Dask client, whose workers then tune the layers, each for its own machine (extra ``cluster``).
+    Raises TuneError; ClusterError where workers are lost.
     """
-    with Tuner(cache or ScheduleCache(), threads or default_threads(), layout, accuracy) as tuner:
-        return tuner.tune(layer, Budget.parse(budget))
+    layers = [layer] if isinstance(layer, Conv2d | Linear) else list(layer)
+    records, each = cache or ScheduleCache(), Budget.parse(budget)
+    if client is not None:
+        from convsched.autotune.cluster import tune_on
+        done = tune_on(client, [(one, each) for one in layers], cache=records, threads=threads, layout=layout,
+                       accuracy=accuracy, algorithm=algorithm)
+    else:
+        with Tuner(records, threads or default_threads(), layout, accuracy, algorithm) as tuner:
+            done = [tuner.tune(one, each) for one in layers]
+    return done[0] if isinstance(layer, Conv2d | Linear) else done

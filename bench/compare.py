@@ -36,13 +36,13 @@ from convsched.explain.cases import Arrays, Case, make_arrays, relative_error
 from convsched.explain.environment import versions
 from convsched.kernels.arrays import from_layout
 from convsched.machine import Machine
+from convsched.names import LAYOUTS, Layout
 from convsched.networks import network
 from convsched.problem import Conv2d
 from convsched.reference import convolve
 
 OURS = "convsched"
 ALL = ",".join(peer.name for peer in peers.PEERS)
-LAYOUTS = ("nchw", "nhwc", "nchw16c")
 SETTLE = 0.025  # seconds after which other libraries' threads no longer spin: 20 ms in ncnn, less elsewhere
 PATH = click.Path(path_type=Path, dir_okay=False)
 MAJOR = ("onnxruntime", "OpenVINO", "PyTorch")  # the best of these is the one to beat; ncnn is shown apart
@@ -74,12 +74,14 @@ class Result:
 
 
 @click.command()
-@click.option("--set", "layer_set", default="dense", show_default=True, help="Or blocked, or networks a,b.")
+@click.option("--set", "layer_set", default="dense", show_default=True, help="dense[:networks a,b], blocked, or a,b.")
 @click.option("--layer", "wanted", default="", help="Only layers with this in their text.")
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--repeats", type=click.IntRange(min=1), default=15, show_default=True, help="Rounds.")
 @click.option("--sample", default=5.0, show_default=True, help="Milliseconds of one library in one round.")
-@click.option("--ours-layout", type=click.Choice(LAYOUTS), default="nchw", show_default=True)
+@click.option("--ours-layout", type=click.Choice([*LAYOUTS]), default="nchw", show_default=True)
+@click.option("--algorithm", help="Ours: direct, winograd or another (default: each layer's best).")
+@click.option("--tune", "budget", help="Tune each layer of ours before, within such a budget: 10s.")
 @click.option("--peers", "chosen", default=ALL, show_default=True)
 @click.option("--json", "json_file", type=PATH, help="Write results here.")
 def main(
@@ -88,7 +90,9 @@ def main(
     threads: int,
     repeats: int,
     sample: float,
-    ours_layout: str,
+    ours_layout: Layout,
+    algorithm: str | None,
+    budget: str | None,
     chosen: str,
     json_file: Path | None,
 ) -> None:
@@ -99,7 +103,11 @@ def main(
         raise click.UsageError(f"no layer of {layer_set} has {wanted!r} in its text")
     libraries = installed(chosen.split(",") if chosen else [])
     warn_of_load()
-    run = Run(libraries, threads, repeats, sample * 1e-3, ours_layout)
+    run = Run(libraries, threads, repeats, sample * 1e-3, ours_layout, algorithm)
+    if budget is not None:
+        for layer in layers:
+            tuned = convsched.tune(layer, budget=budget, threads=threads, layout=ours_layout, algorithm=algorithm)
+            click.echo(f"{layer.text}: {tuned.speed:.3f} of the default's speed, {tuned.tried} candidates")
     results: list[Result] = []
     try:
         for layer in layers:
@@ -123,10 +131,11 @@ def warn_of_load() -> None:
 
 def layers_of(layer_set: str) -> list[Conv2d]:
     """The distinct layers of a set, with bias and ReLU, batch 1 and without a residual."""
+    name, _, networks = layer_set.partition(":")
     if layer_set == "blocked":
         layers = [Conv2d(c, c, k, padding=k // 2, input_size=size) for c, size, k in BLOCKED]
-    elif layer_set == "dense":
-        layers = [layer for layer in _convolutions("resnet50,vgg16,mobilenet_v1") if _is_dense(layer)]
+    elif name == "dense":
+        layers = [layer for layer in _convolutions(networks or "resnet50,vgg16,mobilenet_v1") if _is_dense(layer)]
     else:
         layers = list(_convolutions(layer_set))
     return list(dict.fromkeys(map(_plain, layers)))
@@ -186,7 +195,8 @@ class Run:
     threads: int
     repeats: int
     sample: float
-    layout: str
+    layout: Layout
+    algorithm: str | None = None
 
     def layer(self, layer: Conv2d) -> Result:
         """Prepares, checks and times one layer everywhere."""
@@ -212,7 +222,7 @@ class Run:
         return Result(layer, timings, errors, tuple(notes), peak)
 
     def _ours(self, layer: Conv2d, arrays: Arrays, threads: int) -> peers.Prepared:
-        kernel = convsched.compile(layer, threads=threads, layout=self.layout)
+        kernel = convsched.compile(layer, threads=threads, layout=self.layout, algorithm=self.algorithm)
         call, output = bound_call(kernel, layer, arrays, self.layout)
         return peers.Prepared(call, lambda: from_layout(output, layer.output_shape, self.layout))
 

@@ -159,12 +159,12 @@ def measured_rankings(model: Model, kinds: Sequence[str], count: int, seed: int,
 def schedules(problem: str, model: Model, count: int, seed: int) -> list[str]:
     """The default and so many random candidates of the space that make a legal schedule."""
     parsed = parse_problem(problem)
-    default, *others = candidates(Target(parsed, Machine.host(), model.layout, model.threads))
+    default, *others = candidates(Target(parsed, Machine.host(), model.layout, model.threads, algorithm="direct"))
     random.Random(seed).shuffle(others)
     found = [default.schedule(parsed, model.layout).text]
-    for recipe in others:
+    for choice in others:
         try:
-            schedule = recipe.schedule(parsed, model.layout).text
+            schedule = choice.schedule(parsed, model.layout).text
             model.estimate(problem, schedule)
         except ConvschedError:
             continue

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 import convsched as cs
+from convsched.accuracy import BOUNDS
 from convsched.autotune.blas import blas_threads
 from convsched.baseline import gemm_baseline
 from convsched.explain.bench import bound_call
-from convsched.explain.cases import ERROR_BOUND, Case, make_arrays, relative_error
+from convsched.explain.cases import Case, make_arrays, relative_error
 from convsched.problem import Conv2d
 from convsched.reference import convolve
 
@@ -45,7 +46,7 @@ def test_layer(benchmark: Any, name: str, engine: str) -> None:
     expected = convolve(layer, arrays.x, arrays.weight, arrays.bias)
     with blas_threads(1):
         call, output = engines(layer, arrays)[engine]
-        assert relative_error(output(), expected) <= ERROR_BOUND
+        assert relative_error(output(), expected) <= BOUNDS["normal"]
         benchmark(call)
     if benchmark.stats is not None:
         benchmark.extra_info["GFLOP/s"] = layer.flops / benchmark.stats.stats.min * 1e-9

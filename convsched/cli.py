@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from convsched.cache_cli import cache
-from convsched.names import LAYOUTS, MAX_THREADS
+from convsched.names import ACCURACIES, LAYOUTS, MAX_THREADS, Accuracy
 from convsched.verify_cli import verify
 
 if TYPE_CHECKING:
@@ -115,6 +115,8 @@ def info(refresh: bool) -> None:
 @click.option("--input-size", callback=_size, metavar="HxW", help="For a model file that leaves it open.")
 @click.option("--image", type=PATH, help="What the first layers read: a picture, or a .npy array.")
 @click.option("--seconds", type=float, callback=_seconds, default=0.5, show_default=True, help="Timing a layer.")
+@click.option("--algorithm", help="Only this, such as direct, winograd or winograd(2,3), where it applies.")
+@click.option("--accuracy", type=click.Choice(ACCURACIES), default="normal", show_default=True)
 @click.option("--json", "json_file", type=PATH, callback=_writable, help="Write all results to this file.")
 @click.pass_context
 def bench(
@@ -126,6 +128,8 @@ def bench(
     input_size: tuple[int, int] | None,
     image: Path | None,
     seconds: float,
+    algorithm: str | None,
+    accuracy: Accuracy,
     json_file: Path | None,
 ) -> None:
     """Compile, check and time every layer of NETWORK: a known network's name, or an .onnx file.
@@ -139,7 +143,7 @@ def bench(
 
     cases, skipped = _read_cases(network, input_size, wanted)
     pixels = read_image(image) if image is not None else None
-    settings = Settings(threads, layout, seconds, pixels)
+    settings = Settings(threads, layout, seconds, pixels, accuracy, algorithm)
     report = _run(cases, Report(network, settings, measure_peak(), len(cases), skipped=skipped))
     if json_file is not None:
         _write_atomically(json_file, json.dumps(to_json(report), indent=1) + "\n")
@@ -155,6 +159,8 @@ def bench(
 @click.option("--layout", type=click.Choice([*LAYOUTS]), default="nchw", show_default=True)
 @click.option("--layer", "wanted", default="", help="Only layers with this in their name or text.")
 @click.option("--input-size", callback=_size, metavar="HxW", help="For a model file that leaves it open.")
+@click.option("--algorithm", help="Only schedules of this, such as direct or winograd(4,3), where it applies.")
+@click.option("--accuracy", type=click.Choice(ACCURACIES), default="normal", show_default=True)
 @click.option("--cache", "file", type=PATH, help="The schedule cache (default: in the cache folder).")
 @click.pass_context
 def tune(
@@ -165,6 +171,8 @@ def tune(
     layout: str,
     wanted: str,
     input_size: tuple[int, int] | None,
+    algorithm: str | None,
+    accuracy: Accuracy,
     file: Path | None,
 ) -> None:
     """Search the best schedule of every layer of NETWORK on this machine; `bench` then uses it.
@@ -174,7 +182,7 @@ def tune(
     from convsched.tune_cli import run
 
     cases, _ = _read_cases(network, input_size, wanted)
-    context.exit(run(cases, budget, threads, layout, file))
+    context.exit(run(cases, budget, threads, layout, file, accuracy, algorithm))
 
 
 def _read_cases(

@@ -15,11 +15,13 @@ if TYPE_CHECKING:
     from convsched.autotune.network import TunedLayer, TunedNetwork
     from convsched.autotune.tune import Budget, Tuner
     from convsched.explain.cases import Case
+    from convsched.names import Accuracy
 
 INTERRUPTED = 130
 
 
-def run(cases: list[Case], budget: str, threads: int, layout: str, file: Path | None) -> int:
+def run(cases: list[Case], budget: str, threads: int, layout: str, file: Path | None,
+        accuracy: Accuracy = "normal", algorithm: str | None = None) -> int:
     """Tune the distinct layers, print a line each and a total; the exit code."""
     from convsched.autotune.cache import ScheduleCache
     from convsched.autotune.network import tune_network
@@ -27,7 +29,7 @@ def run(cases: list[Case], budget: str, threads: int, layout: str, file: Path | 
 
     whole = Budget.parse(budget)
     layers = [(case.problem, case.count) for case in cases]
-    with Tuner(ScheduleCache(file), threads, layout) as tuner, _live(tuner, whole):
+    with Tuner(ScheduleCache(file), threads, layout, accuracy, algorithm) as tuner, _live(tuner, whole):
         network = tune_network(tuner, layers, whole, lambda layer: click.echo(line(layer)))
     for problem, why in network.failures.items():
         click.echo(f"{problem.text}: {why}")

@@ -3,55 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import pytest
 
 from convsched.autotune.candidate import Outcome
 from convsched.autotune.record import Contender, winner
 from convsched.autotune.search import FIRST_LOOKS, RACERS, Measured, Search, better, distance
+from convsched.autotune.space import Choice
 from convsched.autotune.tune import Budget, TuneError
-from convsched.recipes import Pixels, Recipe
+from convsched.recipes import Pixels
 
-DEFAULT = Pixels(16, 1, 1, 1, False, False)
-SPACE = tuple(replace(DEFAULT, maps=maps, rows=rows) for maps in range(1, 6) for rows in range(1, 6))
+DEFAULT = Choice("direct", Pixels(16, 1, 1, 1, False, False))
+SPACE = tuple(Choice("direct", Pixels(16, maps, rows, 1, False, False)) for maps in range(1, 6) for rows in range(1, 6))
 
 
 class Lab:
     """Measures with given seconds (1 where not given), workspaces and failures; remembers what was asked."""
 
-    def __init__(self, seconds: Mapping[Recipe, float] | None = None, budget: float = float("inf"),
-                 failing: Mapping[Recipe, str] | None = None, workspace: Mapping[Recipe, int] | None = None,
-                 estimates: Mapping[Recipe, float | None] | None = None) -> None:
+    def __init__(self, seconds: Mapping[Choice, float] | None = None, budget: float = float("inf"),
+                 failing: Mapping[Choice, str] | None = None, workspace: Mapping[Choice, int] | None = None,
+                 estimates: Mapping[Choice, float | None] | None = None) -> None:
         self.seconds, self.budget = dict(seconds or {}), budget
         self.failing, self.workspace = dict(failing or {}), dict(workspace or {})
         self.estimates = dict(estimates or {})
-        self.asked: list[tuple[Recipe, Recipe | None]] = []
-        self.estimated: list[Recipe] = []
+        self.asked: list[tuple[Choice, Choice | None]] = []
+        self.estimated: list[Choice] = []
 
-    def measure(self, recipe: Recipe, incumbent: Measured | None) -> Measured:
-        self.asked.append((recipe, incumbent.recipe if incumbent else None))
+    def measure(self, recipe: Choice, incumbent: Measured | None) -> Measured:
+        self.asked.append((recipe, incumbent.choice if incumbent else None))
         return self.measured(recipe)
 
-    def measured(self, recipe: Recipe) -> Measured:
+    def measured(self, recipe: Choice) -> Measured:
         if recipe in self.failing:
             return Measured(recipe, repr(recipe), Outcome(self.failing[recipe]), 1.0)  # type: ignore[arg-type]
         outcome = Outcome("ok", workspace=self.workspace.get(recipe, 0))
         return Measured(recipe, repr(recipe), outcome, 1 / self.seconds.get(recipe, 1.0))
 
-    def estimate(self, recipe: Recipe) -> float | None:
+    def estimate(self, recipe: Choice) -> float | None:
         self.estimated.append(recipe)
         return self.estimates.get(recipe, 1.0)
 
-    def search(self, space: Sequence[Recipe] = SPACE, looks: float = float("inf")) -> Search:
-        def near(recipe: Recipe) -> list[Recipe]:
+    def search(self, space: Sequence[Choice] = SPACE, looks: float = float("inf")) -> Search:
+        def near(recipe: Choice) -> list[Choice]:
             return [other for other in space if distance(recipe, other) == 1]
 
         return Search(DEFAULT, space, near, self.measure, self.estimate,
                       lambda: len(self.asked) >= self.budget, lambda: len(self.estimated) < looks)
 
     @property
-    def order(self) -> list[Recipe]:
+    def order(self) -> list[Choice]:
         return [recipe for recipe, _ in self.asked]
 
 
@@ -68,7 +68,7 @@ def test_the_least_budget_gives_the_default(budget: int) -> None:
     search = lab.search()
     best = search.run()
     assert best is not None
-    assert (best.recipe, best.speed, search.complete) == (DEFAULT, 1.0, False)
+    assert (best.choice, best.speed, search.complete) == (DEFAULT, 1.0, False)
     assert lab.order == [DEFAULT]
 
 
@@ -85,15 +85,15 @@ def test_never_slower_than_the_default(budget: int) -> None:
     lab = Lab({recipe: 1 + 0.1 * ((7 * i) % 5 - 2) for i, recipe in enumerate(SPACE) if i}, budget)
     best = lab.search().run()
     assert best is not None
-    assert lab.seconds.get(best.recipe, 1.0) <= 1.0
-    assert best.speed == pytest.approx(1 / lab.seconds.get(best.recipe, 1.0))
+    assert lab.seconds.get(best.choice, 1.0) <= 1.0
+    assert best.speed == pytest.approx(1 / lab.seconds.get(best.choice, 1.0))
 
 
 def test_the_fastest_is_found() -> None:
     lab = Lab({SPACE[13]: 0.5, SPACE[3]: 0.8})
     best = lab.search().run()
     assert best is not None
-    assert best.recipe == SPACE[13]
+    assert best.choice == SPACE[13]
     assert best.speed == pytest.approx(2.0)
 
 
@@ -134,7 +134,7 @@ def test_what_fails_never_wins(status: str) -> None:
     search = lab.search()
     best = search.run()
     assert best is not None
-    assert best.recipe == SPACE[2]
+    assert best.choice == SPACE[2]
     assert search.tried[SPACE[1]].outcome.status == status
     assert all(incumbent != SPACE[1] for _, incumbent in lab.asked)
 
@@ -189,7 +189,7 @@ def test_the_model_looks_ahead_while_candidates_are_compiled() -> None:
     search.run_default()
     measure = search.measure
 
-    def measure_meanwhile(recipe: Recipe, incumbent: Measured | None) -> Measured:
+    def measure_meanwhile(recipe: Choice, incumbent: Measured | None) -> Measured:
         assert search.look_ahead()
         return measure(recipe, incumbent)
 
@@ -222,7 +222,7 @@ def test_a_search_goes_on_from_what_is_recalled() -> None:
         search.recall(map(whole.measured, whole.order[:cut]))
         best = search.run()
         assert best is not None
-        assert best.recipe == SPACE[13]
+        assert best.choice == SPACE[13]
         assert search.complete
         assert not set(lab.order) & set(whole.order[:cut])
     assert lab.order == []

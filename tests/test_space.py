@@ -9,11 +9,11 @@ import pytest
 from convsched.analytic import default_recipe
 from convsched.autotune import space
 from convsched.autotune.model import Rates, cost
-from convsched.autotune.space import Domain, Target, candidates, neighbours
+from convsched.autotune.space import Choice, Domain, Target
 from convsched.lower.direct import lower_direct
 from convsched.machine import Machine
 from convsched.problem import Conv2d, Linear, Problem
-from convsched.recipes import Channels, Pixels
+from convsched.recipes import Channels, Depthwise, Pixels, Recipe
 from convsched.schedule import Schedule, apply, parse_schedule
 
 MACHINE = Machine.example("avx512")
@@ -23,7 +23,17 @@ DENSE = Conv2d(64, 64, 3, padding=1, input_size=28)
 RATES = Rates(100e9, 100e9, 50e9, 20e9)
 
 
-def seconds(problem: Problem, recipe: space.Recipe, rates: Rates = RATES, threads: int = 1) -> float:
+def candidates(target: Target) -> tuple[Recipe, ...]:
+    """The recipes of direct convolution, the default first."""
+    return tuple(choice.recipe for choice in space.candidates(replace(target, algorithm="direct")))
+
+
+def neighbours(target: Target, recipe: Recipe) -> tuple[Recipe, ...]:
+    near = space.neighbours(replace(target, algorithm="direct"), Choice("direct", recipe))
+    return tuple(choice.recipe for choice in near)
+
+
+def seconds(problem: Problem, recipe: Recipe, rates: Rates = RATES, threads: int = 1) -> float:
     return cost(apply(lower_direct(problem), recipe.schedule(problem)), MACHINE, rates, threads).seconds
 
 
@@ -101,6 +111,61 @@ def test_only_copies_that_a_layout_allows_are_offered() -> None:
     packs = {layout: {recipe.pack for recipe in candidates(Target(POINTWISE, MACHINE, layout))
                       if isinstance(recipe, Channels)} for layout in ("nchw", "nhwc", "nchw16c")}
     assert packs == {"nchw": {"none", "packed"}, "nhwc": {"none"}, "nchw16c": {"none"}}
+
+
+def channels_of(target: Target) -> list[Channels]:
+    return [recipe for recipe in candidates(target) if isinstance(recipe, Channels)]
+
+
+def test_a_border_is_copied_or_its_products_are_left_out() -> None:
+    found = channels_of(Target(DENSE, MACHINE))
+    assert {(r.pack, r.skip) for r in found} == {("none", "hw"), ("window", ""), ("window", "h")}
+    assert all(r.rows == 1 for r in found if r.skip)
+    sideways = Conv2d(64, 64, (1, 3), padding=(0, 1), input_size=28)
+    assert {(r.pack, r.skip) for r in channels_of(Target(sideways, MACHINE))} == {("none", "hw"), ("window", "")}
+    plain = Conv2d(64, 64, 3, input_size=28)
+    assert {(r.pack, r.skip) for r in channels_of(Target(plain, MACHINE))} == {("none", ""), ("window", "")}
+
+
+def test_tiles_use_all_registers_where_products_broadcast_from_memory() -> None:
+    def most(machine: Machine) -> int:
+        return max(r.vectors * r.rows * r.pixels + r.vectors for r in channels_of(Target(DENSE, machine))[1:])
+
+    assert most(MACHINE) == MACHINE.registers
+    assert any((r.vectors, r.pixels) == (4, 7) for r in channels_of(Target(DENSE, MACHINE)))
+    assert most(Machine.example("avx2")) < Machine.example("avx2").registers
+
+
+def test_finer_parameters_are_varied_where_they_change_the_schedule() -> None:
+    target = Target(Conv2d(512, 512, 3, padding=1, input_size=(7, 30)), MACHINE, algorithm="direct")
+    (domain,) = space.domains(target)
+    ragged = Channels(lanes=16, vectors=2, rows=1, pixels=14, block=7, depth=64, unroll=4, pack="window")
+    assert {r.tail for r in channels_of(target)} == {"peel"}
+
+    def near(recipe: Channels, name: str) -> set[object]:
+        return {getattr(r, name) for r in domain.neighbours(recipe)} - {getattr(recipe, name)}
+
+    assert near(ragged, "tail") == {"overlap", "mask"}
+    assert near(replace(ragged, pixels=6), "tail") == set()
+    assert near(replace(ragged, pack="none", skip="hw"), "tail") == {"mask"}
+    assert near(ragged, "align") == {space.APART}
+    assert near(replace(ragged, pack="none", skip="hw"), "align") == set()
+    assert near(ragged, "prefetch") == {8}
+    for recipe in domain.neighbours(ragged):
+        assert seconds(target.problem, recipe) > 0
+
+
+def test_written_out_taps_leave_registers_for_inputs() -> None:
+    tiles = {(r.rows, r.pixels, r.unroll_taps) for r in candidates(Target(DEPTHWISE, MACHINE, "nchw16c"))
+             if isinstance(r, Depthwise)}
+    assert (2, 8, True) in tiles
+    assert not {(4, 6, True), (2, 14, True)} & tiles
+    assert {(4, 6, False), (2, 14, False)} <= tiles
+
+
+def test_short_rows_may_have_half_a_register() -> None:
+    lanes = {r.lanes for r in candidates(Target(DEPTHWISE, MACHINE)) if isinstance(r, Pixels)}
+    assert lanes == {8, 16}
 
 
 def test_layers_of_few_maps_have_a_space_in_every_layout() -> None:

@@ -22,7 +22,8 @@ from onnx.reference import ReferenceEvaluator
 
 import convsched as cs
 from convsched import cli
-from convsched.explain.cases import ERROR_BOUND, make_arrays, model_case, relative_error
+from convsched.accuracy import BOUNDS
+from convsched.explain.cases import make_arrays, model_case, relative_error
 from convsched.graph.onnx_file import Graph
 from convsched.graph.onnx_layers import ModelLayer, ModelLayers, read_model
 from convsched.reference import convolve
@@ -165,11 +166,11 @@ def test_the_first_layers_on_a_photograph(folder: Path, network: Network) -> Non
     path = folder / network.file
     steps = list(run_opening(network, path))
     assert len(steps) == len(network.opening)
-    assert {name: error for name, _, error in steps if not error <= ERROR_BOUND} == {}
+    assert {name: error for name, _, error in steps if not error <= BOUNDS["normal"]} == {}
     y = steps[-1][1]
     expected = run_graph(path, photograph(network.input_size), network.opening_end)
     assert y.shape == expected.shape
-    assert relative_error(y, expected.astype(np.float64)) <= ERROR_BOUND
+    assert relative_error(y, expected.astype(np.float64)) <= BOUNDS["normal"]
 
 
 def layer_error(layer: ModelLayer, seed: int) -> float:
@@ -181,7 +182,7 @@ def layer_error(layer: ModelLayer, seed: int) -> float:
 @pytest.mark.parametrize("index", range(DETECTOR.counts[0]))
 def test_every_layer_with_its_trained_weights(detector: ModelLayers, index: int) -> None:
     layer = detector.layers[index]
-    assert layer_error(layer, index) <= ERROR_BOUND, layer.problem.text
+    assert layer_error(layer, index) <= BOUNDS["normal"], layer.problem.text
 
 
 def test_the_benchmark_of_a_trained_network(folder: Path, tmp_path: Path, detector: ModelLayers) -> None:
@@ -201,7 +202,7 @@ def test_the_benchmark_of_a_trained_network(folder: Path, tmp_path: Path, detect
     assert layers.keys() == {layer.name for layer in detector.layers if layer.problem.M == 16}
     for layer in layers.values():
         assert layer["status"] == "ok"
-        assert layer["error"] <= ERROR_BOUND
+        assert layer["error"] <= BOUNDS["normal"]
         assert layer["kernel"]["minimum"] > 0
         assert layer["baseline"]["minimum"] > 0
         assert layer["problem"] in run.output

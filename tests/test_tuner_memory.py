@@ -11,10 +11,9 @@ import convsched as cs
 from convsched.autotune import tune as tuning
 from convsched.autotune.cache import ScheduleCache
 from convsched.autotune.calibrate import LEVELS, Calibration
-from convsched.autotune.space import Target, candidates
+from convsched.autotune.space import Choice, Target, candidates
 from convsched.autotune.tune import Budget, Progress, Tuner
 from convsched.machine import Machine
-from convsched.recipes import Recipe
 
 MIB = 1 << 20
 OWN, WORKERS = 8 * MIB, 48 * MIB  # that the processes may grow: code is freed, the compiler keeps some pools
@@ -36,7 +35,7 @@ def test_memory_is_flat(count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(tuning, "apply", lambda program, schedule: program)  # the worker sees what is legal
     monkeypatch.setattr(tuning, "MOST_FAILURES", 1.0)
 
-    def everything(target: Target, recipe: Recipe) -> tuple[Recipe, ...]:
+    def everything(target: Target, recipe: Choice) -> tuple[Choice, ...]:
         return candidates(target)
 
     monkeypatch.setattr(tuning, "neighbours", everything)

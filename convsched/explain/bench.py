@@ -1,9 +1,9 @@
 """The benchmark of all layers of a network: each compiled, checked, and timed against NumPy.
 
 A layer's answer is checked against the float64 oracle before it is timed: max |error| / rms(output) must
-be within `ERROR_BOUND`. The kernel and the baseline (im2col and one matrix product, the same number of
-threads) are timed in turn, so that both meet the same machine; times are minima. FLOP/s count a layer's
-multiply-accumulates by definition, so that a fast algorithm can exceed the peak.
+be within the bound of the class of accuracy. The kernel and the baseline (im2col and one matrix product, the
+same number of threads) are timed in turn, so that both meet the same machine; times are minima. FLOP/s count
+a layer's multiply-accumulates by definition, so that a fast algorithm can exceed the peak.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from convsched.accuracy import BOUNDS
+from convsched.algorithms import named
 from convsched.autotune.blas import blas_threads
 from convsched.autotune.measure import Timing, interleave, once
 from convsched.baseline import gemm_baseline
-from convsched.errors import ConvschedError
-from convsched.explain.cases import ERROR_BOUND, Array, Arrays, Case, make_arrays, relative_error
+from convsched.errors import ConvschedError, LoweringError
+from convsched.explain.cases import Array, Arrays, Case, make_arrays, relative_error
 from convsched.kernels.arrays import from_layout, to_layout
+from convsched.names import Accuracy
 from convsched.problem import Linear, Problem
 from convsched.reference import convolve
 
@@ -46,20 +49,24 @@ Compile = Callable[..., Compiled]
 
 @dataclass(frozen=True)
 class Settings:
-    """How to run: threads of a kernel, the layout of its arrays, seconds of timing a layer, an image."""
+    """How to run: threads of a kernel, the layout of its arrays, seconds of timing a layer, an image; the class
+    of accuracy, and the algorithm of all layers to which it applies (None: each layer's best)."""
 
     threads: int = 1
     layout: str = "nchw"
     seconds: float = 0.5
     image: Array | None = None
+    accuracy: Accuracy = "normal"
+    algorithm: str | None = None
 
 
 @dataclass(frozen=True)
 class Row:
-    """One layer's result. Where it could not be compiled or run, `failure` says why and the rest is empty.
+    """One layer's result. Where it could not be compiled or run, `failure` says why and the rest is empty, as it is
+    where the algorithm asked for does not apply; `inapplicable` then says why.
 
     `tuned`: whether the schedule is from the schedule cache, and not the analytic default. `error` is
-    max |error| / rms(output); times are seconds of one execution of the layer.
+    max |error| / rms(output), and at most `bound`; times are seconds of one execution of the layer.
     """
 
     name: str
@@ -73,13 +80,17 @@ class Row:
     kernel: Timing | None = None
     baseline: Timing | None = None
     failure: str = ""
+    inapplicable: str = ""
+    bound: float = BOUNDS["normal"]
 
     @property
     def status(self) -> str:
-        """ok, WRONG (the answer is not within the bound) or FAILED (there is no answer)."""
+        """ok, WRONG (the answer is not within the bound), FAILED (there is no answer) or n/a (not asked for)."""
+        if self.inapplicable:
+            return "n/a"
         if self.failure:
             return "FAILED"
-        return "ok" if self.error <= ERROR_BOUND else "WRONG"
+        return "ok" if self.error <= self.bound else "WRONG"
 
     @property
     def flops_per_second(self) -> float:
@@ -127,9 +138,15 @@ def _run_layer(case: Case, compile_layer: Compile, settings: Settings) -> Row:
     """One layer. An error raised on purpose becomes a row that tells it; the other layers still run."""
     problem = case.problem
     layout = "nchw" if isinstance(problem, Linear) else settings.layout
+    if settings.algorithm is not None:
+        try:
+            named(settings.algorithm, problem)
+        except LoweringError as reason:
+            return Row(case.name, problem, case.count, inapplicable=str(reason))
     try:
         kernel, compile_seconds = once(
-            lambda: compile_layer(problem, threads=settings.threads, layout=layout)
+            lambda: compile_layer(problem, threads=settings.threads, layout=layout, accuracy=settings.accuracy,
+                                  algorithm=settings.algorithm)
         )
         arrays = make_arrays(case, settings.image)
         call, output = bound_call(kernel, problem, arrays, layout)
@@ -140,7 +157,7 @@ def _run_layer(case: Case, compile_layer: Compile, settings: Settings) -> Row:
         return Row(case.name, problem, case.count, failure=str(failure))
     row = Row(
         case.name, problem, case.count, str(kernel.algorithm), str(kernel.schedule), kernel.recipe is None,
-        error, compile_seconds,
+        error, compile_seconds, bound=BOUNDS[settings.accuracy],
     )  # fmt: skip
     if row.status != "ok":
         return row

@@ -9,9 +9,9 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from convsched.accuracy import BOUNDS
 from convsched.autotune.measure import Timing
 from convsched.explain.bench import Row, Settings, Total, total
-from convsched.explain.cases import ERROR_BOUND
 from convsched.explain.environment import versions
 from convsched.machine import Machine
 
@@ -42,7 +42,7 @@ class Report:
     @property
     def failures(self) -> tuple[Row, ...]:
         """The rows without a right answer."""
-        return tuple(row for row in self.rows if row.status != "ok")
+        return tuple(row for row in self.rows if row.status not in ("ok", "n/a"))
 
     def share_of_peak(self, flops_per_second: float) -> float:
         """Of the peak of all threads, in percent."""
@@ -59,7 +59,7 @@ def table(report: Report, last: int | None = None) -> Table:
         view.add_column(column, justify="left" if column == "algorithm" else "right", no_wrap=True)
     rows = report.rows if last is None else report.rows[-last:] if last > 0 else ()
     for row in rows:
-        style = {"ok": None, "WRONG": "bold red", "FAILED": "red"}[row.status]
+        style = {"ok": None, "WRONG": "bold red", "FAILED": "red", "n/a": "dim"}[row.status]
         view.add_row(*cells(report, row), style=style)
     view.add_section()
     view.add_row(*total_cells(report), style="bold")
@@ -74,10 +74,10 @@ def title(report: Report) -> str:
 
 def caption(report: Report) -> str:
     """What the columns are, and what was not read."""
-    peak = f"{report.peak * 1e-9:.1f} GFLOP/s a core"
+    peak, accuracy = f"{report.peak * 1e-9:.1f} GFLOP/s a core", report.settings.accuracy
     lines = [
         f"FMA peak measured: {peak}.",
-        f"error: max |error| / rms(output) against float64, at most {ERROR_BOUND:g}.",
+        f"error: max |error| / rms(output) against float64, at most {BOUNDS[accuracy]:g} ({accuracy}).",
         "x NumPy: speed-up over im2col and np.matmul on as many threads, timed in turn. Times are minima.",
         tuned_line(report),
         f"The layers compiled in {report.total.compile_seconds:.2f} s.",
@@ -91,14 +91,15 @@ def caption(report: Report) -> str:
 def tuned_line(report: Report) -> str:
     """Where the schedules of the rows are from."""
     tuned = sum(row.tuned for row in report.rows)
-    return f"Schedules: {tuned} from tuning, {len(report.rows) - tuned} analytic defaults."
+    compiled = sum(bool(row.algorithm) for row in report.rows)
+    return f"Schedules: {tuned} from tuning, {compiled - tuned} analytic defaults."
 
 
 def cells(report: Report, row: Row) -> tuple[str, ...]:
     """A row of the table."""
     text = row.problem.text
-    if row.failure:
-        return (f"{text}\n{row.failure}", str(row.count), row.algorithm, "", "", "", "", row.status)
+    if row.failure or row.inapplicable:
+        return (f"{text}\n{row.failure or row.inapplicable}", str(row.count), row.algorithm, "", "", "", "", row.status)
     rate = row.flops_per_second
     return (
         text,
@@ -130,8 +131,8 @@ def total_cells(report: Report) -> tuple[str, ...]:
 
 def line(report: Report, row: Row) -> str:
     """A row as one line of plain text, for output that is no terminal."""
-    if row.failure:
-        return f"FAILED  {row.problem.text}: {row.failure}"
+    if row.failure or row.inapplicable:
+        return f"{row.status}  {row.problem.text}: {row.failure or row.inapplicable}"
     text, count, algorithm, ms, rate, share, speedup, error = cells(report, row)
     numbers = f"{ms} ms  {rate} GFLOP/s  {share}% of peak  {speedup}x NumPy  error {error}"
     return f"{text}  x{count}  {algorithm}  {numbers}"
@@ -149,7 +150,8 @@ def to_json(report: Report) -> dict[str, Any]:
         "machine": machine.text,
         "cores": machine.cores,
         "peak_flops_per_second": report.peak,
-        "error_bound": ERROR_BOUND,
+        "accuracy": report.settings.accuracy,
+        "error_bound": BOUNDS[report.settings.accuracy],
         "versions": versions(),
         "layers": [_row_json(report, row) for row in report.rows],
         "skipped": list(report.skipped),

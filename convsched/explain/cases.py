@@ -23,7 +23,6 @@ from convsched.problem import Conv2d, Problem
 Array = NDArray[np.float32]
 
 # The bound that answers are held to: max |error| / rms(output) against the oracle in float64.
-ERROR_BOUND = 5e-5
 
 
 @dataclass(frozen=True, eq=False)
