@@ -1,4 +1,5 @@
-"""The search for a problem's schedule: the default first, a race of the best by the model, then a climb.
+"""The search for a problem's schedule: the default first, a race of the best by the model, then a climb; and while
+there is budget, races of others and further climbs, until many in a row have improved nothing.
 
 The search knows no clock and no process: it is given a function that measures a candidate against the
 incumbent, one that estimates, and ones that say whether the budget, or the model's part of it, is spent. A
@@ -20,6 +21,7 @@ from convsched.autotune.record import Contender, winner
 from convsched.autotune.space import Choice
 
 RACERS = 12
+IDLE = 48  # candidates in a row that have improved nothing, after which the search is complete
 ESTIMATES = 96  # candidates the model looks at for the race
 FIRST_LOOKS, FIRST_NEAR = 16, 3  # those before the first is tried, in the race and near an incumbent
 
@@ -55,6 +57,9 @@ class Search:
     tried: dict[Choice, Measured] = field(default_factory=dict)
     best: Measured | None = None
     complete: bool = False
+    idle: int = 0
+    _races: int = 0
+    _raced: int = 0
     _estimates: dict[Choice, float] = field(default_factory=dict)
     _ahead: list[Choice] = field(default_factory=list)
 
@@ -79,8 +84,27 @@ class Search:
             if self.spent():
                 return self.best
             self._try(candidate)
-        self.complete = self._climb()
+        while self._climb() and not self.spent():
+            if self.idle >= IDLE or not self._race():
+                self.complete = True
+                break
         return self.best
+
+    def _race(self) -> bool:
+        """Measure some more candidates, named by the model from anywhere in the space; False if none is left."""
+        order = list(self.space)
+        random.Random(1).shuffle(order)
+        start = self._races * ESTIMATES
+        chosen = [r for r in order[start:start + ESTIMATES] if r not in self.tried]
+        for candidate in self._ranked(chosen, FIRST_LOOKS):
+            if self.spent():
+                return True  # it goes on here
+            if self._raced == RACERS:
+                break
+            self._try(candidate)
+            self._raced += 1
+        self._races, self._raced = self._races + 1, 0
+        return start < len(order)
 
     def _try(self, choice: Choice) -> bool:
         """Measure a candidate; whether it became the incumbent."""
@@ -89,8 +113,9 @@ class Search:
     def _keep(self, measured: Measured) -> bool:
         self.tried[measured.choice] = measured
         if measured.outcome.status != "ok" or not (self.best is None or better(measured, self.best)):
+            self.idle += 1
             return False
-        self.best = measured
+        self.best, self.idle = measured, 0
         return True
 
     def _racers(self) -> Iterator[Choice]:

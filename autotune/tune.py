@@ -241,17 +241,32 @@ class LayerSearch:
     def finish(self) -> Tuned:
         """Time in turn with the default what the cache would give, until that is a schedule so timed or the
         default itself: what was only lucky when it was measured is recorded as it is."""
-        while (chosen := choose(self.known.values())) and chosen != self.default:
+        self._measure_usual()
+        while (chosen := choose(self._allowed())) and chosen != self.default:
             if chosen.schedule in self._verified:
                 break
             self._verified.add(chosen.schedule)
-            self._keep(chosen, self._run(chosen.algorithm, chosen.schedule, self.default), self.default)
+            outcome = self._run(chosen.algorithm, chosen.schedule, self.default)
+            self._keep(chosen, outcome, self.default, chosen.time)  # a later run takes up records in their order
         assert chosen is not None
         assert chosen.hot is not None
         self.mark(self.complete)
         return Tuned(self.problem, parse_schedule(chosen.schedule), chosen.recipe,
                      self.default_seconds / chosen.hot, self.default_seconds, self.measured, dict(self.failures),
                      self.complete)
+
+    def _allowed(self) -> list[Record]:
+        """The records of the algorithms that are searched."""
+        only = self._search.default.algorithm if self.tuner.algorithm else None
+        return [record for record in self.known.values() if only in (None, record.algorithm)]
+
+    def _measure_usual(self) -> None:
+        """Where only one algorithm is searched, measure also what ``compile`` takes where nothing is stored: else it
+        would take the best of that algorithm from then on, although another one's default is faster."""
+        if self.tuner.algorithm is not None:
+            usual = candidates(replace(self.target, algorithm=None))[0]
+            if self._text(usual) not in self.known:
+                self._measure(usual, self._search.tried[self._search.default])
 
     def mark(self, complete: bool) -> None:
         """Record how the run ended."""
@@ -320,13 +335,14 @@ class LayerSearch:
             self._job_seconds = self.tuner.clock() - start
         return outcome
 
-    def _keep(self, record: Record, outcome: Outcome, against: Record | None) -> Record:
-        """Record an outcome, on the scale of the incumbent's record."""
+    def _keep(self, record: Record, outcome: Outcome, against: Record | None, time: float | None = None) -> Record:
+        """Record an outcome, on the scale of the incumbent's record; as measured at a ``time``, or now."""
         scale = against.hot / outcome.incumbent if against and against.hot else 1.0
         kept = replace(
             record, status=outcome.status, message=outcome.message, hot=outcome.hot * scale,
             cold=outcome.cold * scale, spread=outcome.spread, error=outcome.error, workspace=outcome.workspace,
-            samples=outcome.samples, flags=outcome.flags, time=self.tuner.clock())
+            samples=outcome.samples, flags=outcome.flags,
+            time=self.tuner.clock() if time is None else time)
         self.known[kept.schedule] = kept
         self.tuner.keep(kept)
         return kept

@@ -1,8 +1,9 @@
 """What a longer search gives: `python bench/quality_curve.py mobilenet_v1 resnet50 --budgets 15s,60s,600s`.
 
-A network is tuned within each budget into a schedule cache of its own. Then, layer by layer, the default and
-what each budget found are timed in turn in one run, and a budget's network time is the sum of the minima, each
-layer as often as it occurs. A search of a budget stands for itself: none goes on from a shorter one.
+A network is tuned within each budget into a schedule cache of its own. Then, layer by layer, what each budget found
+is timed in turn with the default, the two alone, as their weights share the caches; its time is that of the default
+divided by the ratio, and a budget's network time is the sum over layers, each as often as it occurs. A search of a
+budget stands for itself: none goes on from a shorter one.
 """
 
 from __future__ import annotations
@@ -92,17 +93,26 @@ def measure(name: str, budgets: Sequence[str], seconds: float, algorithm: str | 
 
 def timed(layer: Layer, caches: Mapping[str, ScheduleCache], seconds: float,
           algorithm: str | None) -> dict[str, float]:
-    """Seconds of a call with the default and with what each cache has, in turn; equal schedules are timed once."""
+    """Seconds of a call with the default, and with what each cache has, each in turn with the default; equal
+    schedules are timed once."""
     case = table_case(layer.name, layer.problem, layer.count)
     arrays = make_arrays(case, None)
     chosen = algorithm or choose(layer.problem, Machine.host(), "nchw", 1, "normal").name
     kernels = {DEFAULT: compile(layer.problem, threads=1, cache=False, algorithm=chosen)}
-    kernels |= {budget: compile(layer.problem, threads=1, cache=cache) for budget, cache in caches.items()}
+    kernels |= {budget: compile(layer.problem, threads=1, cache=cache, algorithm=algorithm)
+                for budget, cache in caches.items()}
     names = {name: f"{kernel.algorithm} {kernel.schedule}" for name, kernel in kernels.items()}
-    first = {names[name]: name for name in reversed(kernels)}
-    calls = {text: bound_call(kernels[name], layer.problem, arrays, "nchw")[0] for text, name in first.items()}
-    timings = interleave(calls, repeats=1000, budget=seconds)
-    return {name: timings[text].minimum for name, text in names.items()}
+    ratios, least = {names[DEFAULT]: 1.0}, float("inf")
+    default = bound_call(kernels[DEFAULT], layer.problem, arrays, "nchw")[0]
+    for name, text in names.items():
+        if text not in ratios:
+            tuned = bound_call(kernels[name], layer.problem, arrays, "nchw")[0]
+            timings = interleave({"default": default, "tuned": tuned}, repeats=1000, budget=seconds)
+            ratios[text] = timings["tuned"].minimum / timings["default"].minimum
+            least = min(least, timings["default"].minimum)
+    if least == float("inf"):
+        least = interleave({"default": default}, repeats=1000, budget=seconds)["default"].minimum
+    return {name: least * ratios[text] for name, text in names.items()}
 
 
 def table(curve: Curve) -> Table:
