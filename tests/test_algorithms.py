@@ -74,7 +74,7 @@ def taps_of(name: str) -> list[int]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@QUICK
+@settings(QUICK, max_examples=8)
 @given(data=st.data(), layout=st.sampled_from(LAYOUTS))
 def test_winograd_with_any_recipe(name: str, layout: str, data: st.DataObject) -> None:
     taps = taps_of(name)
