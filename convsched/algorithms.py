@@ -101,11 +101,17 @@ class Algorithm:
 
 def named(name: str, problem: Problem) -> Algorithm:
     """The algorithm of a name for a problem; raises LoweringError where there is none, or it does not apply."""
+    family, sizes = parse_name(name)
+    return FAMILIES[family](problem, sizes)
+
+
+def parse_name(name: str) -> tuple[str, tuple[tuple[int, ...], ...]]:
+    """The family of a name and the sizes of its member; raises LoweringError for what is no name of an algorithm."""
     match = re.fullmatch(r"([a-z0-9]+)((?:x?\(\d{1,4}(?:,\d{1,2})?\)){0,2})", name) if isinstance(name, str) else None
     if match is None or match[1] not in FAMILIES:
         raise LoweringError(f"algorithm={name!r}: use one of {', '.join(FAMILIES)}, or a member such as winograd(4,3)")
     sizes = tuple(tuple(map(int, pair.split(","))) for pair in re.findall(r"\(([\d,]+)\)", match[2]))
-    return FAMILIES[match[1]](problem, sizes)
+    return match[1], sizes
 
 
 def _direct(problem: Problem, sizes: tuple[tuple[int, ...], ...]) -> Algorithm:

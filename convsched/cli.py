@@ -52,6 +52,19 @@ def _seconds(context: click.Context, parameter: click.Parameter, value: float) -
     return value
 
 
+def _algorithm(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    """The name of an algorithm; whether it applies is each layer's matter."""
+    if value is not None:
+        from convsched.algorithms import parse_name
+        from convsched.errors import LoweringError
+
+        try:
+            parse_name(value)
+        except LoweringError as error:
+            raise click.BadParameter(str(error)) from error
+    return value
+
+
 def _writable(context: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
     """A file in a folder that can be written, which is tried before the work and not after it."""
     if value is None:
@@ -115,7 +128,7 @@ def info(refresh: bool) -> None:
 @click.option("--input-size", callback=_size, metavar="HxW", help="For a model file that leaves it open.")
 @click.option("--image", type=PATH, help="What the first layers read: a picture, or a .npy array.")
 @click.option("--seconds", type=float, callback=_seconds, default=0.5, show_default=True, help="Timing a layer.")
-@click.option("--algorithm", help="Only this, such as direct, winograd or winograd(2,3), where it applies.")
+@click.option("--algorithm", callback=_algorithm, help="Only this, such as direct or winograd(2,3), where it applies.")
 @click.option("--accuracy", type=click.Choice(ACCURACIES), default="normal", show_default=True)
 @click.option("--json", "json_file", type=PATH, callback=_writable, help="Write all results to this file.")
 @click.pass_context
@@ -159,7 +172,7 @@ def bench(
 @click.option("--layout", type=click.Choice([*LAYOUTS]), default="nchw", show_default=True)
 @click.option("--layer", "wanted", default="", help="Only layers with this in their name or text.")
 @click.option("--input-size", callback=_size, metavar="HxW", help="For a model file that leaves it open.")
-@click.option("--algorithm", help="Only schedules of this, such as direct or winograd(4,3), where it applies.")
+@click.option("--algorithm", callback=_algorithm, help="Only this, such as direct or winograd(4,3), where it applies.")
 @click.option("--accuracy", type=click.Choice(ACCURACIES), default="normal", show_default=True)
 @click.option("--cache", "file", type=PATH, help="The schedule cache (default: in the cache folder).")
 @click.pass_context

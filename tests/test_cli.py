@@ -363,3 +363,18 @@ def test_the_total_weighs_layers_by_their_count(monkeypatch: pytest.MonkeyPatch)
     assert sums.layers == 4
     assert sums.flops == 3 * SMALL.flops + cases[1].problem.flops
     assert sums.seconds == pytest.approx(sum(row.count * row.kernel.minimum for row in rows if row.kernel))
+
+
+@pytest.mark.parametrize("command", ["bench", "tune"])
+@pytest.mark.parametrize("name", ["wino", "winograd(", ""])
+def test_what_is_no_algorithm_is_refused_before_the_work(command: str, name: str) -> None:
+    done = CliRunner().invoke(cli.main, [command, "lenet5", "--algorithm", name])
+    assert done.exit_code == 2
+    assert "use one of direct" in done.output
+
+
+def test_an_algorithm_that_applies_to_no_layer_is_no_failure() -> None:
+    done = CliRunner().invoke(cli.main, ["bench", "lenet5", "--layer", "linear", "--algorithm", "winograd", *QUICK])
+    assert done.exit_code == 0
+    assert done.output.count("n/a") >= 3
+    assert "fully connected" in done.output
