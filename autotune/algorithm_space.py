@@ -11,39 +11,25 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from convsched.algorithms import Algorithm, named
+from convsched.algorithms import Algorithm, members, named
 from convsched.autotune.space import Domain, Target, register
 from convsched.errors import LoweringError
-from convsched.problem import Conv2d, Problem
+from convsched.lower.bilinear import Plane
+from convsched.problem import Conv2d
 from convsched.recipes import Recipe
+from convsched.tiles import Tiles
+from convsched.toeplitz import Toeplitz
 
-OUTPUTS = {3: (2, 4, 6), 5: (2, 4)}  # of Winograd tiles along a side of so many taps; 2 for other sides
-LEAST_TAPS = 7  # of a side, for FFT
-LEAST_CHANNELS = 512  # in and out, for Strassen
 VECTORS, UNROLL = (1, 2, 3, 4), (1, 2, 4, 8)
-PIXELS = (4, 6, 7, 8, 9, 12, 13, 14, 16, 18, 20, 24, 25, 28)
-
-
-def members(problem: Problem) -> Iterator[str]:
-    """The names that may be worth trying for a problem."""
-    if isinstance(problem, Conv2d) and problem.R * problem.S > 1:
-        yield "im2col"
-        taps = {r for r in (problem.R, problem.S) if r > 1}
-        if len(taps) == 1:
-            r, = taps
-            yield from (f"winograd({m},{r})" for m in OUTPUTS.get(r, (2,)))
-        else:
-            yield "winograd"
-        if max(taps) >= LEAST_TAPS:
-            yield "fft"
-    if min(problem.M, problem.C) >= LEAST_CHANNELS:
-        yield from ("strassen(1)", "strassen(2)")
+PIXELS = (3, 4, 5, 6, 7, 8, 9, 12, 13, 14, 16, 18, 20, 24, 25, 28)
 
 
 @register
 def algorithms(target: Target) -> Iterator[Domain]:
     """A domain for each member that applies and fits."""
     for name in members(target.problem):
+        if name == "direct":  # its recipes are domains of their own
+            continue
         try:
             algorithm = named(name, target.problem)
         except LoweringError:
@@ -57,7 +43,7 @@ def _around(target: Target, algorithm: Algorithm) -> Domain:
     default: Any = algorithm.default(target.machine, target.layout, target.threads)
     values: dict[str, tuple[Any, ...]] = {}
     for name, options in (("vectors", VECTORS), ("pixels", PIXELS), ("unroll", UNROLL),
-                          ("block", _blocks(default.block)), ("parallel", ("pixels", "channels"))):
+                          ("block", _blocks(target, default)), ("parallel", ("pixels", "channels"))):
         if hasattr(default, name):
             values[name] = tuple(dict.fromkeys(sorted([*options, getattr(default, name)])))
     registers = target.machine.registers
@@ -70,6 +56,15 @@ def _around(target: Target, algorithm: Algorithm) -> Domain:
     return Domain(make, values, fits, algorithm=algorithm.name, seed=default)
 
 
-def _blocks(block: int) -> tuple[int, ...]:
-    """A block divided and multiplied; one that does not divide the rows makes no schedule and is not tried."""
-    return tuple(sorted({max(1, block // 4), max(1, block // 2), block, 2 * block, 3 * block, 4 * block, 7 * block}))
+def _blocks(target: Target, default: Any) -> tuple[int, ...]:
+    """The sizes of a block: those that divide the rows of tiles or pixels, or multiples where any will do."""
+    match default:
+        case Tiles() | Toeplitz():
+            problem = target.problem
+            assert isinstance(problem, Conv2d)
+            rows = (Plane(problem, default.shape.outputs, default.shape.fold).tiles[0] if isinstance(default, Tiles)
+                    else problem.E)
+            return tuple(block for block in range(1, rows + 1) if rows % block == 0)
+        case _:
+            block = default.block
+            return tuple(sorted({max(1, block // 4), max(1, block // 2), block, 2 * block, 3 * block, 4 * block}))

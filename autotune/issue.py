@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from convsched.ir import Affine, Body, Index, Leaf, Loop, Op, Program, Reduce, Tensor, leaves, loads
+from convsched.ir import Affine, Body, Index, Leaf, Loop, Op, Program, Reduce, Tensor, leaves, loads, matrix_of
 
 LATENCY = 4  # of an FMA: sums in flight that keep one pipe busy
 BROADCAST = 0.5  # a load of one element for all lanes, in vector loads: half the width
@@ -107,7 +107,7 @@ class Issue:
 
     def _count(self, leaf: Leaf, around: Around, straight: Straight) -> None:
         times = math.prod(around.unrolled.values())
-        straight.arithmetic += times * arithmetic(leaf)
+        straight.arithmetic += times * arithmetic(leaf) * self._density(leaf, around)
         for load in loads(leaf.value):
             if not self._in_registers(load.tensor):
                 self._load(self.program.tensor(load.tensor), load.index, around, straight)
@@ -116,6 +116,14 @@ class Issue:
         elif isinstance(leaf, Reduce):
             used = {v for a in leaf.index for v in a.variables}
             straight.latency += LATENCY * math.prod(e for v, e in around.unrolled.items() if v not in used)
+
+    def _density(self, leaf: Leaf, around: Around) -> float:
+        """The share of the products that are not with the zeros of a matrix."""
+        matrix = matrix_of(self.program, leaf)
+        if matrix is None or not {v for a in matrix.index for v in a.variables} <= around.unrolled.keys():
+            return 1.0
+        values = self.program.tensor(matrix.tensor).values
+        return sum(map(bool, values)) / len(values)
 
     def _in_registers(self, name: str) -> bool:
         return self.program.tensor(name).role == "register"

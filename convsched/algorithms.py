@@ -20,33 +20,30 @@ from functools import cached_property, lru_cache, partial
 from math import hypot, inf, prod, sqrt
 
 from convsched.accuracy import BOUNDS, UNIT, Prediction, predict, predict_direct
-from convsched.analytic import LATENCY, default_long_tiles, default_recipe, default_tiles, default_toeplitz
-from convsched.bilinear import kronecker
+from convsched.analytic import best_blocking, default_recipe, default_tiles, default_toeplitz
+from convsched.bilinear import Bilinear, kronecker
 from convsched.errors import LoweringError
 from convsched.ir import Program
-from convsched.lower.bilinear import lower_bilinear
+from convsched.lower.bilinear import Shape, lower_bilinear
 from convsched.lower.blocks import blocks_of, lower_strassen
 from convsched.lower.direct import lower_direct
 from convsched.lower.fft_layers import Fft, fft
 from convsched.lower.im2col import lower_im2col
 from convsched.lower.strassen import strassen
-from convsched.lower.winograd import winograd
+from convsched.lower.winograd import products, winograd_side
 from convsched.machine import Machine
 from convsched.names import Accuracy
 from convsched.problem import Conv2d, Linear, Problem
 from convsched.recipes import Recipe, is_flat
 from convsched.strassen_recipe import default_strassen
-from convsched.tiles import tile_counts
 
-OUTPUTS = {2: 4, 3: 4}  # of a Winograd tile along a side of so many taps; 2 for other sides
-MOST_TAPS = 8  # of a side, for Winograd
-ESTIMATED = ("direct", "winograd", "fft", "winograd(2,3)",  # F(2,3): more accurate than F(4,3), and fewer weights
-             "im2col")
+OUTPUTS = {2: (4, 6), 3: (4, 2, 5, 6)}  # of Winograd tiles along a side of so many taps, the usual one first
+MANY_TAPS = (2, 4)  # the same for other sides
+MOST_SPLIT = 16  # taps of a side, for Winograd
 MARGIN = 4 / 3  # that an estimate must be below direct's: in doubt, direct
+FFT_TAPS = 7  # of a side, from which FFT is tried
+STRASSEN_CHANNELS = 512  # in and out, from which Strassen's products are tried
 LEAST_CHANNELS = 16  # in and out, below which vectors of channels are mostly empty
-TRANSFORM = 13  # FMAs of one vector at one point of a tile: transformed, stored, loaded again
-STEP = 1.0  # FMAs of loading a vector of weights and looping, for each step of a register tile
-L3_RATE, MEMORY_RATE = 16.0, 5.0  # bytes that a core streams in the time of a vector FMA
 FFT = 1.5  # the time of FFT tiles over that of their products at full rate
 IM2COL = 1.25  # the time of im2col over direct's
 
@@ -92,7 +89,7 @@ class Algorithm:
     def require(self, accuracy: Accuracy) -> None:
         """Raise LoweringError unless the class takes the algorithm."""
         if not self.fits(accuracy):
-            expected, found = self.prediction.expected, self.prediction.accuracy
+            expected, found = max(self.prediction.expected, self.prediction.adverse), self.prediction.accuracy
             fix = f'use accuracy="{found}", or' if found else "no class takes it: use"
             raise LoweringError(
                 f"accuracy={accuracy!r}: {self.name} has an expected error of {expected:.2g} of the output's rms, and "
@@ -119,8 +116,12 @@ def _direct(problem: Problem, sizes: tuple[tuple[int, ...], ...]) -> Algorithm:
         raise LoweringError("algorithm='direct' has no sizes: leave the brackets out")
     return Algorithm("direct", partial(lower_direct, problem),
                      lambda machine, layout, threads: default_recipe(problem, machine, layout, threads),
-                     _direct_error, problem.weights // problem.M, prod(problem.output_shape),
+                     partial(_direct_error, _taps(problem)), problem.weights // problem.M, prod(problem.output_shape),
                      partial(_direct_time, problem))
+
+
+def _taps(problem: Problem) -> int:
+    return problem.R * problem.S if isinstance(problem, Conv2d) else 1
 
 
 def _im2col(problem: Problem, sizes: tuple[tuple[int, ...], ...]) -> Algorithm:
@@ -129,42 +130,62 @@ def _im2col(problem: Problem, sizes: tuple[tuple[int, ...], ...]) -> Algorithm:
     if isinstance(problem, Linear) or is_flat(problem):
         raise LoweringError(f"im2col: {problem.text} is a product of matrices as it stands; use direct")
     return Algorithm("im2col", partial(lower_im2col, problem), partial(default_toeplitz, problem),
-                     _direct_error, problem.weights // problem.M, prod(problem.output_shape),
+                     partial(_direct_error, _taps(problem)), problem.weights // problem.M, prod(problem.output_shape),
                      lambda machine, layout, threads: IM2COL * _direct_time(problem, machine, layout, threads))
 
 
 def _winograd(problem: Problem, sizes: tuple[tuple[int, ...], ...]) -> Algorithm:
     """F(m, r) along each side of more than one tap; (m, r) once for both, or for the height and the width."""
-    conv = _stride_one("winograd", problem)
+    conv = _convolution("winograd", problem)
     taps = [r for r in (conv.R, conv.S) if r > 1]
     if not taps:
         raise LoweringError(f"winograd: {problem.text} has one tap; use direct")
-    sizes = sizes or tuple((OUTPUTS.get(r, 2), r) for r in taps)
+    if any(s > 1 and d > 1 for s, d in zip(conv.stride, conv.dilation, strict=True)):
+        raise LoweringError(f"winograd: {problem.text} has a stride and a dilation along one side; use direct")
+    if max(taps) > MOST_SPLIT:
+        raise LoweringError(f"winograd: {problem.text} has {max(taps)} taps along a side, more than {MOST_SPLIT}; "
+                            "use fft")
+    sizes = sizes or tuple((OUTPUTS.get(r, MANY_TAPS)[0], r) for r in taps)
     if len(sizes) == 1:
         sizes = sizes * len(taps)
-    if max(taps) > MOST_TAPS:
-        raise LoweringError(f"winograd: {problem.text} has {max(taps)} taps along a side, and errors grow with them: "
-                            f"at most {MOST_TAPS}; use fft")
-    if [r for _, r in sizes] != taps or any(m < 2 for m, _ in sizes):
-        raise LoweringError(f"winograd{'x'.join(f'({m},{r})' for m, r in sizes)}: {problem.text} has "
+    if any(len(pair) != 2 for pair in sizes) or [r for _, r in sizes] != taps or any(m < 2 for m, _ in sizes):
+        raise LoweringError(f"winograd{'x'.join(str(pair).replace(' ', '') for pair in sizes)}: {problem.text} has "
                             f"{' and '.join(map(str, taps))} taps; write (m,r) with r={taps[0]} and m of at least 2, "
                             "once for both sides, or (m,r)x(m,r)")
     along = iter(sizes)
-    column, row = (next(along) if r > 1 else (1, 1) for r in (conv.R, conv.S))
+    sides = [(*(next(along) if r > 1 else (1, 1)), stride)
+             for r, stride in zip((conv.R, conv.S), conv.stride, strict=True)]
     name = "winograd" + "x".join(f"({m},{r})" for m, r in dict.fromkeys(sizes))
-    return Algorithm(name, lambda layout: lower_bilinear(conv, winograd(*column), winograd(*row), layout),
-                     partial(default_tiles, conv, (column[0], row[0])), partial(_winograd_error, column, row),
-                     conv.C, prod(conv.output_shape), partial(_winograd_time, conv, (column[0], row[0])))
+    return _bilinear(name, conv, partial(winograd_side, *sides[0]), partial(winograd_side, *sides[1]),
+                     (sides[0][0], sides[1][0]), (products(*sides[0]), products(*sides[1])))
+
+
+def _bilinear(name: str, conv: Conv2d, column: Callable[[], Bilinear], row: Callable[[], Bilinear],
+              outputs: tuple[int, int], points: tuple[int, int]) -> Algorithm:
+    """Two algorithms of short tiles, which are made, and proved, where more than their sizes is needed."""
+    def time(machine: Machine, layout: str, threads: int) -> float:
+        if min(conv.C, conv.M) // conv.groups < LEAST_CHANNELS:
+            return inf
+        return best_blocking(conv, outputs, points, machine, threads).time
+
+    return Algorithm(name, lambda layout: lower_bilinear(conv, column(), row(), layout),
+                     lambda machine, layout, threads: default_tiles(conv, Shape.of(column(), row()), machine, layout,
+                                                                    threads),
+                     lambda terms, size: _bilinear_error(column(), row(), terms, size),
+                     conv.C // conv.groups, prod(conv.output_shape), time)
 
 
 def _fft(problem: Problem, sizes: tuple[tuple[int, ...], ...]) -> Algorithm:
     """Tiles of n points along both sides or the one with taps; or of n points and rows of its folded plane."""
-    conv = _stride_one("fft", problem)
+    conv = _convolution("fft", problem)
+    if conv.stride != (1, 1) or conv.dilation != (1, 1) or conv.groups != 1:
+        raise LoweringError(f"fft: {problem.text} has a stride, a dilation or groups; use direct")
     if any(len(pair) > 1 for pair in sizes):
         raise LoweringError("algorithm='fft' has the points of a tile as its sizes: write fft(64), or fft(32)x(64)")
     tiles = fft(conv, tuple(n for n, in sizes))
-    return Algorithm(tiles.name, tiles.lower, partial(default_long_tiles, tiles), partial(_fft_error, tiles),
-                     conv.C, prod(conv.output_shape), partial(_fft_time, tiles))
+    return Algorithm(tiles.name, tiles.lower,
+                     partial(default_tiles, conv, tiles.shape, by_lines=True),
+                     partial(_fft_error, tiles), conv.C, prod(conv.output_shape), partial(_fft_time, tiles))
 
 
 def _strassen(problem: Problem, sizes: tuple[tuple[int, ...], ...]) -> Algorithm:
@@ -177,11 +198,9 @@ def _strassen(problem: Problem, sizes: tuple[tuple[int, ...], ...]) -> Algorithm
                      blocks_of(problem, levels).block[1], prod(problem.output_shape))
 
 
-def _stride_one(name: str, problem: Problem) -> Conv2d:
+def _convolution(name: str, problem: Problem) -> Conv2d:
     if isinstance(problem, Linear):
         raise LoweringError(f"{name}: {problem.text} is a fully connected layer; use direct")
-    if problem.stride != (1, 1) or problem.dilation != (1, 1) or problem.groups != 1:
-        raise LoweringError(f"{name}: {problem.text} has a stride, a dilation or groups; use direct")
     return problem
 
 
@@ -200,6 +219,20 @@ def applicable(problem: Problem) -> Iterator[Algorithm]:
     return _that_apply(problem, *FAMILIES)
 
 
+def members(problem: Problem) -> tuple[str, ...]:
+    """The names of those that may be worth trying for a problem, as far as they apply."""
+    found = ["direct"]
+    if isinstance(problem, Conv2d) and problem.R * problem.S > 1:
+        taps = [r for r in (problem.R, problem.S) if r > 1]
+        sizes = zip(*(OUTPUTS.get(r, MANY_TAPS) for r in taps), strict=False)
+        found += ["winograd" + "x".join(dict.fromkeys(f"({m},{r})" for m, r in zip(outputs, taps, strict=True)))
+                  for outputs in sizes]
+        found += ["im2col", *(["fft"] if max(taps) >= FFT_TAPS else [])]
+    if min(problem.M, problem.C) >= STRASSEN_CHANNELS:
+        found += ["strassen(1)", "strassen(2)"]
+    return tuple(found)
+
+
 def choices(problem: Problem, machine: Machine, layout: str = "nchw", threads: int = 1,
             accuracy: Accuracy = "normal") -> Iterator[Algorithm]:
     """The algorithms whose predicted errors fit a class, the one with the least estimated time first.
@@ -212,7 +245,8 @@ def choices(problem: Problem, machine: Machine, layout: str = "nchw", threads: i
 
     found: list[Algorithm] = []
     fitting = False
-    for names in (ESTIMATED, [family for family in FAMILIES if family not in ESTIMATED]):
+    tried = members(problem)
+    for names in (tried, [family for family in FAMILIES if not any(name.startswith(family) for name in tried)]):
         group = sorted(_that_apply(problem, *names), key=time)
         for algorithm in group:
             if algorithm.fits(accuracy):
@@ -242,13 +276,13 @@ def _that_apply(problem: Problem, *names: str) -> Iterator[Algorithm]:
 
 
 @lru_cache(1024)
-def _direct_error(terms: int, outputs: int) -> Prediction:
-    return predict_direct(terms, outputs)
+def _direct_error(taps: int, terms: int, outputs: int) -> Prediction:
+    return predict_direct(terms, outputs, taps=taps)
 
 
 @lru_cache(1024)
-def _winograd_error(column: tuple[int, int], row: tuple[int, int], channels: int, outputs: int) -> Prediction:
-    return predict(kronecker(winograd(*column), winograd(*row)), channels, outputs)
+def _bilinear_error(column: Bilinear, row: Bilinear, channels: int, outputs: int) -> Prediction:
+    return predict(kronecker(column, row), channels, outputs)
 
 
 @lru_cache(1024)
@@ -265,8 +299,9 @@ def _fft_error(tiles: Fft, channels: int, outputs: int) -> Prediction:
     if len(found) == 1:
         return found[0]
     both = sum(1 / (UNIT * (3 * (side.reads + side.points) + channels)) for side in sides)
-    return Prediction(hypot(*(one.expected for one in found)), prod(one.worst for one in found) * both / sqrt(channels),
-                      prod(one.norm_bound for one in found) * both)
+    return Prediction(
+        hypot(*(one.expected for one in found)), hypot(*(one.adverse for one in found)),
+        prod(one.worst for one in found) * both / sqrt(channels), prod(one.norm_bound for one in found) * both)
 
 
 def _fft_time(tiles: Fft, machine: Machine, layout: str, threads: int) -> float:
@@ -278,20 +313,3 @@ def _fft_time(tiles: Fft, machine: Machine, layout: str, threads: int) -> float:
 def _direct_time(problem: Problem, machine: Machine, layout: str, threads: int) -> float:
     vectors = problem.groups * -(-problem.M // problem.groups // machine.lanes)
     return problem.macs / problem.M * vectors / threads
-
-
-def _winograd_time(problem: Conv2d, outputs: tuple[int, int], machine: Machine, layout: str, threads: int) -> float:
-    """Of a call by ``default_tiles``, whose blocks of tiles are shared among the threads."""
-    if min(problem.C, problem.M) < LEAST_CHANNELS:
-        return inf
-    recipe = default_tiles(problem, outputs, machine, layout, threads)
-    points = (outputs[0] + problem.R - 1) * (outputs[1] + problem.S - 1)
-    rows, columns = tile_counts(problem, outputs)
-    tiles = recipe.block * columns
-    maps, channels = -(-problem.M // machine.lanes), -(-problem.C // machine.lanes)
-    full, part = divmod(tiles, recipe.pixels)
-    steps = full * (max(recipe.pixels, LATENCY) + STEP) + (part > 0) * (max(part, LATENCY) + STEP)
-    weights = 4 * points * problem.C * problem.M
-    stream = inf if 2 * weights <= machine.l2 else L3_RATE if 2 * weights <= machine.l3 else MEMORY_RATE
-    block = points * (problem.C * maps * steps + TRANSFORM * tiles * (channels + maps)) + weights / stream
-    return problem.N * -(-rows // recipe.block // threads) * block

@@ -10,20 +10,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from convsched.lower.fft_layers import Fft
+from convsched.lower.bilinear import Fold, Plane, Shape
 from convsched.machine import Machine
 from convsched.problem import Conv2d, Linear, Problem
 from convsched.recipes import Channels, Depthwise, Pixels, Recipe, is_flat
-from convsched.tiles import LongTiles, Register, Tiles, tile_counts
+from convsched.tiles import Tiles
 from convsched.toeplitz import Toeplitz
 
 LATENCY = 8  # FMAs in flight that keep two pipes of four cycles busy
 STEP = 0.5  # cycles of FMAs lost to the loop over channels, for each channel and tap
-VECTOR_LOAD = 0.15  # of a weight vector, which comes from L2, beside an FMA
+VECTOR_LOAD = 0.15, 0.7  # of a weight vector, which comes from L2, beside FMAs that broadcast, and that do not
 BROADCAST = 0.03  # of an input element from L1
 FULL_SQUARE = 150  # cycles to transpose and store 16 x 16 elements
 PART_SQUARE = 240  # the same where rows are cut short: masked stores
 MOST_TAPS = 5  # of a row; each that reaches over a border has a copy of the nest
+TRANSFORM = 13  # FMAs of one vector at one point of a tile: transformed, stored, loaded again
+TILE_STEP = 1.0  # FMAs of loading a vector of weights and looping, for each step of a register tile
+L3_VECTOR, MEMORY_VECTOR = 4, 12  # FMAs in the time that a vector takes from L3 and from memory
 COPY_PENALTY = 0.01  # of an own copy of the nest for a remainder: code to compile and to fetch
 
 
@@ -67,12 +70,16 @@ class _Tiling:
     def _tile(self, machine: Machine, vectors: int, height: int, width: int, sharers: int) -> float:
         pixels = height * width
         step = STEP + max(vectors * pixels, vectors + pixels, LATENCY)
-        step += VECTOR_LOAD * vectors + BROADCAST * pixels
+        step += _vector_load(machine) * vectors + BROADCAST * pixels
         full, part = divmod(width, machine.lanes)
         squares = height * vectors * (full * FULL_SQUARE + (part > 0) * PART_SQUARE)
         stores = squares * machine.lanes / 16 if self.transposed else vectors * pixels
         copied = 2 * height * -(-width // machine.lanes) * self.sums / sharers if self.packed else 0
         return self.sums * step + stores + copied
+
+
+def _vector_load(machine: Machine) -> float:
+    return VECTOR_LOAD[machine.isa != "avx512"]
 
 
 def _register_tile(tiling: _Tiling, machine: Machine, tallest: int) -> tuple[int, int, int]:
@@ -206,48 +213,61 @@ def _depthwise(problem: Conv2d, machine: Machine) -> Depthwise:
     return Depthwise(machine.lanes, rows, pixels, problem.R * problem.S * rows * pixels <= 400)
 
 
-def default_tiles(problem: Conv2d, outputs: tuple[int, int], machine: Machine, layout: str = "nchw",
-                  threads: int = 1) -> Tiles:
-    """The recipe of a bilinear algorithm whose tiles have ``outputs`` rows and columns."""
-    rows, columns = tile_counts(problem, outputs)
-    points = (outputs[0] + problem.R - 1) * (outputs[1] + problem.S - 1)
-    row_bytes = 4 * points * (problem.C + problem.M) * columns
-    fits = [b for b in range(1, rows + 1) if rows % b == 0 and b * row_bytes <= 2 * machine.l2 and rows >= b * threads]
-    block = max(fits, default=1)
-    count = block * columns
-    most = machine.registers - 7  # a vector of weights and broadcasts beside them
-    pixels = -(-count // -(-count // most))
-    return Tiles(machine.lanes, outputs, block, vectors=1, pixels=pixels, unroll=4 if problem.C % 4 == 0 else 1)
+@dataclass(frozen=True)
+class Blocking:
+    """How the products of a bilinear algorithm are blocked: rows of tiles in a ``block``, a register tile of
+    ``vectors`` by ``pixels``, and the estimated ``time`` of a call, in vector FMAs of one core."""
+
+    block: int
+    vectors: int
+    pixels: int
+    time: float
 
 
-def default_long_tiles(fft: Fft, machine: Machine, layout: str = "nchw", threads: int = 1) -> LongTiles:
-    """The recipe of FFT tiles: a block takes at most a third of L3, beside the filter that it streams."""
-    p, plane = fft.problem, fft.plane
-    (rows, columns), (high, wide), points = plane.tiles, plane.outputs, (fft.column.points, fft.row.points)
-    row_bytes = 4 * points[0] * points[1] * (p.C + p.M) * columns
-    fits = [b for b in range(1, rows + 1) if rows % b == 0 and b * row_bytes <= machine.l3 // 3 and rows >= b * threads]
-    block = max(fits, default=1)
-    vectors, _, pixels = _register_tile(_Tiling(p.M, 1, block * columns, p.C, transposed=False, packed=False),
-                                        machine, tallest=1)
-    narrow = 2 if layout == "nchw" else machine.registers  # rows of the output leave as transposed squares
-    return LongTiles(
-        machine.lanes, plane.outputs, points, fft.row.reads, fft.fold, block, vectors, pixels,
-        unroll=4 if p.C % 4 == 0 else 1,
-        columns_in=_matrix_tile(points[0], fft.row.reads, machine), rows_in=_matrix_tile(points[1], points[0], machine),
-        columns_out=_matrix_tile(high, points[1], machine), rows_out=_matrix_tile(wide, high, machine, narrow))
+def default_tiles(problem: Conv2d, shape: Shape, machine: Machine, layout: str = "nchw", threads: int = 1,
+                  by_lines: bool = False) -> Tiles:
+    """The recipe of a bilinear algorithm."""
+    best = best_blocking(problem, shape.outputs, shape.points, machine, threads, shape.fold, by_lines)
+    unroll = 4 if problem.C // problem.groups % 4 == 0 else 1
+    return Tiles(machine.lanes, shape, best.block, best.vectors, best.pixels, unroll, by_lines)
 
 
-def _matrix_tile(rows: int, columns: int, machine: Machine, widest: int = 32) -> Register:
-    """The register tile of a product of matrices, rows by columns, that takes the fewest cycles."""
-    def cycles(tile: Register) -> float:
-        parts = [(a * b, r, c) for a, r in _tiles(rows, tile.rows) for b, c in _tiles(columns, tile.columns)]
-        copies = (rows % tile.rows > 0) + (columns % tile.columns > 0)
-        return (1 + 4 * COPY_PENALTY * copies) * sum(
-            count * (STEP + max(r * c, r + c, LATENCY) + VECTOR_LOAD * c + BROADCAST * r) for count, r, c in parts)
+def best_blocking(problem: Conv2d, outputs: tuple[int, int], points: tuple[int, int], machine: Machine,
+                  threads: int = 1, fold: Fold = "", by_lines: bool = False) -> Blocking:
+    """The blocking that takes the least estimated time: small blocks stay in L2, large ones stream the filters less
+    often. Blocks are shared among the threads."""
+    plane = Plane(problem, outputs, fold)
+    rows = plane.tiles[0]
+    blocks = [b for b in range(1, rows + 1) if rows % b == 0 and (rows >= b * threads or b == 1)]
+    return min((_blocking(plane, points, block, machine, threads, by_lines) for block in blocks),
+               key=lambda made: made.time)
 
-    most = machine.registers - 4  # vectors and a broadcast beside them
-    return min((Register(r, c) for c in range(1, min(columns, widest, most) + 1)
-                for r in range(1, min(rows, most // c) + 1)), key=cycles)
+
+def _blocking(plane: Plane, points: tuple[int, int], block: int, machine: Machine, threads: int,
+              by_lines: bool) -> Blocking:
+    """A block and its estimated time: products at full rate, or at that of loads or of the latency of FMAs where a
+    register tile is small; transforms by the vector; filters that do not stay in L2, and blocks that do not, by the
+    bytes that each block moves."""
+    problem, (rows, columns), rank = plane.problem, plane.tiles, points[0] * points[1]
+    channels, maps, tiles = problem.C // problem.groups, problem.M // problem.groups, block * columns
+    if machine.isa == "avx512" and not by_lines:  # FMAs broadcast as they load: one vector of weights is enough
+        most = machine.registers - 7  # a vector of weights and broadcasts beside them
+        vectors, pixels, loads = 1, -(-tiles // -(-tiles // most)), 0
+    else:
+        tiling = _Tiling(maps, 1, tiles, channels, transposed=False, packed=False)
+        vectors, _, pixels = _register_tile(tiling, machine, tallest=1)
+        loads = 1
+    whole, deep = -(-maps // machine.lanes), -(-channels // machine.lanes)
+    steps = sum(a * b * (max(v * t, (v + t) * loads, LATENCY) + TILE_STEP) for a, v in _tiles(whole, vectors)
+                for b, t in _tiles(tiles, pixels))
+    filters, transformed = 4 * rank * channels * maps, 4 * rank * tiles * (channels + maps)
+    l3, memory = machine.vector_bytes / L3_VECTOR, machine.vector_bytes / MEMORY_VECTOR
+    moved = 0 if 2 * filters <= machine.l2 else filters / l3 if 2 * filters <= machine.l3 else filters / memory
+    if transformed > 2 * machine.l2:
+        moved += 2 * transformed / (l3 if 2 * transformed <= machine.l3 else memory)
+    time = rank * (channels * steps + TRANSFORM * tiles * (deep + whole)) + moved
+    planes = problem.N * problem.groups * problem.dilation[0] * problem.dilation[1]
+    return Blocking(block, vectors, pixels, planes * -(-rows // block // threads) * time)
 
 
 def default_toeplitz(problem: Conv2d, machine: Machine, layout: str = "nchw", threads: int = 1) -> Toeplitz:

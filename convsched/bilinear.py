@@ -283,13 +283,13 @@ def piecewise(name: str, pieces: Sequence[Piece]) -> Bilinear:
         return 1 + max(part[-1] for part in parts)
 
     filters, inputs = (
-        _together([Transform((Matrix.select(part, size(parts)), *transform.factors))
+        _together([Transform((transform.factors[0] @ Matrix.select(part, size(parts)), *transform.factors[1:]))
                    for part, transform in zip(parts, transforms, strict=True)])
         for parts, transforms in (([p.taps for p in pieces], [p.triple.filter for p in pieces]),
                                   ([p.inputs for p in pieces], [p.triple.input for p in pieces])))
     places = [Matrix.select(p.outputs, size(q.outputs for q in pieces)).transposed for p in pieces]
-    outputs = _abreast([p.triple.output for p in pieces])
-    return Bilinear(name, filters, inputs, outputs.then(side_by_side(places)))
+    *first, last = _abreast([p.triple.output for p in pieces]).factors
+    return Bilinear(name, filters, inputs, Transform((*first, side_by_side(places) @ last)))
 
 
 def _abreast(transforms: Sequence[Transform]) -> Transform:

@@ -11,7 +11,7 @@ from math import prod
 
 from convsched.address import offset
 from convsched.errors import ScheduleError
-from convsched.ir import Body, Load, Loop, Program, Stage, Store, find_loops, leaves, loop_names
+from convsched.ir import Body, Leaf, Load, Loop, Program, Stage, Store, find_loops, leaves, loop_names, matrix_of
 from convsched.legality import race
 from convsched.text import print_nest
 
@@ -61,7 +61,8 @@ def checked(before: Program, step: str, after: Program) -> Program:
                    deepest[0].var)
     if len(paths) > COPIES:
         raise fail(before, step, f"the nest would have {len(paths)} statements", f"peel less: at most {COPIES}")
-    for stage in after.stages:
+    known = {id(stage) for stage in before.stages}
+    for stage in (stage for stage in after.stages if id(stage) not in known):
         found = _misplaced(stage.body)
         if found is not None:
             loop, why, fix = found
@@ -118,14 +119,14 @@ def _broken_packing(program: Program, stage: Stage) -> tuple[str, str] | None:
 def bounded(before: Program, program: Program) -> Program:
     """A finished program, if what it writes out can be compiled (unrolled loops, vectors and registers), and runs
     not many more statements than the unscheduled one: each ragged split may double them."""
-    paths = [path for stage in program.stages for path, _ in leaves(stage.body)]
-    for loop in (loop for path in paths for loop in path):
+    written = {path: _statements(program, path, leaf) for stage in program.stages for path, leaf in leaves(stage.body)}
+    for loop in (loop for path in written for loop in path):
         if loop.kind == "vector" and loop.extent > LANES:
             raise fail(program, f"vectorize {loop.var}", f"{loop.var} has {loop.extent} iterations",
                        f"split it first: a vector loop has at most {LANES}", loop.var)
-    total = sum(map(_statements, paths))
+    total = sum(written.values())
     if total > STATEMENTS:
-        unrolled = [loop for loop in max(paths, key=_statements) if loop.kind == "unroll"]
+        unrolled = [loop for loop in max(written, key=written.__getitem__) if loop.kind == "unroll"]
         names = " ".join(loop.var for loop in unrolled)
         raise fail(program, f"unroll {names}", f"{total} statements would be written out", f"unroll fewer or shorter "
                    f"loops: at most {STATEMENTS}", max(unrolled, key=lambda loop: loop.extent).var)
@@ -146,7 +147,14 @@ def _runs(program: Program) -> int:
     return sum(prod(loop.extent for loop in path) for stage in program.stages for path, _ in leaves(stage.body))
 
 
-def _statements(path: Sequence[Loop]) -> int:
-    """How often a statement is written out; a vector loop longer than an instruction counts as several."""
+def _statements(program: Program, path: Sequence[Loop], leaf: Leaf) -> int:
+    """How often a statement is written out; a vector loop longer than an instruction counts as several, and a product
+    with the zero of a matrix does not count."""
     lanes = prod(loop.extent for loop in path if loop.kind == "vector")
-    return prod(loop.extent for loop in path if loop.kind == "unroll") * -(-lanes // _VECTOR)
+    unrolled = {loop.var: loop.extent for loop in path if loop.kind == "unroll"}
+    count = prod(unrolled.values()) * -(-lanes // _VECTOR)
+    matrix = matrix_of(program, leaf)
+    if matrix is None or not {v for a in matrix.index for v in a.variables} <= unrolled.keys():
+        return count
+    values = program.tensor(matrix.tensor).values
+    return count * sum(map(bool, values)) // len(values)

@@ -282,8 +282,10 @@ class Program:
         return self.by_name[name]
 
     def with_body(self, change: Callable[[Body], Body]) -> Program:
-        """The program with every stage's body changed."""
-        return replace(self, stages=tuple(replace(s, body=change(s.body)) for s in self.stages))
+        """The program with every stage's body changed; stages whose body stays the same object are kept."""
+        bodies = [change(s.body) for s in self.stages]
+        return replace(self, stages=tuple(s if body is s.body else replace(s, body=body)
+                                          for s, body in zip(self.stages, bodies, strict=True)))
 
     def with_tensor(self, tensor: Tensor) -> Program:
         """The program with a tensor added, or replaced by name."""
@@ -300,13 +302,19 @@ def nested(loops: Mapping[str, int], leaf: Leaf) -> Body:
     return body
 
 
-def leaves(body: Body, loops: tuple[Loop, ...] = ()) -> Iterator[tuple[tuple[Loop, ...], Leaf]]:
+def leaves(body: Body, loops: tuple[Loop, ...] = ()) -> list[tuple[tuple[Loop, ...], Leaf]]:
     """Every statement with the loops around it, outermost first, in program order."""
+    found: list[tuple[tuple[Loop, ...], Leaf]] = []
+    _collect(body, loops, found)
+    return found
+
+
+def _collect(body: Body, loops: tuple[Loop, ...], found: list[tuple[tuple[Loop, ...], Leaf]]) -> None:
     for statement in body:
         if isinstance(statement, Loop):
-            yield from leaves(statement.body, (*loops, statement))
+            _collect(statement.body, (*loops, statement), found)
         else:
-            yield loops, statement
+            found.append((loops, statement))
 
 
 def loads(value: Value) -> Iterator[Load]:
@@ -316,6 +324,15 @@ def loads(value: Value) -> Iterator[Load]:
     elif isinstance(value, Op):
         for operand in value.values:
             yield from loads(operand)
+
+
+def matrix_of(program: Program, leaf: Leaf) -> Load | None:
+    """The element of a constant tensor by which a statement multiplies what it adds, if it does."""
+    if isinstance(leaf, Reduce) and isinstance(leaf.value, Op) and leaf.value.name == "mul":
+        for factor in leaf.value.values:
+            if isinstance(factor, Load) and program.tensor(factor.tensor).role == "constant":
+                return factor
+    return None
 
 
 def map_value(value: Value, change: Callable[[Load], Value]) -> Value:
@@ -328,24 +345,33 @@ def map_value(value: Value, change: Callable[[Load], Value]) -> Value:
 
 
 def map_leaves(body: Body, change: Callable[[Leaf], Leaf]) -> Body:
-    """The body with every statement changed, loops kept."""
-    return tuple(
-        replace(s, body=map_leaves(s.body, change)) if isinstance(s, Loop) else change(s) for s in body
-    )
+    """The body with every statement changed, loops kept; the same object where nothing is."""
+    return _rebuilt(body, [_with_body(s, map_leaves(s.body, change)) if isinstance(s, Loop) else change(s)
+                           for s in body])
+
+
+def _with_body(loop: Loop, body: Body) -> Loop:
+    return loop if body is loop.body else replace(loop, body=body)
+
+
+def _rebuilt(body: Body, statements: list[Statement]) -> Body:
+    """The body itself if it has just these statements, else one of them."""
+    same = len(body) == len(statements) and all(a is b for a, b in zip(body, statements, strict=True))
+    return body if same else tuple(statements)
 
 
 def map_loops(body: Body, var: str, change: Callable[[Loop], Body]) -> Body:
-    """The body with every loop over ``var`` replaced by the statements ``change`` gives."""
+    """The body with every loop over ``var`` replaced by the statements ``change`` gives; the same object where there
+    is none."""
     out: list[Statement] = []
     for statement in body:
-        if isinstance(statement, Loop):
-            if statement.var == var:
-                out += change(statement)
-            else:
-                out.append(replace(statement, body=map_loops(statement.body, var, change)))
-        else:
+        if not isinstance(statement, Loop):
             out.append(statement)
-    return tuple(out)
+        elif statement.var == var:
+            out += change(statement)
+        else:
+            out.append(_with_body(statement, map_loops(statement.body, var, change)))
+    return _rebuilt(body, out)
 
 
 def map_indices(leaf: Leaf, change: Callable[[Affine], Affine]) -> Leaf:
@@ -358,7 +384,11 @@ def map_indices(leaf: Leaf, change: Callable[[Affine], Affine]) -> Leaf:
 
 def substitute(body: Body, values: Mapping[str, Affine]) -> Body:
     """The body with loop variables replaced by affine expressions."""
-    return map_leaves(body, lambda leaf: map_indices(leaf, lambda a: a.substitute(values)))
+    def change(leaf: Leaf) -> Leaf:
+        used = (*leaf.index, *leaf.where, *(a for load in loads(leaf.value) for a in load.index))
+        is_used = any(name in values for a in used for name, _ in a.terms)
+        return map_indices(leaf, lambda a: a.substitute(values)) if is_used else leaf
+    return map_leaves(body, change)
 
 
 def find_loops(body: Body, var: str) -> list[Loop]:

@@ -22,7 +22,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from convsched.bilinear import ONE, Matrix, Number
+from convsched.bilinear import ONE, Matrix, Number, Transform
 from convsched.errors import LoweringError
 
 
@@ -92,6 +92,41 @@ def shared_sums(matrix: Matrix) -> SumProgram:
     return SumProgram(matrix.columns, tuple(sums), tuple(outputs))
 
 
+def shared_factors(matrix: Matrix) -> Transform:
+    """The matrix as sparse factors that compute common sums once: a value that is used once is part of its user.
+
+    >>> [[[str(a) for a in row] for row in factor.dense] for factor in
+    ...  shared_factors(Matrix.of([[2, 1, 3, 1], [-2, 1, -3, 1]])).factors]
+    [[['0', '1', '0', '1'], ['1', '0', '3/2', '0']], [['1', '2'], ['1', '-2']]]
+    """
+    program = shared_sums(matrix)
+    first = program.inputs
+    used = Counter(v for s in program.sums for v in ((s.u, s.v) if s.b else (s.u,)))
+    used.update(program.outputs)
+    kept = {v for v in range(first + len(program.sums)) if v < first or used[v] > 1 or v in program.outputs}
+    terms: dict[int, Terms] = {}  # of each sum, over the values that are kept
+    levels = dict.fromkeys(range(first), 0)
+    for number, s in enumerate(program.sums, first):
+        row: Terms = {}
+        for factor, value in ((s.a, s.u), (s.b, s.v)) if s.b else ((s.a, s.u),):
+            for j, a in ({value: ONE} if value in kept else terms[value]).items():
+                row[j] = row[j] + factor * a if j in row else factor * a
+        terms[number] = row
+        levels[number] = 1 + max(levels[j] for j in row)
+    depth = max((levels[v] for v in program.outputs), default=0)
+    known, factors = list(range(first)), []
+    for level in range(1, max(depth, 1) + 1):
+        later = {j for v in kept if levels[v] > level for j in terms[v]} | set(program.outputs)
+        following = ([*program.outputs] if level >= depth else
+                     [v for v in sorted(kept) if levels[v] <= level and v in later])
+        place = {v: i for i, v in enumerate(known)}
+        rows = [terms[v] if levels[v] == level else {v: ONE} for v in following]
+        factors.append(Matrix(tuple(tuple(sorted((place[j], a) for j, a in row.items() if a)) for row in rows),
+                              len(known)))
+        known = following
+    return Transform(tuple(factors))
+
+
 def _blocks(matrix: Matrix) -> list[tuple[list[int], list[int]]]:
     """The (rows, columns) that share nothing with the others: a transform's many small blocks are one problem."""
     blocks: list[tuple[list[int], list[int]]] = []
@@ -126,7 +161,7 @@ def _greedy(matrix: Matrix) -> SumProgram:
 
 
 def _unit(number: Number) -> bool:
-    return number in (ONE, -ONE)
+    return isinstance(number, Fraction) and number.denominator == 1 and number.numerator in (1, -1)
 
 
 def _exact(number: Number) -> bool:

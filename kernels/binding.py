@@ -100,7 +100,7 @@ def run(found: Sequence[Binding], weights: Mapping[str, Array]) -> dict[str, Arr
 
 def _binding(program: Program, stage: Stage) -> Binding | None:
     """One stage; None for one that only sets a sum to zero."""
-    _, statement = next(leaves(stage.body))
+    _, statement = leaves(stage.body)[0]
     if isinstance(statement, Store) and isinstance(statement.value, Const) and statement.value.number == 0:
         return None
     if isinstance(statement, Store):

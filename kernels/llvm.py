@@ -13,6 +13,9 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
+from numpy.typing import NDArray
+
 from convsched.ir import (
     Affine,
     Body,
@@ -28,6 +31,7 @@ from convsched.ir import (
     Value,
     leaves,
     loads,
+    matrix_of,
 )
 from convsched.kernels.memory import Lanes, Memory, Point, base
 from convsched.kernels.vectors import (
@@ -70,7 +74,7 @@ def emit(program: Program, machine: Machine) -> str:
         emitter = _Emitter(program, stage, machine)
         functions.append(emitter.function(symbol))
         declarations |= emitter.w.declarations
-        tables |= emitter.tables
+        tables |= emitter.tables | emitter.w.globals
     bits = machine.vector_bytes * 8
     attributes = (f'attributes #0 = {{ nounwind "prefer-vector-width"="{bits}" '
                   f'"min-legal-vector-width"="{bits}" }}')
@@ -98,6 +102,7 @@ class _Emitter:
         self.ahead: dict[str, int] = {}  # elements from what is read of a tensor to what is fetched
         self.fetched: set[tuple[str, int]] = set()
         self.tables: dict[str, str] = {}  # constants that are read at run time, as globals
+        self.sparse: dict[str, NDArray[np.bool_]] = {}
 
     def function(self, symbol: str) -> str:
         """The text of the stage's function."""
@@ -133,8 +138,9 @@ class _Emitter:
                 self.leaf(leaf, Lanes(loop.var, loop.extent))
         elif loop.kind == "unroll" or (loop.extent == 1 and loop.kind != "parallel"):
             self.point.unrolled[loop.var] = loop.extent
-            for value in range(loop.extent):
-                if value and self.sums_over(loop):
+            barrier = self.sums_over(loop)
+            for value in self.useful(loop):
+                if value and barrier:
                     self.w.line(BARRIER)
                 self.point.known[loop.var] = value
                 self.body(loop.body)
@@ -144,9 +150,34 @@ class _Emitter:
         del self.point.extents[loop.var]
 
     def sums_over(self, loop: Loop) -> bool:
-        """Whether iterations add to the same registers."""
-        return any(isinstance(leaf, Reduce) and self.in_registers(leaf.tensor)
+        """Whether iterations add products of data to the same registers."""
+        return any(isinstance(leaf, Reduce) and self.in_registers(leaf.tensor) and matrix_of(self.program, leaf) is None
                    and all(loop.var not in a.variables for a in leaf.index) for _, leaf in leaves(loop.body))
+
+    def useful(self, loop: Loop) -> list[int]:
+        """The iterations of an unrolled loop that do more than add products with zeros of a sparse matrix."""
+        (_, leaf), *others = leaves(loop.body)
+        matrix = None if others else matrix_of(self.program, leaf)
+        if matrix is None or loop.var not in {v for a in matrix.index for v in a.variables}:
+            return [*range(loop.extent)]
+        if any(len(a.variables) > 1 for a in matrix.index):
+            return [*range(loop.extent)]
+        found = []
+        for value in range(loop.extent):
+            self.point.known[loop.var] = value
+            place = tuple(a.evaluate(self.point.known) if a.variables <= self.point.known.keys() else slice(None)
+                          for a in matrix.index)
+            if self.nonzero(matrix.tensor)[place].any():
+                found.append(value)
+        del self.point.known[loop.var]
+        return found
+
+    def nonzero(self, name: str) -> NDArray[np.bool_]:
+        """Where a constant is not zero."""
+        if name not in self.sparse:
+            tensor = self.program.tensor(name)
+            self.sparse[name] = np.reshape(np.array(tensor.values) != 0, tensor.shape)
+        return self.sparse[name]
 
     def run_time_loop(self, loop: Loop) -> None:
         """A loop with its test at the bottom; register tensors written inside are phis at its head."""
@@ -343,13 +374,24 @@ class _Emitter:
             factor, other = self.factor(value)
             if factor == 0:
                 return old
-            if factor == 1 and other is not None and old in ("zeroinitializer", "0.0"):
-                return self.value(other, lanes)
-            if factor in (1.0, -1.0) and other is not None:
-                return operation(self.w, "add" if factor == 1 else "sub", (old, self.value(other, lanes)), lanes.count)
+            if factor is not None and other is not None:
+                return self.scaled_sum(old, factor, self.value(other, lanes), lanes)
             a, b = (self.value(v, lanes) for v in value.values)
             return multiply_add(self.w, a, b, old, lanes.count, self.fused)
         return operation(self.w, "add", (old, self.value(value, lanes)), lanes.count)
+
+    def scaled_sum(self, old: str, factor: float, value: str, lanes: Lanes) -> str:
+        """``old + factor value`` by as little as that takes. Where a product or a sum with 1 or -1 comes alone, LLVM
+        may fuse it with the sum or product beside it."""
+        count, kind = lanes.count, vector_type(lanes.count)
+        contract = "contract " if self.fused else ""
+        if old in ("zeroinitializer", "0.0"):
+            if factor == 1:
+                return value
+            return self.w.let(f"fmul {contract}{kind} {value}, {constant(factor, count)}")
+        if factor in (1, -1):
+            return self.w.let(f"{'fadd' if factor == 1 else 'fsub'} {contract}{kind} {old}, {value}")
+        return multiply_add(self.w, value, constant(factor, count), old, count, self.fused)
 
     def number(self, load: Load) -> float | None:
         """The element of a constant tensor at this point; None where only run time knows it."""

@@ -172,16 +172,42 @@ class Memory:
             mask = both(self.w, mask, self.negative(a, lanes), lanes.count)
         return mask
 
-    def within(self, tensor: Tensor, index: Index, lanes: Lanes) -> Mask | None:
-        """The lanes whose index lies inside the tensor; None where that is sure."""
-        mask: Mask | None = None
-        for axis, a in enumerate(index):
+    def open_ends(self, tensor: Tensor, index: Index) -> list[Affine]:
+        """What must be negative for the index to lie inside the tensor, and here is not sure to be."""
+        found = []
+        for size, a in zip(tensor.shape, index, strict=True):
             low, high = self.point.bounds(a)
-            if low < 0 and a * -1 - 1 not in self.granted:
-                mask = both(self.w, mask, self.negative(a * -1 - 1, lanes), lanes.count)
-            if high >= tensor.shape[axis] and a - tensor.shape[axis] not in self.granted:
-                mask = both(self.w, mask, self.negative(a - tensor.shape[axis], lanes), lanes.count)
-        return mask
+            ends = ([a * -1 - 1] if low < 0 else []) + ([a - size] if high >= size else [])
+            found += [end for end in ends if end not in self.granted]
+        return found
+
+    def within(self, tensor: Tensor, index: Index, lanes: Lanes) -> tuple[str | None, Mask | None]:
+        """The condition for all lanes and the mask of lanes by which an index lies inside the tensor; None for what
+        is sure. Outside vector loops there is only the mask, an i1."""
+        mask: Mask | None = None
+        conditions = []
+        for end in self.open_ends(tensor, index):
+            _, terms, stride = self.point.split(end, lanes)
+            if lanes.count > 1 and terms and not stride:
+                conditions.append(end)
+            else:
+                mask = both(self.w, mask, self.negative(end, lanes), lanes.count)
+        return self.condition(conditions), mask
+
+    def condition(self, ends: Sequence[Affine]) -> str | None:
+        """Whether all are negative, as an i1 that is computed once in each iteration of the loops it depends on."""
+        known: str | None = None
+        splits = [(end, *self.point.split(end, Lanes())[:2]) for end in ends]
+        for end, constant, terms in sorted(splits, key=lambda split: self.w.depth(split[2])):
+            depth = self.w.depth(terms)
+            held = self.w.scopes[depth].conditions
+            key = (known, constant, tuple(terms))
+            if key not in held:
+                with self.w.at_start(depth):
+                    test = self.w.let(f"icmp slt i64 {self.value(end, Lanes())}, 0")
+                    held[key] = test if known is None else self.w.let(f"and i1 {known}, {test}")
+            known = held[key]
+        return known
 
     # Loads
 
@@ -193,13 +219,15 @@ class Memory:
         """An element a lane; elements outside the tensor are zero."""
         if any(key[0] == tensor.name for key in self.pending):
             self.flush()
-        mask = self.within(tensor, index, lanes)
         place = self.place(tensor, index, lanes)
+        if (run := self._run(tensor, index, place, lanes)) is not None:
+            return self._column(tensor, index, place, lanes, run)
+        condition, mask = self.within(tensor, index, lanes)
         if lanes.count > 1 and place.stride == 0 and place.scattered is None and not _by_lane(mask):
             return self._broadcast(tensor, place, lanes, index, mask)
-        key = (tensor.name, place.pointer, place.constant, place.stride, lanes.count, mask, place.scattered)
+        key = (tensor.name, place.pointer, place.constant, place.stride, lanes.count, condition, mask, place.scattered)
         if key not in self.loaded:
-            self.loaded[key] = self._load(tensor, index, place, lanes, mask)
+            self.loaded[key] = self._load(tensor, index, place, lanes, condition, mask)
         return self.loaded[key]
 
     def _broadcast(self, tensor: Tensor, place: Place, lanes: Lanes, index: Index, mask: Mask | None) -> str:
@@ -208,7 +236,8 @@ class Memory:
             self.loaded[key] = splat(self.w, self.load(tensor, index, Lanes()), lanes.count)
         return self.loaded[key]
 
-    def _load(self, tensor: Tensor, index: Index, place: Place, lanes: Lanes, mask: Mask | None) -> str:
+    def _load(self, tensor: Tensor, index: Index, place: Place, lanes: Lanes, condition: str | None,
+              mask: Mask | None) -> str:
         if isinstance(mask, tuple) and not any(mask):
             return "zeroinitializer" if lanes.count > 1 else "0.0"
         if isinstance(mask, tuple) and all(mask):
@@ -217,11 +246,11 @@ class Memory:
             return self._scalar(tensor, place, mask)
         if place.scattered is None:
             if place.stride == 1:
-                return self.contiguous(place.pointer, place.constant, lanes.count, mask)
+                return self.contiguous(place.pointer, place.constant, lanes.count, mask, condition)
             if 2 <= place.stride <= 4 and not isinstance(mask, str):
-                return self._deinterleaved(tensor, index, place, lanes.count, mask)
-            if mask is None and (column := self._transposed(tensor, place, index, lanes)) is not None:
-                return column
+                return self._deinterleaved(tensor, index, place, lanes.count, mask, condition)
+        if condition is not None:
+            mask = both(self.w, splat(self.w, condition, lanes.count, "i1"), mask, lanes.count)
         return self._gather(place, lanes.count, mask)
 
     def _scalar(self, tensor: Tensor, place: Place, mask: Mask | None) -> str:
@@ -232,10 +261,14 @@ class Memory:
         value = self.w.let(f"load float, ptr {safe}, align 4")
         return self.w.let(f"select i1 {mask_text(mask, 1)}, float {value}, float 0.0")
 
-    def contiguous(self, pointer: str, constant: int, lanes: int, mask: Mask | None) -> str:
-        """Neighbouring elements; those outside the mask are not touched and give zero."""
+    def contiguous(self, pointer: str, constant: int, lanes: int, mask: Mask | None,
+                   condition: str | None = None) -> str:
+        """Neighbouring elements; those outside the mask are not touched and give zero, as all do where the condition
+        does not hold."""
         kind = vector_type(lanes)
         at = self.w.displaced(pointer, constant)
+        if condition is not None:
+            at = self.w.let(f"select i1 {condition}, ptr {at}, ptr {self.w.zeros()}")
         if mask is None:
             return self.w.let(f"load {kind}, ptr {at}, align 4")
         name, bits = f"@llvm.masked.load.{suffix(lanes)}.p0", vector_type(lanes, "i1")
@@ -243,8 +276,8 @@ class Memory:
         return self.w.let(f"call {kind} {name}(ptr {at}, i32 4, {bits} {mask_text(mask, lanes)}, "
                           f"{kind} zeroinitializer)")
 
-    def _deinterleaved(self, tensor: Tensor, index: Index, place: Place, lanes: int,
-                       mask: Mask | None) -> str:
+    def _deinterleaved(self, tensor: Tensor, index: Index, place: Place, lanes: int, mask: Mask | None,
+                       condition: str | None) -> str:
         """Every ``stride``-th element of a run of vectors, which accesses a few elements apart share.
 
         The run starts at a multiple of the stride; where it may leave the tensor's memory, the pieces are
@@ -262,7 +295,7 @@ class Memory:
         for part in sorted({source // lanes for source in read}):
             touched = [source % lanes for source in read if source // lanes == part]
             reach = None if inside else tuple(touched[0] <= i <= touched[-1] for i in range(lanes))
-            pieces[part] = self._piece(tensor, place.pointer, first + part * lanes, lanes, reach)
+            pieces[part] = self._piece(tensor, place.pointer, first + part * lanes, lanes, reach, condition)
         value = self._pick(pieces, sources, lanes)
         if mask is None:
             return value
@@ -281,32 +314,60 @@ class Memory:
                 lanes + s % lanes if s // lanes == part else own[lane] for lane, s in enumerate(sources)])
         return value
 
-    def _piece(self, tensor: Tensor, pointer: str, constant: int, lanes: int, reach: Mask | None) -> str:
-        key = (tensor.name, pointer, constant, "piece", lanes, reach)
+    def _piece(self, tensor: Tensor, pointer: str, constant: int, lanes: int, reach: Mask | None,
+               condition: str | None) -> str:
+        key = (tensor.name, pointer, constant, "piece", lanes, reach, condition)
         if key not in self.loaded:
-            self.loaded[key] = self.contiguous(pointer, constant, lanes, reach)
+            self.loaded[key] = self.contiguous(pointer, constant, lanes, reach, condition)
         return self.loaded[key]
 
-    def _transposed(self, tensor: Tensor, place: Place, index: Index, lanes: Lanes) -> str | None:
-        """Rows of a whole unrolled loop, transposed; the other iterations find theirs remembered."""
-        affine = self.offset(tensor, index).affine
-        runs = [(var, self.point.unrolled[var]) for var, c in affine.terms if c == 1 and
-                self.point.unrolled.get(var, 1) > 1]
-        if len(runs) != 1 or lanes.count not in (4, 8, 16) or lanes.count != self.width:
+    def _run(self, tensor: Tensor, index: Index, place: Place, lanes: Lanes) -> str | None:
+        """The unrolled loop whose iterations read neighbours in memory, where lanes are rows a constant distance apart
+        that lie inside the tensor alike; None where there is no such loop."""
+        if lanes.count not in (4, 8, 16) or lanes.count != self.width or place.scattered or 0 <= place.stride <= 4:
             return None
-        var, extent = runs[0]
-        value = self.point.known[var]
-        chunk = value // lanes.count * lanes.count
-        length = min(lanes.count, extent - chunk)
-        first = place.constant - value + chunk
-        reach = None if length == lanes.count else tuple(i < length for i in range(lanes.count))
-        rows = [self.contiguous(place.pointer, first + lane * place.stride, lanes.count, reach)
-                for lane in range(lanes.count)]
-        for i, column in enumerate(transpose(self.w, rows, lanes.count)[:length]):
-            key = (tensor.name, place.pointer, first + i, place.stride, lanes.count, None, None)
-            self.loaded[key] = column
-        own = (tensor.name, place.pointer, place.constant, place.stride, lanes.count, None, None)
-        return self.loaded[own]
+        runs = [var for var, c in self.offset(tensor, index).affine.terms
+                if c == 1 and self.point.unrolled.get(var, 1) > 1]
+        alike = all(lanes.var not in end.variables for end in self.open_ends(tensor, index))
+        return runs[0] if len(runs) == 1 and alike else None
+
+    def _column(self, tensor: Tensor, index: Index, place: Place, lanes: Lanes, run: str) -> str:
+        """A column of rows that are loaded whole and transposed; other iterations of the run find theirs remembered."""
+        ends = self.open_ends(tensor, index)
+        across = [end for end in ends if run in end.variables]
+        condition = self.condition([end for end in ends if run not in end.variables])
+        here = self.point.known[run]
+        chunk = here // lanes.count * lanes.count
+        length = min(lanes.count, self.point.unrolled[run] - chunk)
+        first = place.constant - here + chunk
+
+        def key(at: int) -> tuple[object, ...]:
+            return (tensor.name, place.pointer, first + at, place.stride, lanes.count, condition, "column")
+
+        if any(self.point.bounds(end)[0] >= 0 for end in across):
+            return "zeroinitializer"
+        if key(here - chunk) not in self.loaded:
+            reach: Mask | None = None if length == lanes.count else tuple(i < length for i in range(lanes.count))
+            reach = both(self.w, reach, self._within_row(tensor, index, run, chunk, lanes.count), lanes.count)
+            if isinstance(reach, tuple) and all(reach):
+                reach = None
+            rows = [self.contiguous(place.pointer, first + lane * place.stride, lanes.count, reach, condition)
+                    for lane in range(lanes.count)]
+            for i, column in enumerate(transpose(self.w, rows, lanes.count)[:length]):
+                self.loaded[key(i)] = column
+        return self.loaded[key(here - chunk)]
+
+    def _within_row(self, tensor: Tensor, index: Index, run: str, first: int, count: int) -> Mask | None:
+        """Which iterations of an unrolled loop, from the first on, lie inside the tensor along the axes it moves on."""
+        here, mask = self.point.known.pop(run), None
+        for size, a in zip(tensor.shape, index, strict=True):
+            if run in a.variables:
+                along = a.substitute({run: Affine.of(run) + first})
+                for end, unmoved in ((along * -1 - 1, a * -1 - 1), (along - size, a - size)):
+                    if unmoved not in self.granted:
+                        mask = both(self.w, mask, self.negative(end, Lanes(run, count)), count)
+        self.point.known[run] = here
+        return mask
 
     def _addresses(self, place: Place, lanes: int) -> str:
         steps = ", ".join(f"i64 {place.constant + place.stride * lane}" for lane in range(lanes))

@@ -7,7 +7,11 @@ once at the start of that scope's body, so that the innermost loop only adds con
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+
+ZEROS = "@zeros"  # a vector of zeros, of any width
 
 
 @dataclass
@@ -18,6 +22,7 @@ class Scope:
     hoisted: list[str] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
     pointers: dict[tuple[str, str, int], str] = field(default_factory=dict)
+    conditions: dict[tuple[object, ...], str] = field(default_factory=dict)
 
 
 def float_literal(number: float) -> str:
@@ -38,6 +43,7 @@ class Writer:
         self.scopes = [Scope("")]
         self.label = "entry"
         self.declarations: set[str] = set()
+        self.globals: dict[str, str] = {}
 
     def fresh(self, stem: str = "v") -> str:
         """A new SSA name."""
@@ -63,6 +69,26 @@ class Writer:
         """Declare an intrinsic."""
         self.declarations.add(f"declare {text}")
 
+    def zeros(self) -> str:
+        """The address of a vector of zeros."""
+        self.globals[ZEROS] = f"{ZEROS} = private unnamed_addr constant [16 x float] zeroinitializer, align 64"
+        return ZEROS
+
+    def depth(self, terms: Sequence[tuple[str, str, int]]) -> int:
+        """The innermost scope of a sum of terms (var, value, coefficient)."""
+        depth = {scope.var: i for i, scope in enumerate(self.scopes)}
+        return max((depth[var] for var, _, _ in terms), default=0)
+
+    @contextmanager
+    def at_start(self, depth: int) -> Iterator[None]:
+        """Lines written meanwhile stand at the start of a scope's body."""
+        scope, lines = self.scopes[-1], self.scopes[-1].lines
+        scope.lines = self.scopes[depth].hoisted
+        try:
+            yield
+        finally:
+            scope.lines = lines
+
     def pointer(self, base: str, terms: list[tuple[str, str, int]]) -> str:
         """``base + sum(coefficient * value)`` floats, each term (var, value, coefficient) in its scope."""
         depth = {scope.var: i for i, scope in enumerate(self.scopes)}
@@ -70,10 +96,11 @@ class Writer:
             scope = self.scopes[depth[var]]
             key = (base, value, coefficient)
             if key not in scope.pointers:
-                offset, moved = self.fresh("o"), self.fresh("p")
+                offset, moved, kept = self.fresh("o"), self.fresh("p"), self.fresh("p")
                 scope.hoisted.append(f"  {offset} = mul i64 {value}, {coefficient}")
                 scope.hoisted.append(f"  {moved} = getelementptr float, ptr {base}, i64 {offset}")
-                scope.pointers[key] = moved
+                scope.hoisted.append(f'  {kept} = call ptr asm "", "=r,0"(ptr {moved})')
+                scope.pointers[key] = kept
             base = scope.pointers[key]
         return base
 

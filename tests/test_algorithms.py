@@ -18,11 +18,12 @@ from convsched.ir import Program
 from convsched.kernels.arrays import from_layout, to_layout
 from convsched.kernels.kernel import Kernel
 from convsched.kernels.source import run_source
+from convsched.lower.bilinear import Plane
 from convsched.machine import Machine
 from convsched.problem import Conv2d, Linear, Problem
 from convsched.reference import convolve
 from convsched.schedule import Schedule, apply, parse_schedule
-from convsched.tiles import Tiles, tile_counts
+from convsched.tiles import Tiles
 from convsched.toeplitz import Toeplitz
 
 QUICK = settings(deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))
@@ -83,12 +84,12 @@ def test_winograd_with_any_recipe(name: str, layout: str, data: st.DataObject) -
     algorithm = named(name, problem)
     default = algorithm.default(Machine.host(), layout, 1)
     assert isinstance(default, Tiles)
-    rows = tile_counts(problem, default.outputs)[0]
+    rows = Plane(problem, default.shape.outputs).tiles[0]
     check(problem, algorithm, Tiles(
-        lanes=data.draw(st.sampled_from([4, 8, 16])), outputs=default.outputs,
+        lanes=data.draw(st.sampled_from([4, 8, 16])), shape=default.shape,
         block=data.draw(st.sampled_from([b for b in range(1, rows + 1) if rows % b == 0])),
         vectors=data.draw(st.integers(1, 3)), pixels=data.draw(st.integers(1, 9)),
-        unroll=data.draw(st.sampled_from([1, 2, 4]))), layout)
+        unroll=data.draw(st.sampled_from([1, 2, 4])), by_lines=data.draw(st.booleans())), layout)
 
 
 @QUICK

@@ -8,11 +8,12 @@ from fractions import Fraction
 from convsched.bilinear import Bilinear, Matrix, Transform, direct
 from convsched.errors import LoweringError
 from convsched.ir import Program
-from convsched.lower.bilinear import Fold, Plane, dense_array, lower_bilinear
+from convsched.lower.bilinear import Fold, Plane, Shape, dense_array, lower_bilinear
 from convsched.lower.fft import part_of_tile
 from convsched.problem import Conv2d
 
 LONGEST = 128  # points of a tile by default: the proof of a transform takes 0.7 s for 128, seconds for more
+FACTOR = 3.5  # instructions for each element of a factor of a transform
 WEIGHT = 16  # products that take the time of a transformed weight on its way from memory
 
 
@@ -28,6 +29,11 @@ class Side:
     def points(self) -> int:
         """Products of a tile."""
         return 3 * self.n // 2 if self.n > 1 else 1
+
+    @property
+    def work(self) -> float:
+        """Instructions of a transform, those that load and store what does not stay in registers included."""
+        return FACTOR * self.n * self.n.bit_length()
 
     @property
     def reads(self) -> int:
@@ -71,14 +77,19 @@ class Fft:
         return "fft" + "x".join(f"({n})" for n in sizes)
 
     @property
-    def cost(self) -> int:
-        """Products, those of the transforms included, as matrices without factors."""
-        p, (K, L) = self.problem, self.plane.outputs
+    def cost(self) -> float:
+        """Products of one channel with another, and the work of transforms in their measure."""
+        p, plane = self.problem, self.plane
         P, Q = self.column.points, self.row.points
-        tiles = p.N * self.plane.tiles[0] * self.plane.tiles[1]
-        inputs = self.row.reads * P * (self.column.reads + Q)
-        outputs = K * Q * (P + L)
+        inputs = self.row.reads * self.column.work + P * self.row.work
+        outputs = Q * self.column.work + plane.outputs[0] * self.row.work
+        tiles = p.N * plane.tiles[0] * plane.tiles[1]
         return tiles * (p.C * inputs + p.M * outputs + P * Q * p.C * p.M) + WEIGHT * P * Q * p.C * p.M
+
+    @property
+    def shape(self) -> Shape:
+        """What a schedule needs to know."""
+        return Shape.of(self.column.triple, self.row.triple, self.fold)
 
     def lower(self, layout: str) -> Program:
         """The unscheduled program."""

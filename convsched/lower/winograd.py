@@ -19,15 +19,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
-from functools import cache, reduce
+from functools import cache, partial, reduce
 from math import pi, tan
 
 import numpy as np
 
-from convsched.bilinear import Bilinear, Matrix, correlate, direct, plain, verify
+from convsched.bilinear import Bilinear, Matrix, Transform, correlate, direct, split_stride, split_taps, verify
 from convsched.errors import LoweringError
+from convsched.sums import shared_factors
 
 Row = list[Fraction]
+
+MOST_TAPS = 8  # of an algorithm for all taps at once: errors grow with them
+PART = 4  # taps of each part of more
 
 
 def _both_signs(text: str) -> tuple[Fraction, ...]:
@@ -80,9 +84,46 @@ def winograd(m: int, r: int, points: tuple[Fraction, ...] | None = None) -> Bili
                             "(infinity is one more), or none for the default")
     A, B, C = _vandermonde(chosen, r), _lagrange(chosen), _vandermonde(chosen, m)
     input_scales, output_scales = [_scale(row) for row in B], [_scale(row) for row in C]
-    triple = plain(name, _scaled(A, [1 / (b * c) for b, c in zip(input_scales, output_scales, strict=True)]),
-                   _scaled(B, input_scales), _scaled(C, output_scales))
+    filters = _scaled(A, [1 / (b * c) for b, c in zip(input_scales, output_scales, strict=True)])
+    triple = Bilinear(name, Transform((filters,)), shared_factors(_scaled(B, input_scales)),
+                      shared_factors(_scaled(C, output_scales).transposed))
     return verify(triple, correlate)
+
+
+@cache
+def winograd_side(m: int, r: int, stride: int = 1) -> Bilinear:
+    """m outputs of r taps at a stride along one side of a layer; proved. One tap has no algorithm but the definition.
+
+    A stride is cut into phases and many taps into parts of nearly ``PART``, each by F(m, its taps).
+    """
+    if r == 1:
+        return direct(1, 1)
+    if stride > 1:
+        return verify(split_stride(m, r, stride, winograd), partial(correlate, stride=stride))
+    if r > MOST_TAPS:
+        return verify(split_taps(m, r, _part(r), winograd), correlate)
+    return winograd(m, r)
+
+
+def products(m: int, r: int, stride: int = 1) -> int:
+    """The rank of ``winograd_side(m, r, stride)``, which need not be made for it.
+
+    >>> [products(*side) == winograd_side(*side).rank for side in ((4, 3), (4, 1), (4, 3, 2), (2, 11))]
+    [True, True, True, True]
+    """
+    if r == 1:
+        return 1
+    if stride > 1:
+        parts = [len(range(phase, r, stride)) for phase in range(min(stride, r))]
+    else:
+        part = _part(r) if r > MOST_TAPS else r
+        parts = [min(part, r - start) for start in range(0, r, part)]
+    return sum(m + taps - 1 for taps in parts)
+
+
+def _part(r: int) -> int:
+    """The taps of each of as few parts of many as have nearly ``PART``."""
+    return -(-r // -(-r // PART))
 
 
 def _vandermonde(points: Sequence[Fraction], powers: int) -> list[Row]:
