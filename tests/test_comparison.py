@@ -4,34 +4,24 @@ from __future__ import annotations
 
 import json
 import sys
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import click
 import pytest
 from rich.console import Console
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
+
+import compare
+import layer_sets
+import results
+
 from convsched.autotune.measure import Timing
 from convsched.errors import ModelError
 from convsched.networks import network
 from convsched.problem import Conv2d
 
-BENCH = Path(__file__).parent.parent / "bench"
-
-
-def load(name: str) -> ModuleType:
-    """A script of bench/, which is no package."""
-    spec = spec_from_file_location(name, BENCH / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[name] = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-layer_sets, results, compare = load("layer_sets"), load("results"), load("compare")
 SMALL, LARGE = (Conv2d(8, 8, 1, input_size=size, activation="relu") for size in (4, 8))
 
 
