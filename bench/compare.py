@@ -4,122 +4,150 @@ Every layer runs with bias and ReLU on the same arrays in every library that is 
 another in each round of one interleaved run; the time is the minimum over rounds. All answers, ours and
 theirs, are checked against the float64 oracle first. The FMA peak is measured in the same rounds by a
 generated kernel of multiply-adds.
+
+`--set` names the layers: `dense`, `conv:vgg16,resnet50`, `5x5` and others of `layer_sets.py`. For networks the
+total times of their layers follow. `--algorithm auto,direct` times ours by several algorithms in the same run.
 """
 
 from __future__ import annotations
 
 import faulthandler
 import json
-import math
 import os
-import statistics
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import click
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import layer_sets
 import peers
-from rich import box
+import results
+from results import AUTO, Result, Settings
 from rich.console import Console
-from rich.table import Table
 
 import convsched
+from convsched.algorithms import named, parse_name
 from convsched.autotune.measure import Timing, interleave, peak_call
-from convsched.errors import ConvschedError
+from convsched.errors import ConvschedError, LoweringError
 from convsched.explain.bench import bound_call
 from convsched.explain.cases import Arrays, Case, make_arrays, relative_error
-from convsched.explain.environment import versions
 from convsched.kernels.arrays import from_layout
-from convsched.machine import Machine
 from convsched.names import LAYOUTS, Layout
-from convsched.networks import network
 from convsched.problem import Conv2d
 from convsched.reference import convolve
 
-OURS = "convsched"
 ALL = ",".join(peer.name for peer in peers.PEERS)
 SETTLE = 0.025  # seconds after which other libraries' threads no longer spin: 20 ms in ncnn, less elsewhere
 PATH = click.Path(path_type=Path, dir_okay=False)
-MAJOR = ("onnxruntime", "OpenVINO", "PyTorch")  # the best of these is the one to beat; ncnn is shown apart
 ERROR_LIMIT = 2e-4  # of max |error| / rms(output): the loosest accuracy class, since ncnn runs Winograd
-
-# (channels in and out, height and width, filter): layers for the blocked layout, of ResNet and MobileNet.
-BLOCKED = ((64, 56, 3), (256, 14, 3), (512, 14, 1), (256, 28, 1))
-
-
-@dataclass(frozen=True)
-class Result:
-    """One layer: seconds a call in each library, errors against the oracle, notes on those that failed."""
-
-    layer: Conv2d
-    timings: Mapping[str, Timing]
-    errors: Mapping[str, float]
-    notes: tuple[str, ...]
-    peak: float  # FLOP/s of one core in the same run
-
-    def rate(self, name: str) -> float:
-        """GFLOP/s, nan for a library that did not run."""
-        timing = self.timings.get(name)
-        return self.layer.flops / timing.minimum * 1e-9 if timing else math.nan
-
-    def ratio(self, *names: str) -> float:
-        """Our speed over that of the fastest of the libraries; nan if none of them, or we, ran."""
-        rates = [self.rate(name) for name in names if name in self.timings]
-        return self.rate(OURS) / max(rates) if rates else math.nan
+WIDTH = 200  # columns of a table that goes to no terminal
 
 
 @click.command()
-@click.option("--set", "layer_set", default="dense", show_default=True, help="dense[:networks a,b], blocked, or a,b.")
+@click.option("--set", "text", default="dense", show_default=True,
+              help=f"dense[:networks a,b], conv[:networks], a,b, or one of {', '.join(layer_sets.FIXED)}.")
 @click.option("--layer", "wanted", default="", help="Only layers with this in their text.")
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--repeats", type=click.IntRange(min=1), default=15, show_default=True, help="Rounds.")
 @click.option("--sample", default=5.0, show_default=True, help="Milliseconds of one library in one round.")
 @click.option("--ours-layout", type=click.Choice([*LAYOUTS]), default="nchw", show_default=True)
-@click.option("--algorithm", help="Ours: direct, winograd or another (default: each layer's best).")
-@click.option("--tune", "budget", help="Tune each layer of ours before, within such a budget: 10s.")
+@click.option("--algorithm", default=AUTO, show_default=True,
+              help="Ours: auto (each layer's best), direct or another, or several, the first for the ratios.")
+@click.option("--tune", "budget", help="Tune each layer of ours by each algorithm before, within such a budget: 10s.")
 @click.option("--peers", "chosen", default=ALL, show_default=True)
 @click.option("--json", "json_file", type=PATH, help="Write results here.")
 def main(
-    layer_set: str,
+    text: str,
     wanted: str,
     threads: int,
     repeats: int,
     sample: float,
     ours_layout: Layout,
-    algorithm: str | None,
+    algorithm: str,
     budget: str | None,
     chosen: str,
     json_file: Path | None,
 ) -> None:
     """Compare convsched's kernels with other libraries on the layers of a set."""
     faulthandler.enable()  # a library that dies takes all down: at least show in which call
-    layers = [layer for layer in layers_of(layer_set) if wanted in layer.text]
-    if not layers:
-        raise click.UsageError(f"no layer of {layer_set} has {wanted!r} in its text")
+    chosen_set, algorithms = set_of(text, wanted), algorithms_of(algorithm)
     libraries = installed(chosen.split(",") if chosen else [])
+    names = tuple(peer.name for peer in libraries)
     warn_of_load()
-    run = Run(libraries, threads, repeats, sample * 1e-3, ours_layout, algorithm)
-    if budget is not None:
-        for layer in layers:
-            tuned = convsched.tune(layer, budget=budget, threads=threads, layout=ours_layout, algorithm=algorithm)
-            click.echo(f"{layer.text}: {tuned.speed:.3f} of the default's speed, {tuned.tried} candidates")
-    results: list[Result] = []
+    run = Run(Settings(algorithms, names, threads, repeats, sample * 1e-3, ours_layout), libraries)
+    found: list[Result] = []
     try:
-        for layer in layers:
-            results.append(run.layer(layer))
-            click.echo(line(results[-1]))
+        if budget is not None:
+            for layer in chosen_set.layers:
+                tune(layer, budget, run.settings)
+        for layer in chosen_set.layers:
+            found.append(run.layer(layer))
+            click.echo(results.line(found[-1]))
     except KeyboardInterrupt:
         click.echo("stopped", err=True)
+    totals = results.totals(found, chosen_set.counts, names)
     console = Console()
-    (console if console.is_terminal else Console(width=160)).print(table(results, libraries, run))
+    console = console if console.is_terminal else Console(width=WIDTH)
+    console.print(results.table(found, run.settings))
+    if totals:
+        console.print(results.totals_table(totals, names))
     if json_file is not None:
-        json_file.write_text(json.dumps(to_json(results, libraries, run), indent=1) + "\n")
-    sys.exit(1 if any(OURS not in result.timings for result in results) else 0)
+        versions = {peer.name: peer.version for peer in libraries}
+        json_file.write_text(json.dumps(results.to_json(found, totals, run.settings, versions), indent=1) + "\n")
+    sys.exit(1 if any(result.failed(run.settings.ours) for result in found) else 0)
+
+
+def set_of(text: str, wanted: str) -> layer_sets.LayerSet:
+    """The layers of a set with `wanted` in their text."""
+    try:
+        found = layer_sets.layer_set(text).having(wanted)
+    except ConvschedError as error:
+        raise click.UsageError(f"{error}, or {', '.join((*layer_sets.OF_NETWORKS, *layer_sets.FIXED))}") from error
+    if not found.layers:
+        raise click.UsageError(f"no layer of {text} has {wanted!r} in its text")
+    return found
+
+
+def algorithms_of(text: str) -> tuple[str, ...]:
+    """The algorithms of a text with commas between them: auto, or what `compile` takes.
+
+    >>> algorithms_of("auto,winograd(4,3),direct")
+    ('auto', 'winograd(4,3)', 'direct')
+    """
+    found = tuple(dict.fromkeys(re.split(r",(?![^(]*\))", text)))
+    for name in found:
+        try:
+            if name != AUTO:
+                parse_name(name)
+        except LoweringError as error:
+            raise click.UsageError(f"{error}; or {AUTO}") from error
+    return found
+
+
+def why_not(algorithm: str, layer: Conv2d) -> str:
+    """Why an algorithm does not apply to a layer, or is not accurate enough for it; empty if it does."""
+    try:
+        if algorithm != AUTO:
+            named(algorithm, layer).require("normal")
+    except LoweringError as error:
+        return str(error)
+    return ""
+
+
+def tune(layer: Conv2d, budget: str, settings: Settings) -> None:
+    """Tune a layer by each of the algorithms that apply to it; auto searches all of them."""
+    for algorithm in settings.algorithms:
+        if why_not(algorithm, layer):
+            continue
+        tuned = convsched.tune(layer, budget=budget, threads=settings.threads, layout=settings.layout,
+                               algorithm=None if algorithm == AUTO else algorithm)
+        click.echo(f"{layer.text}, {algorithm}: {tuned.speed:.3f} of the default's speed, {tuned.tried} candidates")
 
 
 def warn_of_load() -> None:
@@ -127,48 +155,6 @@ def warn_of_load() -> None:
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if load > 0.5:
         click.echo(f"load average {load:.1f}: other processes run, so do not trust these times", err=True)
-
-
-def layers_of(layer_set: str) -> list[Conv2d]:
-    """The distinct layers of a set, with bias and ReLU, batch 1 and without a residual."""
-    name, _, networks = layer_set.partition(":")
-    if layer_set == "blocked":
-        layers = [Conv2d(c, c, k, padding=k // 2, input_size=size) for c, size, k in BLOCKED]
-    elif name == "dense":
-        layers = [layer for layer in _convolutions(networks or "resnet50,vgg16,mobilenet_v1") if _is_dense(layer)]
-    else:
-        layers = list(_convolutions(layer_set))
-    return list(dict.fromkeys(map(_plain, layers)))
-
-
-def _convolutions(names: str) -> Iterable[Conv2d]:
-    try:
-        networks = [network(name) for name in names.split(",")]
-    except ConvschedError as error:
-        raise click.UsageError(f"{error}, or dense, or blocked") from error
-    return [
-        layer.problem
-        for net in networks
-        for layer in net.layers
-        if isinstance(layer.problem, Conv2d)
-    ]
-
-
-def _is_dense(layer: Conv2d) -> bool:
-    """A 3x3 or 1x1 layer at stride 1, of one group, from more than the three channels of an image."""
-    return (
-        layer.kernel_size in ((3, 3), (1, 1))
-        and layer.stride == layer.dilation == (1, 1)
-        and layer.groups == 1
-        and layer.C >= 32
-    )
-
-
-def _plain(layer: Conv2d) -> Conv2d:
-    return Conv2d(
-        layer.C, layer.M, layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups,
-        input_size=layer.input_size, activation="relu",
-    )  # fmt: skip
 
 
 def installed(names: Iterable[str]) -> list[peers.Peer]:
@@ -189,25 +175,25 @@ def installed(names: Iterable[str]) -> list[peers.Peer]:
 
 @dataclass(frozen=True)
 class Run:
-    """How to run: the libraries, and `sample` seconds of each in each of `repeats` rounds."""
+    """A comparison with these libraries."""
 
+    settings: Settings
     libraries: list[peers.Peer]
-    threads: int
-    repeats: int
-    sample: float
-    layout: Layout
-    algorithm: str | None = None
 
     def layer(self, layer: Conv2d) -> Result:
         """Prepares, checks and times one layer everywhere."""
         arrays = make_arrays(Case("", layer))
         expected = convolve(layer, arrays.x, arrays.weight, arrays.bias)
+        ours = self.settings.ours
+        inapplicable = {name: why for name, algorithm in ours.items() if (why := why_not(algorithm, layer))}
+        prepares = {name: partial(self._ours, algorithm) for name, algorithm in ours.items()
+                    if name not in inapplicable} | {peer.name: peer.prepare for peer in self.libraries}
         ready: dict[str, peers.Prepared] = {}  # whole, since a call may use memory that `output` holds
         errors: dict[str, float] = {}
         notes = []
-        for name, prepare in {OURS: self._ours, **{p.name: p.prepare for p in self.libraries}}.items():
+        for name, prepare in prepares.items():
             try:
-                prepared = prepare(layer, arrays, self.threads)
+                prepared = prepare(layer, arrays, self.settings.threads)
                 prepared.call()
                 prepared.call()  # the second call finds what the first one left behind
                 errors[name] = relative_error(prepared.output(), expected)
@@ -219,12 +205,15 @@ class Run:
             else:
                 notes.append(f"{name} is wrong: error {errors[name]:.1e}")
         timings, peak = self._time({name: prepared.call for name, prepared in ready.items()})
-        return Result(layer, timings, errors, tuple(notes), peak)
+        algorithms = {name: ready[name].keep[0].algorithm for name in ours if name in ready}
+        return Result(layer, timings, errors, algorithms, tuple(notes), inapplicable, peak)
 
-    def _ours(self, layer: Conv2d, arrays: Arrays, threads: int) -> peers.Prepared:
-        kernel = convsched.compile(layer, threads=threads, layout=self.layout, algorithm=self.algorithm)
-        call, output = bound_call(kernel, layer, arrays, self.layout)
-        return peers.Prepared(call, lambda: from_layout(output, layer.output_shape, self.layout))
+    def _ours(self, algorithm: str, layer: Conv2d, arrays: Arrays, threads: int) -> peers.Prepared:
+        layout = self.settings.layout
+        kernel = convsched.compile(layer, threads=threads, layout=layout,
+                                   algorithm=None if algorithm == AUTO else algorithm)
+        call, output = bound_call(kernel, layer, arrays, layout)
+        return peers.Prepared(call, lambda: from_layout(output, layer.output_shape, layout), (kernel,))
 
     def _time(self, calls: Mapping[str, Callable[[], object]]) -> tuple[Mapping[str, Timing], float]:
         """Times in interleaved rounds, and the peak of one core measured in the same rounds.
@@ -235,102 +224,11 @@ class Run:
         peak, flops = peak_call()
         timings = interleave(
             {**calls, "peak": peak},
-            repeats=self.repeats,
-            min_seconds=self.sample,
-            settle=SETTLE if self.threads > 1 else 0.0,
+            repeats=self.settings.repeats,
+            min_seconds=self.settings.sample,
+            settle=SETTLE if self.settings.threads > 1 else 0.0,
         )
         return {name: timings[name] for name in calls}, flops / timings["peak"].minimum
-
-
-def line(result: Result) -> str:
-    """A layer's result in plain text, as it comes."""
-    rates = "  ".join(f"{name} {result.rate(name):.0f}" for name in result.timings)
-    notes = "".join(f"\n  {note}" for note in result.notes)
-    return f"{result.layer.text}: {rates} GFLOP/s; ours/best {_number(result.ratio(*MAJOR), 2)}{notes}"
-
-
-def table(results: list[Result], libraries: list[peers.Peer], run: Run) -> Table:
-    """GFLOP/s of all, ours as % of the peak, and our speed over the others'; geometric means last."""
-    names = [peer.name for peer in libraries]
-    view = Table(
-        title=f"GFLOP/s, {run.threads} thread(s), convsched's arrays {run.layout}", title_justify="left",
-        box=box.SIMPLE_HEAD, show_edge=False,
-        caption="ours/best: against the fastest of onnxruntime, OpenVINO and PyTorch. Minima of"
-        f" {run.repeats} interleaved rounds.", caption_justify="left",
-    )  # fmt: skip
-    view.add_column("layer (bias, ReLU)", overflow="fold")
-    for column in (OURS, *names, "peak", "% peak", "ours/best", *(["ours/ncnn"] if "ncnn" in names else [])):
-        view.add_column(column, justify="right", no_wrap=True)
-    for result in results:
-        share = 100 * result.rate(OURS) / (result.peak * run.threads * 1e-9)
-        cells = [result.rate(OURS), *(result.rate(name) for name in names), result.peak * run.threads * 1e-9]
-        ratios = [result.ratio(*MAJOR), *([result.ratio("ncnn")] if "ncnn" in names else [])]
-        view.add_row(
-            result.layer.text.removesuffix(" bias act=relu"),
-            *(_number(cell, 1) for cell in cells),
-            _number(share, 1),
-            *(_number(ratio, 2) for ratio in ratios),
-        )
-    view.add_section()
-    means = summary(results, libraries, run)
-    view.add_row(
-        "geometric mean; under a library, ours over it",
-        "",
-        *(_number(means[f"over {name}"], 2) for name in names),
-        "",
-        _number(means["percent of peak"], 1),
-        _number(means["over the best"], 2),
-        *([_number(means["over ncnn"], 2)] if "ncnn" in names else []),
-        style="bold",
-    )
-    return view
-
-
-def summary(results: list[Result], libraries: list[peers.Peer], run: Run) -> dict[str, float]:
-    """Geometric means over the layers, of our speed over each library's, the best's, and the peak."""
-    shares = [100 * result.rate(OURS) / (result.peak * run.threads * 1e-9) for result in results]
-    return {
-        "percent of peak": _mean(shares),
-        "over the best": _mean([result.ratio(*MAJOR) for result in results]),
-        **{f"over {peer.name}": _mean([result.ratio(peer.name) for result in results]) for peer in libraries},
-    }
-
-
-def to_json(results: list[Result], libraries: list[peers.Peer], run: Run) -> dict[str, Any]:
-    """Everything in plain types; times are in seconds a call."""
-    return {
-        "machine": Machine.host().text,
-        "versions": {**versions(), **{peer.name: peer.version for peer in libraries}},
-        **asdict(replace(run, libraries=[])),
-        "libraries": [peer.name for peer in libraries],
-        "layers": [
-            {
-                "layer": result.layer.text,
-                "peak_flops_per_second": result.peak,
-                "errors": {name: _finite(error) for name, error in result.errors.items()},
-                "notes": list(result.notes),
-                "seconds": {
-                    name: {"minimum": timing.minimum, "median": timing.median, "spread": timing.spread}
-                    for name, timing in result.timings.items()
-                },
-            }
-            for result in results
-        ],
-        "geometric_means": {name: _finite(mean) for name, mean in summary(results, libraries, run).items()},
-    }
-
-
-def _mean(values: Iterable[float]) -> float:
-    finite = [value for value in values if math.isfinite(value)]
-    return statistics.geometric_mean(finite) if finite else math.nan
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _number(value: float, digits: int) -> str:
-    return f"{value:.{digits}f}" if math.isfinite(value) else "-"
 
 
 if __name__ == "__main__":
