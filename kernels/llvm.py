@@ -343,8 +343,10 @@ class _Emitter:
             factor, other = self.factor(value)
             if factor == 0:
                 return old
-            if factor == 1 and other is not None and old in ("zeroinitializer", "0.0"):
-                return self.value(other, lanes)
+            zero = old in ("zeroinitializer", "0.0", constant(0.0, lanes.count))
+            if factor in (1, -1) and other is not None and zero:
+                first = self.value(other, lanes)  # LLVM makes -a + b a difference, which it does not of 0 - a + b
+                return first if factor == 1 else operation(self.w, "neg", (first,), lanes.count)
             if factor in (1.0, -1.0) and other is not None:
                 return operation(self.w, "add" if factor == 1 else "sub", (old, self.value(other, lanes)), lanes.count)
             a, b = (self.value(v, lanes) for v in value.values)
