@@ -25,7 +25,7 @@ from convsched.schedule import (
 from convsched.steps import Tail
 
 VECTORS = 2  # of a register tile: each broadcast is used twice
-SHARERS = 8  # register tiles of a block: as many share the weights that stream from L3, and their sums stay near
+SHARERS = 8  # register tiles of a block, at least: as many share the weights that stream from L3
 
 
 @dataclass(frozen=True)
@@ -163,12 +163,17 @@ def _unrolled(levels: int, letter: str) -> list[str]:
 
 def default_strassen(problem: Problem, levels: int, machine: Machine, layout: str = "nchw",
                      threads: int = 1) -> StrassenBlocks:
-    """The recipe for a problem on a machine."""
+    """The recipe for a problem on a machine.
+
+    A block of P pixels moves 4 (C' R + M') P bytes of sums of a product, twice, and 4 C' M' R S of weights: P grows
+    until these are the less, while the sums of a product, 4 C' R P bytes, stay in three quarters of L2.
+    """
     cut = blocks_of(problem, levels, layout)
-    channels, extent = cut.block[1:]
+    maps, channels, extent = cut.block
     most = (machine.registers - 1 - VECTORS) // VECTORS  # pixels, beside the tile's weights and a broadcast
-    width = cut.columns.count if cut.columns else 1
-    count = max(-(-extent * width // (SHARERS * most)), min(threads, extent))
+    width, read = cut.columns.count if cut.columns else 1, channels * problem.R
+    few = min(read * maps * problem.S // (2 * (read + maps)), machine.l2 * 3 // 4 // (4 * read))
+    count = max(-(-extent * width // max(SHARERS * most, few)), min(threads, extent))
     whole = machine.lanes if cut.order[-1] == "h" else 1
     block = min(extent, max(1, -(-extent // (count * whole)) * whole))
     tile = -(-width // -(-width // most)) if cut.columns else -(-block // -(-block // most))
