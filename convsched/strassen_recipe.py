@@ -26,6 +26,7 @@ from convsched.steps import Tail
 
 VECTORS = 2  # of a register tile: each broadcast is used twice
 SHARERS = 8  # register tiles of a block, at least: as many share the weights that stream from L3
+RUN = 8  # pixels of a row at most, whose sums of two levels are written out
 
 
 @dataclass(frozen=True)
@@ -105,16 +106,17 @@ def _steps(p: StrassenBlocks, cut: Blocks, tap: tuple[str, ...]) -> list[Step]:
 def _along_pixels(p: StrassenBlocks, cut: Blocks, tap: tuple[str, ...], maps: Axis) -> _Sums:
     """Vectors of pixels in; tiles of pixels by channels, transposed, out."""
     vectors, lanes, row = f"m/{p.lanes}", f"m%{p.lanes}", tap[:tap.count("r")]
+    run = p.lanes if p.levels == 1 else min(p.lanes, RUN)
     if cut.columns is None:
-        q, r = Axis.cut("ex1", p.block, p.lanes), Axis.cut("ey1", p.block, p.lanes)
+        q, r = Axis.cut("ex1", p.block, p.lanes), Axis.cut("ey1", p.block, run)
         return _Sums(
             inputs=("cx", q.names[0]), vector=q.names[1], outputs=(maps.names[0], r.names[0]), unrolled=r.names[1:],
             cuts=(*q.steps, *r.steps), peels=(), stored=("k", "n", "c", "e"), products=("k", "n", vectors, "e", lanes))
-    q, r = Axis.cut("wx", cut.columns.reads, p.lanes), Axis.cut("fy", cut.columns.count, p.lanes)
+    q, r = Axis.cut("wx", cut.columns.reads, p.lanes), Axis.cut("fy", cut.columns.count, run)
     return _Sums(
         inputs=("ex1", "cx", *(f"{name}x" for name in row), q.names[0]), vector=q.names[1],
         outputs=(maps.names[0], "ey1", r.names[0]), unrolled=r.names[1:], cuts=(*q.steps, *r.steps),
-        peels=(*q.peels(cut.columns.reads, p.lanes), *r.peels(cut.columns.count, p.lanes)),
+        peels=(*q.peels(cut.columns.reads, p.lanes), *r.peels(cut.columns.count, run)),
         stored=("k", "n", "e", "c", *row, "w"), products=("k", "n", vectors, "e", "f", lanes))
 
 
