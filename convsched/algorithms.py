@@ -189,13 +189,13 @@ def _fft(problem: Problem, sizes: tuple[tuple[int, ...], ...]) -> Algorithm:
 
 
 def _strassen(problem: Problem, sizes: tuple[tuple[int, ...], ...]) -> Algorithm:
-    """One level, or strassen(levels); how long it takes is only known by measuring."""
+    """One level, or strassen(levels), of any dense layer; how long it takes is only known by measuring."""
     if sizes not in ((), ((1,),), ((2,),)):
         raise LoweringError("algorithm='strassen' has its levels as size: write strassen, strassen(1) or strassen(2)")
     levels = sizes[0][0] if sizes else 1
     return Algorithm(f"strassen({levels})", partial(lower_strassen, problem, levels),
                      partial(default_strassen, problem, levels), partial(_strassen_error, levels),
-                     blocks_of(problem, levels).block[1], prod(problem.output_shape))
+                     blocks_of(problem, levels).block[1] * problem.R * problem.S, prod(problem.output_shape))
 
 
 def _convolution(name: str, problem: Problem) -> Conv2d:

@@ -19,7 +19,8 @@ from convsched.toeplitz import Toeplitz
 
 LATENCY = 8  # FMAs in flight that keep two pipes of four cycles busy
 STEP = 0.5  # cycles of FMAs lost to the loop over channels, for each channel and tap
-VECTOR_LOAD = 0.15, 0.7  # of a weight vector, which comes from L2, beside FMAs that broadcast, and that do not
+VECTOR_LOAD = 0.15  # of a weight vector, which comes from L2, beside an FMA
+LOAD, OWN_LOAD = 1.0, 1.3  # of a load, where FMAs broadcast as they load, and where broadcasts are loads of their own
 BROADCAST = 0.03  # of an input element from L1
 FULL_SQUARE = 150  # cycles to transpose and store 16 x 16 elements
 PART_SQUARE = 240  # the same where rows are cut short: masked stores
@@ -69,8 +70,8 @@ class _Tiling:
 
     def _tile(self, machine: Machine, vectors: int, height: int, width: int, sharers: int) -> float:
         pixels = height * width
-        step = STEP + max(vectors * pixels, vectors + pixels, LATENCY)
-        step += _vector_load(machine) * vectors + BROADCAST * pixels
+        step = STEP + max(vectors * pixels, _load(machine) * (vectors + pixels), LATENCY)
+        step += VECTOR_LOAD * vectors + BROADCAST * pixels
         full, part = divmod(width, machine.lanes)
         squares = height * vectors * (full * FULL_SQUARE + (part > 0) * PART_SQUARE)
         stores = squares * machine.lanes / 16 if self.transposed else vectors * pixels
@@ -78,8 +79,8 @@ class _Tiling:
         return self.sums * step + stores + copied
 
 
-def _vector_load(machine: Machine) -> float:
-    return VECTOR_LOAD[machine.isa != "avx512"]
+def _load(machine: Machine) -> float:
+    return LOAD if machine.isa == "avx512" else OWN_LOAD
 
 
 def _register_tile(tiling: _Tiling, machine: Machine, tallest: int) -> tuple[int, int, int]:
@@ -252,13 +253,13 @@ def _blocking(plane: Plane, points: tuple[int, int], block: int, machine: Machin
     channels, maps, tiles = problem.C // problem.groups, problem.M // problem.groups, block * columns
     if machine.isa == "avx512" and not by_lines:  # FMAs broadcast as they load: one vector of weights is enough
         most = machine.registers - 7  # a vector of weights and broadcasts beside them
-        vectors, pixels, loads = 1, -(-tiles // -(-tiles // most)), 0
+        vectors, pixels, load = 1, -(-tiles // -(-tiles // most)), 0.0
     else:
         tiling = _Tiling(maps, 1, tiles, channels, transposed=False, packed=False)
         vectors, _, pixels = _register_tile(tiling, machine, tallest=1)
-        loads = 1
+        load = _load(machine)
     whole, deep = -(-maps // machine.lanes), -(-channels // machine.lanes)
-    steps = sum(a * b * (max(v * t, (v + t) * loads, LATENCY) + TILE_STEP) for a, v in _tiles(whole, vectors)
+    steps = sum(a * b * (max(v * t, (v + t) * load, LATENCY) + TILE_STEP) for a, v in _tiles(whole, vectors)
                 for b, t in _tiles(tiles, pixels))
     filters, transformed = 4 * rank * channels * maps, 4 * rank * tiles * (channels + maps)
     l3, memory = machine.vector_bytes / L3_VECTOR, machine.vector_bytes / MEMORY_VECTOR

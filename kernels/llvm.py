@@ -95,7 +95,7 @@ class _Emitter:
         self.fused = machine.isa != "sse"
         self.w = Writer()
         self.point = Point()
-        self.memory = Memory(self.w, self.point, machine.lanes)
+        self.memory = Memory(self.w, self.point, machine.lanes, machine.isa == "avx512")
         self.registers: dict[Register, str] = {}
         self.on_stack = _on_stack(program, stage)
         self.granted = self.memory.granted  # guards that the bounds of loops ensure
@@ -385,9 +385,9 @@ class _Emitter:
         may fuse it with the sum or product beside it."""
         count, kind = lanes.count, vector_type(lanes.count)
         contract = "contract " if self.fused else ""
-        if old in ("zeroinitializer", "0.0"):
-            if factor == 1:
-                return value
+        if old in ("zeroinitializer", "0.0", constant(0.0, count)):
+            if factor in (1, -1):
+                return value if factor == 1 else operation(self.w, "neg", (value,), count)
             return self.w.let(f"fmul {contract}{kind} {value}, {constant(factor, count)}")
         if factor in (1, -1):
             return self.w.let(f"{'fadd' if factor == 1 else 'fsub'} {contract}{kind} {old}, {value}")

@@ -91,10 +91,12 @@ class Point:
 class Memory:
     """Emits the accesses of one function."""
 
-    def __init__(self, writer: Writer, point: Point, width: int) -> None:
+    def __init__(self, writer: Writer, point: Point, width: int, masks: bool) -> None:
+        """``width`` lanes of a register; ``masks``: whether a store of some of them is one instruction, and quick."""
         self.w = writer
         self.point = point
         self.width = width
+        self.masks = masks
         self.loaded: dict[tuple[object, ...], str] = {}
         self.pending: dict[tuple[str, str, int, int], dict[int, tuple[str, Mask | None]]] = {}
         self.granted: list[Affine] = []  # guards that hold here: the bounds of loops ensure them
@@ -414,9 +416,19 @@ class Memory:
         if mask is None:
             self.w.line(f"  store {kind} {value}, ptr {at}, align 4")
             return
+        if isinstance(mask, tuple) and not self.masks:
+            for first, count in _pieces(mask):
+                piece = shuffle(self.w, value, "poison", lanes, range(first, first + count))
+                self.w.line(f"  store {vector_type(count)} {self._element(piece, count)}, "
+                            f"ptr {self.w.displaced(at, first)}, align 4")
+            return
         name, bits = f"@llvm.masked.store.{suffix(lanes)}.p0", vector_type(lanes, "i1")
         self.w.declare(f"void {name}({kind}, ptr, i32, {bits})")
         self.w.line(f"  call void {name}({kind} {value}, ptr {at}, i32 4, {bits} {mask_text(mask, lanes)})")
+
+    def _element(self, piece: str, count: int) -> str:
+        """A piece as what is stored: one lane as a scalar."""
+        return piece if count > 1 else self.w.let(f"extractelement <1 x float> {piece}, i64 0")
 
     def _scatter(self, place: Place, value: str, lanes: int, mask: Mask | None) -> None:
         kind, bits, pointers = vector_type(lanes), vector_type(lanes, "i1"), vector_type(lanes, "ptr")
@@ -443,6 +455,22 @@ class Memory:
 def _by_lane(mask: Mask | None) -> bool:
     """Whether a mask may differ between lanes (a splat condition is tested again by the scalar load)."""
     return isinstance(mask, tuple) and len(set(mask)) > 1
+
+
+def _pieces(mask: Sequence[bool]) -> list[tuple[int, int]]:
+    """(first, count) of runs of lanes in a mask, cut to powers of two.
+
+    >>> _pieces((True,) * 7 + (False,))
+    [(0, 4), (4, 2), (6, 1)]
+    """
+    found, first = [], 0
+    while first < len(mask):
+        length = next((i for i, bit in enumerate(mask[first:]) if not bit), len(mask) - first)
+        count = 1 << length.bit_length() >> 1
+        if count:
+            found.append((first, count))
+        first += count or 1
+    return found
 
 
 def _runs(columns: Mapping[int, tuple[str, Mask | None]],

@@ -35,6 +35,8 @@ def test_members_that_apply_and_fit_have_a_domain() -> None:
     assert "winograd(6,3)" not in algorithms(Target(replace(DENSE, in_channels=512), MACHINE))
     assert algorithms(Target(replace(DENSE, stride=2), MACHINE)) == {"direct", "im2col"}
     assert algorithms(Target(Conv2d(64, 64, 1, input_size=28), MACHINE)) == {"direct"}
+    assert algorithms(Target(Conv2d(512, 512, 3, stride=2, padding=1, input_size=28), MACHINE)) == {
+        "direct", "im2col", "strassen(1)", "strassen(2)"}
     assert algorithms(Target(Linear(1024, 1024, batch_size=64), MACHINE)) == {"direct", "strassen(1)", "strassen(2)"}
     assert list(members(Conv2d(8, 8, (3, 5), input_size=9))) == ["im2col", "winograd"]
 

@@ -1,23 +1,34 @@
-"""Products of matrices by Strassen's algorithm: 1x1 convolutions and fully connected layers in blocks.
+"""Dense layers by Strassen's algorithm: the product of matrices that a layer is (im2col), in blocks.
 
-    u[k, m, c] = sum_{i,j} A[k, i, j] w[i M' + m, j C' + c]                      weight sums, when weights are bound
-    v[k, n, c, p] = sum_{j,l} B[k, j, l] x[n, j C' + c, l P' + p]                input sums
-    t[k, n, m, p] = sum_c u[k, m, c] v[k, n, c, p]                               products
-    y[n, i M' + m, l P' + p] = act(b[i M' + m] + sum_k C[i, l, k] t[k, n, m, p])   output sums
+    u[k, m, c, r, s] = sum_{i,j} A[k, i, j] w[i M' + m, j C' + c, r, s]              weight sums, when weights are bound
+    v[k, n, c, r, e, w] = sum_{j,l} B[k, j, l] x[n, j C' + c, sh (l E' + e) + dh r - top, gw w - left]      input sums
+    t[k, n, m, e, f] = sum_{c,r,s} u[k, m, c, r, s] v[k, n, c, r, e, (sw f + dw s) / gw]                    products
+    y[n, i M' + m, l E' + e, f] = act(b[i M' + m] + sum_k C[i, l, k] t[k, n, m, e, f])                   output sums
 
-Output channels, input channels and pixels are cut into 2^levels blocks of M', C' and P', the last padded with zeros;
-7^levels products of blocks take the place of 8^levels. Where channels are neighbours in memory, all images are one
-row of pixels; else ``n`` counts them. The stages name their loops apart, so that each can have an order of its own:
-``q d f`` are the pixels, channels and products of the input sums, ``p m k c`` those of the products, ``r o`` the
-pixels and channels of the output sums; ``j l``, ``a e`` and ``h`` run over blocks in, blocks out and products.
+Output channels, input channels and rows of output pixels are cut into 2^levels blocks of M', C' and E', the last
+padded with zeros; 7^levels products of blocks take the place of 8^levels. A block of the input is the Toeplitz matrix
+of im2col, of which rows are written once for each tap r, and columns once for all taps s: gw is the greatest common
+divisor of what they are apart, sw and dw (sw alone, where there is one tap). Where pixels have no taps, strides and
+padding, ``e`` counts all of an image, or of all images where channels are neighbours in memory, and f and w are no
+axes.
+
+Sums of inputs and of outputs go level by level, each a stage for each factor of one level's B or C, so that they share
+what they have in common: of the blocks j and l, level 0 makes the low digit of k, and so on; C in the same order.
+Loops are named after the axes above, with the letter of the tensor and the level: ``kx0 jx0 lx0 cx rx ex wx`` are
+those of the input sums, ``iy0 ly0 ky0 my ey fy`` those of the output sums; ``gx1 gx2 gy1 gy2`` count what is between
+factors, and loops in ``_`` are digits that other levels see to.
+
+Sources: Strassen's algorithm on what im2col gives: Cong and Xiao, "Minimizing Computation in Convolutional Neural
+Networks", 2014. Sums fused with packing and with the output: Huang et al., "Strassen's Algorithm Reloaded", 2016.
+A matrix that expands rows only: Cho and Brand, "MEC: Memory-efficient Convolution for Deep Neural Network", 2017.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import isqrt
+from math import gcd, isqrt
 
-from convsched.bilinear import Transform
+from convsched.bilinear import Matrix
 from convsched.errors import LoweringError
 from convsched.ir import (
     Affine,
@@ -35,102 +46,272 @@ from convsched.ir import (
     nested,
     storage_of,
 )
-from convsched.lower.direct import tensor_of
+from convsched.lower.direct import taps, tensor_of
 from convsched.lower.epilogue import activation
 from convsched.lower.strassen import strassen
 from convsched.names import LAYOUTS
 from convsched.problem import Conv2d, Linear, Problem
+from convsched.recipes import is_flat
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Columns of a block: ``count`` of pixels out, ``reads`` of sums in; pixel f and tap s meet at ``stride f +
+    dilation s`` of these, which are ``step`` columns of the input apart, the first ``left`` of it."""
+
+    count: int
+    reads: int
+    stride: int
+    dilation: int
+    step: int
+    left: int
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """The product of matrices that a layer is, for ``images``: ``sizes`` are (output channels, input channels, pixels)
-    of the whole, ``block`` those of a block. ``order`` is how activations with axes n, c and p are stored."""
+    """The product of matrices that a layer is, for ``images``: ``sizes`` are (output channels, input channels, rows of
+    output pixels) of the whole, ``block`` those of a block. ``order`` is how activations are stored, with axes n, c, h
+    and w; ``columns`` is None where pixels are one row, and w no axis."""
 
     images: int
     sizes: tuple[int, ...]
     block: tuple[int, ...]
     order: tuple[str, ...]
+    columns: Columns | None
 
 
 def blocks_of(problem: Problem, levels: int = 1, layout: str = "nchw") -> Blocks:
-    """How a layer is cut into blocks. Raises LoweringError where it is no product of matrices, or too small."""
-    if isinstance(problem, Conv2d) and not (problem.is_pointwise and problem.stride == (1, 1) and problem.groups == 1
-                                            and not any(problem.padding)):
-        raise LoweringError(f"strassen: {problem.text} is no product of matrices: it has taps, strides, padding or "
-                            "groups; use direct")
-    if isinstance(problem, Linear):
-        images, pixels = 1, problem.N
-        order: tuple[str, ...] = ("n", "p", "c")
+    """How a layer is cut into blocks, 2^levels each way. Raises LoweringError where it has groups, or is too small."""
+    if levels not in (1, 2):
+        raise LoweringError(f"strassen({levels}): errors grow with each level, and gains shrink; use one or two")
+    if problem.groups != 1:
+        raise LoweringError(f"strassen({levels}): {problem.text} has {problem.groups} groups, each a product of "
+                            "matrices of its own, and small; use direct")
+    if isinstance(problem, Conv2d) and not is_flat(problem):
+        images, rows, columns = problem.N, problem.E, _columns(problem)
+        order = LAYOUTS[layout]
     else:
-        images, pixels = problem.N, problem.E * problem.F
-        order = tuple("p" if letter == "h" else letter for letter in LAYOUTS[layout] if letter != "w")
-    if order[-1] == "c":
-        images, pixels = 1, images * pixels
-    parts, sizes = 2**levels, (problem.M, problem.C, pixels)
+        images, rows, columns = problem.N, problem.E * problem.F, None
+        order = tuple(letter for letter in LAYOUTS["nhwc" if isinstance(problem, Linear) else layout] if letter != "w")
+        if order[-1] == "c":
+            images, rows = 1, images * rows
+    parts, sizes = 2**levels, (problem.M, problem.C, rows)
     if min(sizes) < parts:
-        raise LoweringError(f"strassen: {problem.text} has {sizes[0]} output channels, {sizes[1]} input channels and "
-                            f"{sizes[2]} pixels; each must be at least {parts}; use direct")
+        raise LoweringError(
+            f"strassen({levels}): {problem.text} would be cut in {parts} along its output channels ({sizes[0]}), its "
+            f"input channels ({sizes[1]}) and its {'rows of output pixels' if columns else 'output pixels'} ({rows}), "
+            f"each of which must be at least {parts}; use direct")
     whole = 16 if order[-1] == "c%16" else 1  # blocks of channels begin where stored ones do
     block = tuple(-(-size // (parts * unit)) * unit for size, unit in zip(sizes, (whole, whole, 1), strict=True))
-    return Blocks(images, sizes, block, order)
+    return Blocks(images, sizes, block, order, columns)
+
+
+def _columns(p: Conv2d) -> Columns:
+    stride, dilation = p.stride[1], p.dilation[1] if p.S > 1 else 0
+    step = gcd(stride, dilation)
+    reads = ((p.F - 1) * stride + (p.S - 1) * dilation) // step + 1
+    return Columns(p.F, reads, stride // step, dilation // step, step, p.padding[1])
+
+
+BASES = {"i": 2, "j": 2, "l": 2, "k": 7}  # of blocks and of products, each level a digit
+SUMMED, MADE = {"x": "jl", "y": "k"}, {"x": "k", "y": "il"}  # blocks and products that sums take, and make
+
+
+@dataclass(frozen=True)
+class Level:
+    """One level of sums: the loops that it leaves alone, over what it makes, over the values between factors, the last
+    first, and over what it sums. ``sums`` is the tensor that the last factor makes, ``result`` what it is copied to
+    for the next level, or the products; ``source`` is what the level before hands on."""
+
+    rest: tuple[str, ...]
+    made: tuple[str, ...]
+    between: tuple[str, ...]
+    summed: tuple[str, ...]
+    sums: str
+    result: str
+    source: str
+
+
+def levels_of(levels: int, letter: str) -> tuple[Level, ...]:
+    """The levels, one or two, of the sums of inputs, "x", or of outputs, "y", in the order in which they are made.
+
+    >>> [(level.rest, level.made, level.summed) for level in levels_of(2, "x")]
+    [(('jx1_', 'lx1_'), ('kx0',), ('jx0', 'lx0')), (('kx0_',), ('kx1',), ('jx1', 'lx1'))]
+    """
+    between = tuple(f"g{letter}{number}" for number in range(len(_factors(letter)) - 1, 0, -1))
+    names = ["v0", "v"] if letter == "x" else ["y0", ""]
+    found = []
+    for level, result in enumerate(names[-levels:]):
+        rest = [*(f"{name}{letter}1_" for name in SUMMED[letter] if level < levels - 1),
+                *(f"{name}{letter}0_" for name in MADE[letter] if level > 0)]
+        made, summed = (tuple(f"{name}{letter}{level}" for name in names[letter]) for names in (MADE, SUMMED))
+        found.append(Level(tuple(rest), made, between, summed, f"{result or 'y'}s", result, names[0] if level else ""))
+    return tuple(found)
+
+
+def _factors(letter: str) -> tuple[Matrix, ...]:
+    """Those of the sums of one level."""
+    return (strassen().input if letter == "x" else strassen().output).factors
 
 
 def lower_strassen(problem: Problem, levels: int = 1, layout: str = "nchw") -> Program:
     """The unscheduled program of a problem.
 
-    Raises LoweringError where the layer is no product of matrices, or smaller than the blocks. Source: Huang et al.,
-    "Strassen's Algorithm Reloaded", 2016 (sums fused with packing and with the output).
+    Raises LoweringError where the layer has groups or fewer channels or pixels than blocks, or for other levels than
+    one or two.
     """
-    cut, triple, parts = blocks_of(problem, levels, layout), strassen(levels), 2**levels
-    n, rank = cut.images, triple.rank
-    (M, C, P), (m, c, p) = cut.sizes, cut.block
-    over = [(0, parts * block - size) for block, size in zip(cut.block, cut.sizes, strict=True)]
-    place = (Affine.of("iw") * m + "mw", Affine.of("jw") * c + "cw", *_at(0, 0))[:len(problem.weight_shape)]
+    cut, triple, parts, tap = blocks_of(problem, levels, layout), strassen(levels), 2**levels, taps(problem)
+    n, k, (m, c, e) = cut.images, triple.rank, cut.block
+    columns, row_taps = cut.columns, {"r": problem.R} if "r" in tap else {}
+    pixels_in = {**row_taps, "e": e, **({"w": columns.reads} if columns else {})}
+    pixels_out = {"e": e, **({"f": columns.count} if columns else {})}
+    sums_in = _Sums("B", "x", levels, {"n": n, "cx": c, **{f"{name}x": size for name, size in pixels_in.items()}})
+    sums_out = _Sums("C", "y", levels, {"n": n, "my": m, **{f"{name}y": size for name, size in pixels_out.items()}})
+    products, weights = {"n": n, "k": k, "m": m, **pixels_out}, {"m": m, "c": c, **tap}
+    bound = {"kw": k, **{f"{name}w": size for name, size in weights.items()}}
+    filters = tuple(Affine.of(f"{name}w") if name in tap else Affine() for name in "rs")
+    read = () if columns is None else (
+        Affine.of("f") * columns.stride + (Affine.of("s") * columns.dilation if "s" in tap else 0),)
+    place = _at("k", "n", "m", *pixels_out)
     tensors = [
-        tensor_of("x", "ncp", (n, C, P), "input", cut.order, _border((0, 0), over[1], over[2])),
-        tensor_of("w", "mcrs"[:len(place)], problem.weight_shape, "weight",
-                  border=_border(over[0], over[1], *[(0, 0)] * (len(place) - 2))),
-        tensor_of("y", "ncp", (n, M, P), "output", cut.order),
-        _constant("A", "kij", triple.filter), _constant("B", "kjl", triple.input),
-        _constant("C", "kil", triple.output.transposed),
-        tensor_of("u", "kmc", (rank, m, c), "local"),
-        *(tensor_of(name, "kncp", (rank, n, c, p), "local") for name in ("vs", "v")),
-        *(tensor_of(name, "knmp", (rank, n, m, p), "local") for name in ("ts", "t")),
-        tensor_of("ys", "ilnmp", (parts, parts, n, m, p), "local"),
+        *_arrays(problem, cut, parts), _constant("A", "k", "ij", triple.filter.matrix),
+        *sums_in.tensors, *sums_out.tensors,
+        _local("u", {"k": k, **weights}), _local("v", {"k": k, "n": n, "c": c, **pixels_in}),
+        *(_local(name, {"k": k, "n": n, "m": m, **pixels_out}) for name in ("ts", "t")),
+    ]
+    return Program(problem.text, tuple(tensors), (
+        *_sum("u", _at(*bound), bound, {"iw": parts, "jw": parts}, ("A", _at("kw", "iw", "jw")),
+              ("w", (Affine.of("iw") * m + "mw", Affine.of("jw") * c + "cw", *filters)[:len(problem.weight_shape)]),
+              "bind"),
+        *sums_in.stages(("x", _input_index(problem, cut, *sums_in.digits(0, 0).values()))),
+        *_sum("ts", place, products, {"c": c, **tap},
+              ("v", (*_at("k", "n", "c", *row_taps, "e"), *read)), ("u", _at("k", *weights))),
+        Stage("t", nested(products, Store("t", place, Load("ts", place)))),
+        *sums_out.stages(("t", (*sums_out.digits(0, 0).values(), *_at(*sums_out.outer)))),
+        _output(problem, cut, parts, sums_out)))
+
+
+def _arrays(problem: Problem, cut: Blocks, parts: int) -> list[Tensor]:
+    """What a caller gives and gets, with borders of zeros as wide as the blocks and taps reach."""
+    maps, channels, rows = ((0, parts * block - size) for block, size in zip(cut.block, cut.sizes, strict=True))
+    (M, C, E), n, columns, letters = cut.sizes, cut.images, cut.columns, "nchw" if cut.columns else "nch"
+    shape: tuple[int, ...] = n, C, E
+    width: tuple[int, ...] = ()
+    border = [(0, 0), channels, rows]
+    if columns is not None:
+        assert isinstance(problem, Conv2d)
+        shape, width = problem.input_shape, (columns.count,)
+        high = (parts * cut.block[2] - 1) * problem.stride[0] + (problem.R - 1) * problem.dilation[0] + 1
+        reach = (columns.reads - 1) * columns.step + 1
+        border[2:] = [(before, max(0, size - before - extent)) for before, size, extent
+                      in zip(problem.padding, (high, reach), problem.input_shape[2:], strict=False)]
+    filters = len(problem.weight_shape)
+    arrays = [
+        tensor_of("x", letters, shape, "input", cut.order, _border(*border)),
+        tensor_of("w", "mcrs"[:filters], problem.weight_shape, "weight",
+                  border=_border(maps, channels, *[(0, 0)] * (filters - 2))),
+        tensor_of("y", letters, (n, M, E, *width), "output", cut.order),
     ]
     if problem.bias:
-        tensors.append(tensor_of("b", "m", (M,), "weight"))
+        arrays.append(tensor_of("b", "m", (M,), "weight"))
     if problem.residual:
-        tensors.append(tensor_of("z", "ncp", (n, M, P), "input", cut.order))
-    inputs, outputs = {"n": n, "q": p, "d": c, "f": rank}, {"n": n, "r": p, "o": m, "a": parts, "e": parts}
-    products, bound = {"n": n, "p": p, "k": rank, "m": m}, {"kw": rank, "mw": m, "cw": c}
-    blocks = {"iw": parts, "jw": parts}
-    return Program(problem.text, tuple(tensors), (
-        *_sum("u", _at("kw", "mw", "cw"), bound, blocks, ("A", _at("kw", "iw", "jw")), ("w", place), when="bind"),
-        *_sum("vs", _at("f", "n", "d", "q"), inputs, {"j": parts, "l": parts}, ("B", _at("f", "j", "l")),
-              ("x", (Affine.of("n"), Affine.of("j") * c + "d", Affine.of("l") * p + "q"))),
-        _copy("v", _at("f", "n", "d", "q"), "vs", inputs),
-        *_sum("ts", _at("k", "n", "m", "p"), products, {"c": c}, ("v", _at("k", "n", "c", "p")),
-              ("u", _at("k", "m", "c"))),
-        _copy("t", _at("k", "n", "m", "p"), "ts", products),
-        *_sum("ys", _at("a", "e", "n", "o", "r"), outputs, {"h": rank}, ("C", _at("h", "a", "e")),
-              ("t", _at("h", "n", "o", "r"))),
-        _output(problem, cut, parts, outputs)))
+        arrays.append(tensor_of("z", letters, (n, M, E, *width), "input", cut.order))
+    return arrays
 
 
-def _output(problem: Problem, cut: Blocks, parts: int, outputs: dict[str, int]) -> Stage:
+def _input_index(problem: Problem, cut: Blocks, j: Affine, l: Affine) -> Index:
+    """The element of the input that is in block (j, l) at channel cx, tap rx, row ex and column wx."""
+    channel, row = j * cut.block[1] + "cx", l * cut.block[2] + "ex"
+    if cut.columns is None:
+        return (Affine.of("n"), channel, row)
+    assert isinstance(problem, Conv2d)
+    row = row * problem.stride[0] + (Affine.of("rx") * problem.dilation[0] if problem.R > 1 else 0)
+    return (Affine.of("n"), channel, row - problem.padding[0], Affine.of("wx") * cut.columns.step - cut.columns.left)
+
+
+def _output(problem: Problem, cut: Blocks, parts: int, sums: _Sums) -> Stage:
     """Bias, residual and activation, at the place of each block; what is past the end is left out."""
-    maps, pixel = Affine.of("a") * cut.block[0] + "o", Affine.of("e") * cut.block[2] + "r"
-    place = (Affine.of("n"), maps, pixel)
-    value: Value = Load("ys", _at("a", "e", "n", "o", "r"))
+    level = levels_of(sums.levels, "y")[-1]
+    block = sums.digits(sums.levels - 1, sums.levels)
+    maps, row = block["i"] * cut.block[0] + "my", block["l"] * cut.block[2] + "ey"
+    place = (Affine.of("n"), maps, row, *(_at("fy") if cut.columns else ()))
+    value: Value = Load(level.sums, (*block.values(), *_at(*sums.outer)))
     if problem.bias:
         value = Op("add", (value, Load("b", (maps,))))
     if problem.residual:
         value = Op("add", (value, Load("z", place)))
-    where = tuple(at - cut.sizes[axis] for at, axis in ((maps, 0), (pixel, 2))
+    where = tuple(at - cut.sizes[axis] for at, axis in ((maps, 0), (row, 2))
                   if parts * cut.block[axis] > cut.sizes[axis])
-    return Stage("y", nested(outputs, Store("y", place, activation(problem.activation, value), where)))
+    return Stage("y", nested(sums.loops(level, *level.made), Store("y", place, activation(problem.activation, value),
+                                                                   where)))
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """The sums of inputs, "x", by the matrix B, or of outputs, "y", by C: at each point of the loops ``outer``."""
+
+    symbol: str
+    letter: str
+    levels: int
+    outer: dict[str, int]
+
+    @property
+    def factors(self) -> tuple[Matrix, ...]:
+        """Those of one level."""
+        return _factors(self.letter)
+
+    def digits(self, level: int, done: int) -> dict[str, Affine]:
+        """The blocks and products that are left when so many levels are done, as the loops of a level count them."""
+        def count(axis: str, digits: range) -> Affine:
+            return Affine.total(((f"{axis}{self.letter}{digit}{'_' * (digit != level)}", BASES[axis]**place)
+                                 for place, digit in enumerate(digits)), 0)
+
+        return {**{axis: count(axis, range(done, self.levels)) for axis in SUMMED[self.letter] if done < self.levels},
+                **{axis: count(axis, range(done)) for axis in MADE[self.letter] if done}}
+
+    def loops(self, level: Level, *inner: str) -> dict[str, int]:
+        """The loops of a level outside of its sums, with those of the blocks or products named."""
+        return {**self.outer, **{name: BASES[name[0]] for name in (*level.rest, *inner)}}
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The constants, and what the stages make."""
+        between = ["gh"[number % 2] for number in range(len(self.factors) - 1)]
+        place = {name[0]: size for name, size in self.outer.items()}
+        tensors = [_constant(f"{self.symbol}{number}", rows, columns, factor) for number, (factor, rows, columns)
+                   in enumerate(zip(self.factors, [*between, MADE[self.letter]], [SUMMED[self.letter], *between],
+                                    strict=True), 1)]
+        for done, level in enumerate(levels_of(self.levels, self.letter), 1):
+            rest = {name[0]: BASES[name[0]] for name in level.rest}
+            tensors += [_local(f"{level.sums}{number}", {letter: len(factor.rows), **rest, **place})
+                        for number, (letter, factor) in enumerate(zip(between, self.factors, strict=False), 1)]
+            made = {axis: BASES[axis]**(done if axis in MADE[self.letter] else self.levels - done)
+                    for axis in self.digits(done - 1, done)}
+            names = (level.sums, level.result) if done < self.levels else (level.sums,)
+            tensors += [_local(name, {**made, **place}) for name in names]
+        return tuple(tensors)
+
+    def stages(self, source: tuple[str, Index]) -> tuple[Stage, ...]:
+        """Two stages a factor, and one that hands on what a level makes; the last of outputs is left to others."""
+        stages: list[Stage] = []
+        outer, last = _at(*self.outer), len(self.factors)
+        for number, level in enumerate(levels_of(self.levels, self.letter)):
+            if number:
+                source = (level.source, (*self.digits(number, number).values(), *outer))
+            target = (*self.digits(number, number + 1).values(), *outer)
+            given = {name: BASES[name[0]] for name in level.summed}
+            for place, factor in enumerate(self.factors, 1):
+                made = {name: BASES[name[0]] for name in level.made} if place == last else {
+                    f"g{self.letter}{place}": len(factor.rows)}
+                name = level.sums if place == last else f"{level.sums}{place}"
+                index = target if place == last else (*_at(*made, *level.rest), *outer)
+                stages += _sum(name, index, {**self.loops(level), **made}, given,
+                               (f"{self.symbol}{place}", _at(*made, *given)), source)
+                source, given = (name, index), made
+            if level.result:
+                stages.append(Stage(level.result, nested(self.loops(level, *level.made),
+                                                         Store(level.result, target, Load(level.sums, target)))))
+        return tuple(stages)
 
 
 def _border(*sides: tuple[int, int]) -> tuple[tuple[int, int], ...]:
@@ -138,13 +319,22 @@ def _border(*sides: tuple[int, int]) -> tuple[tuple[int, int], ...]:
     return sides if any(map(any, sides)) else ()
 
 
-def _constant(name: str, letters: str, transform: Transform) -> Tensor:
-    """The matrix of a transform into products, with an axis for each index of a block."""
-    matrix, size = transform.matrix, isqrt(transform.columns)
-    order = [_nested_index(i, j) for i in range(size) for j in range(size)]
-    shape = (len(matrix.rows), size, size)
-    return Tensor(name, tuple(letters), shape, "constant", storage_of(tuple(letters), shape),
-                  values=tuple(float(row[place]) for row in matrix.dense for place in order))
+def _local(name: str, sizes: dict[str, int]) -> Tensor:
+    return tensor_of(name, "".join(sizes), tuple(sizes.values()), "local")
+
+
+def _constant(name: str, rows: str, columns: str, matrix: Matrix) -> Tensor:
+    """A matrix; two letters for rows or columns are those of the blocks of a matrix, of as many each way."""
+    def order(letters: str, count: int) -> tuple[tuple[int, ...], list[int]]:
+        if len(letters) == 1:
+            return (count,), list(range(count))
+        size = isqrt(count)
+        return (size, size), [_nested_index(i, j) for i in range(size) for j in range(size)]
+
+    (high, down), (wide, across) = order(rows, len(matrix.rows)), order(columns, matrix.columns)
+    return Tensor(name, tuple(rows + columns), (*high, *wide), "constant",
+                  storage_of(tuple(rows + columns), (*high, *wide)),
+                  values=tuple(float(matrix.dense[row][column]) for row in down for column in across))
 
 
 def _nested_index(i: int, j: int) -> int:
@@ -158,10 +348,6 @@ def _nested_index(i: int, j: int) -> int:
 
 def _at(*parts: Affine | str | int) -> Index:
     return tuple(map(Affine.of, parts))
-
-
-def _copy(target: str, index: Index, source: str, loops: dict[str, int]) -> Stage:
-    return Stage(target, nested(loops, Store(target, index, Load(source, index))))
 
 
 def _sum(target: str, index: Index, loops: dict[str, int], inner: dict[str, int], factor: tuple[str, Index],
