@@ -27,7 +27,7 @@ PIXELS = (3, 4, 5, 6, 7, 8, 9, 12, 13, 14, 16, 18, 20, 24, 25, 28)
 @register
 def algorithms(target: Target) -> Iterator[Domain]:
     """A domain for each member that applies and fits."""
-    for name in members(target.problem):
+    for name in members(target.problem, target.accuracy):
         if name == "direct":  # its recipes are domains of their own
             continue
         try:

@@ -276,6 +276,9 @@ class _Ledger:
         self.note(Run(**vars(key), complete=complete, budget=budget, tried=tried, time=time).to_json())
         return True
 
+    def run_of(self, key: Key) -> None:
+        """It is told of candidates, not of how earlier runs ended."""
+
     def note(self, line: str) -> None:
         self.lines.append(line)
         self.send(line)

@@ -63,10 +63,13 @@ class Search:
     _estimates: dict[Choice, float] = field(default_factory=dict)
     _ahead: list[Choice] = field(default_factory=list)
 
-    def recall(self, before: Iterable[Measured]) -> None:
-        """Go on from candidates that an earlier run has measured, the default among them."""
+    def recall(self, before: Iterable[Measured], complete: bool = False) -> None:
+        """Go on from candidates that an earlier run has measured, the default among them. Where it was ``complete``,
+        it races no further, even if final timings since have made another candidate the best."""
         for measured in before:
             self._keep(measured)
+        if complete:
+            self.idle = IDLE
 
     def run_default(self) -> Measured:
         """The default: measured now, unless it has been."""

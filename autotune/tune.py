@@ -21,7 +21,7 @@ from convsched.autotune.calibrate import calibration
 from convsched.autotune.candidate import Job, Outcome
 from convsched.autotune.measure import now
 from convsched.autotune.model import Rates, cost
-from convsched.autotune.record import Key, Record, choose
+from convsched.autotune.record import Key, Record, Run, choose
 from convsched.autotune.search import Measured, Search
 from convsched.autotune.space import Choice, Target, candidates, neighbours, seeds
 from convsched.autotune.worker import Worker
@@ -78,6 +78,8 @@ class Records(Protocol):
     def put(self, record: Record) -> object: ...
 
     def mark_run(self, key: Key, complete: bool, budget: str, tried: int, time: float) -> object: ...
+
+    def run_of(self, key: Key) -> Run | None: ...
 
 
 @dataclass(frozen=True)
@@ -230,6 +232,8 @@ class LayerSearch:
         self._search.recall(self._recalled(choice, record) for record in self.known.values()
                             if (choice := choices.get((record.algorithm, record.recipe))) and record is not self.default
                             and record.is_settled and self._text(choice) == record.schedule)
+        run = self.tuner.cache.run_of(self.key)
+        self._search.recall((), complete=run is not None and run.complete)
 
     def run(self, share: Budget) -> None:
         """Search on, within a share of the budget. Raises TuneError if most candidates fail."""

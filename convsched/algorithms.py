@@ -37,8 +37,9 @@ from convsched.problem import Conv2d, Linear, Problem
 from convsched.recipes import Recipe, is_flat
 from convsched.strassen_recipe import default_strassen
 
-OUTPUTS = {2: (4, 6), 3: (4, 2, 5, 6)}  # of Winograd tiles along a side of so many taps, the usual one first
+OUTPUTS = {2: (4,), 3: (4, 2)}  # of Winograd tiles along a side of so many taps, the usual one first
 MANY_TAPS = (2, 4)  # the same for other sides
+FAST_OUTPUTS = {2: (6,), 3: (5, 6)}  # further ones, of more error than accuracy="normal" allows
 MOST_SPLIT = 16  # taps of a side, for Winograd
 MARGIN = 4 / 3  # that an estimate must be below direct's: in doubt, direct
 FFT_TAPS = 7  # of a side, from which FFT is tried
@@ -219,14 +220,14 @@ def applicable(problem: Problem) -> Iterator[Algorithm]:
     return _that_apply(problem, *FAMILIES)
 
 
-def members(problem: Problem) -> tuple[str, ...]:
-    """The names of those that may be worth trying for a problem, as far as they apply."""
+def members(problem: Problem, accuracy: Accuracy = "normal") -> tuple[str, ...]:
+    """The names of those that may be worth trying for a problem."""
     found = ["direct"]
     if isinstance(problem, Conv2d) and problem.R * problem.S > 1:
         taps = [r for r in (problem.R, problem.S) if r > 1]
-        sizes = zip(*(OUTPUTS.get(r, MANY_TAPS) for r in taps), strict=False)
+        sides = [OUTPUTS.get(r, MANY_TAPS) + (FAST_OUTPUTS.get(r, ()) if accuracy == "fast" else ()) for r in taps]
         found += ["winograd" + "x".join(dict.fromkeys(f"({m},{r})" for m, r in zip(outputs, taps, strict=True)))
-                  for outputs in sizes]
+                  for outputs in zip(*sides, strict=False)]
         found += ["im2col", *(["fft"] if max(taps) >= FFT_TAPS else [])]
     if min(problem.M, problem.C) >= STRASSEN_CHANNELS:
         found += ["strassen(1)", "strassen(2)"]
@@ -245,7 +246,7 @@ def choices(problem: Problem, machine: Machine, layout: str = "nchw", threads: i
 
     found: list[Algorithm] = []
     fitting = False
-    tried = members(problem)
+    tried = members(problem, accuracy)
     for names in (tried, [family for family in FAMILIES if not any(name.startswith(family) for name in tried)]):
         group = sorted(_that_apply(problem, *names), key=time)
         for algorithm in group:

@@ -159,7 +159,8 @@ def _input_copy(problem: Problem, machine: Machine, layout: str,
             return "window", ""
         return ("window", "h") if collides or problem.S > MOST_TAPS else ("none", "hw")
     small = plane < 8 * 64  # a plane of a few cache lines: tiles share them unevenly
-    return ("packed" if layout == "nchw" and is_flat(problem) and small else "none"), ""
+    collides = plane % (machine.l1 // 32) == 0  # channels meet in four groups of sets
+    return ("packed" if layout == "nchw" and is_flat(problem) and (small or collides) else "none"), ""
 
 
 def meets_input(problem: Problem) -> bool:
@@ -229,7 +230,8 @@ def default_tiles(problem: Conv2d, shape: Shape, machine: Machine, layout: str =
                   by_lines: bool = False) -> Tiles:
     """The recipe of a bilinear algorithm."""
     best = best_blocking(problem, shape.outputs, shape.points, machine, threads, shape.fold, by_lines)
-    unroll = 4 if problem.C // problem.groups % 4 == 0 else 1
+    most = 4 if machine.isa == "avx512" else 8  # short code for long vectors
+    unroll = next(u for u in (most, 4, 1) if problem.C // problem.groups % u == 0)
     return Tiles(machine.lanes, shape, best.block, best.vectors, best.pixels, unroll, by_lines)
 
 

@@ -195,14 +195,15 @@ def test_factors_of_two_change_nothing() -> None:
 @pytest.mark.parametrize(("errors", "classes"), [
     (BOUNDS["strict"], ["strict", "normal", "fast"]), (1.1e-5, ["normal", "fast"]), (2e-4, ["fast"]), (2.1e-4, [])])
 def test_classes(errors: float, classes: Sequence[str]) -> None:
-    prediction = Prediction(errors, 1.0, 1.0)
+    prediction = Prediction(errors, errors / 2, 1.0, 1.0)
     assert [name for name in BOUNDS if prediction.allowed(name)] == classes
+    assert [name for name in BOUNDS if Prediction(errors / 2, errors, 1.0, 1.0).allowed(name)] == classes
     assert prediction.accuracy == (classes[0] if classes else None)
 
 
 @pytest.mark.parametrize(("name", "accuracy"), [
-    ("F(2,3)", "strict"), ("FFT(16,7)", "strict"), ("F(4,3)", "normal"), ("F(2,5)", "strict"),
-    ("Strassen 1", "strict"), ("F(6,3)", "fast"), ("F(4,5)", "fast"),
+    ("F(2,3)", "strict"), ("FFT(16,7)", "strict"), ("F(4,3)", "normal"), ("F(2,5)", "normal"),
+    ("Strassen 1", "normal"), ("F(6,3)", "fast"), ("F(4,5)", "fast"),
 ])
 def test_classes_of_a_common_layer(name: str, accuracy: str) -> None:
     """256 channels, 28 x 28 outputs."""

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 import convsched as cs
-from convsched.algorithms import named
-from convsched.autotune.algorithm_space import members
+from convsched.algorithms import members, named
 from convsched.autotune.cache import ScheduleCache
 from convsched.autotune.model import Rates, cost
 from convsched.autotune.record import Key
@@ -30,23 +29,28 @@ def algorithms(target: Target) -> set[str]:
 
 
 def test_members_that_apply_and_fit_have_a_domain() -> None:
-    assert algorithms(Target(DENSE, MACHINE)) == {"direct", "im2col", "winograd(2,3)", "winograd(4,3)",
-                                                  "winograd(6,3)"}
-    assert "winograd(6,3)" not in algorithms(Target(replace(DENSE, in_channels=512), MACHINE))
-    assert algorithms(Target(replace(DENSE, stride=2), MACHINE)) == {"direct", "im2col"}
+    usual = {"direct", "im2col", "winograd(2,3)", "winograd(4,3)"}
+    assert algorithms(Target(DENSE, MACHINE)) == usual
+    assert algorithms(Target(DENSE, MACHINE, accuracy="fast")) == usual | {"winograd(5,3)", "winograd(6,3)"}
+    assert "winograd(6,3)" not in algorithms(Target(replace(DENSE, in_channels=512), MACHINE, accuracy="fast"))
+    assert algorithms(Target(replace(DENSE, stride=2), MACHINE)) == usual
+    assert algorithms(Target(replace(DENSE, stride=2, dilation=2), MACHINE)) == {"direct", "im2col"}
     assert algorithms(Target(Conv2d(64, 64, 1, input_size=28), MACHINE)) == {"direct"}
     assert algorithms(Target(Conv2d(512, 512, 3, stride=2, padding=1, input_size=28), MACHINE)) == {
-        "direct", "im2col", "strassen(1)", "strassen(2)"}
+        *usual, "strassen(1)"}
     assert algorithms(Target(Linear(1024, 1024, batch_size=64), MACHINE)) == {"direct", "strassen(1)", "strassen(2)"}
-    assert list(members(Conv2d(8, 8, (3, 5), input_size=9))) == ["im2col", "winograd"]
+    assert members(Conv2d(8, 8, (3, 5), input_size=9)) == (
+        "direct", "winograd(4,3)x(2,5)", "winograd(2,3)x(4,5)", "im2col")
+    assert members(Conv2d(8, 8, (1, 9), input_size=19)) == (
+        "direct", "winograd(2,9)", "winograd(4,9)", "im2col", "fft")
 
 
 def test_one_algorithm_may_be_asked_for() -> None:
     target = Target(DENSE, MACHINE, algorithm="winograd")
     assert algorithms(target) == {"winograd(4,3)"}
     assert {choice.algorithm for choice in candidates(target)} == {"winograd(4,3)"}
-    with pytest.raises(LoweringError, match="stride"):
-        candidates(Target(replace(DENSE, stride=2), MACHINE, algorithm="winograd"))
+    with pytest.raises(LoweringError, match="a stride and a dilation"):
+        candidates(Target(replace(DENSE, stride=2, dilation=2), MACHINE, algorithm="winograd"))
 
 
 @pytest.mark.parametrize("problem", [DENSE, Linear(512, 512, batch_size=32)], ids=str)

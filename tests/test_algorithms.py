@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -92,6 +93,44 @@ def test_winograd_with_any_recipe(name: str, layout: str, data: st.DataObject) -
         unroll=data.draw(st.sampled_from([1, 2, 4])), by_lines=data.draw(st.booleans())), layout)
 
 
+@st.composite
+def split_layers(draw: st.DrawFn) -> Conv2d:
+    """A small layer with groups and, along each side, a stride or a dilation or neither."""
+    sides = [draw(st.sampled_from([(1, 1), (2, 1), (3, 1), (1, 2), (1, 3)])) for _ in range(2)]
+    r, s = draw(st.sampled_from([(3, 3), (1, 3), (5, 1), (2, 4)]))
+    groups = draw(st.sampled_from([1, 2, 3]))
+    channels = st.sampled_from([1, 3, 8, 9])
+    size = (draw(st.integers(13, 19)), draw(st.integers(13, 25)))
+    return Conv2d(draw(channels) * groups, draw(channels) * groups, (r, s), tuple(one[0] for one in sides),
+                  draw(st.tuples(*[st.integers(0, 2)] * 4)), tuple(one[1] for one in sides), groups,
+                  bias=draw(st.booleans()), input_size=size, batch_size=draw(st.sampled_from([1, 2])),
+                  activation=draw(st.sampled_from([None, "relu"])), residual=draw(st.booleans()))
+
+
+@settings(QUICK, max_examples=12)
+@given(problem=split_layers(), layout=st.sampled_from(LAYOUTS), by_lines=st.booleans())
+def test_winograd_of_strides_dilations_and_groups(problem: Conv2d, layout: Any, by_lines: bool) -> None:
+    algorithm = named("winograd", problem)
+    default = algorithm.default(Machine.host(), layout, 1)
+    assert isinstance(default, Tiles)
+    check(problem, algorithm, replace(default, by_lines=by_lines), layout)
+
+
+@pytest.mark.parametrize("problem", [
+    Conv2d(16, 24, 3, 2, padding=1, input_size=(15, 18), groups=2),
+    Conv2d(16, 16, 3, padding=2, dilation=2, input_size=(15, 18)),
+    Conv2d(16, 16, (3, 1), (1, 2), dilation=(3, 1), input_size=(17, 18)),
+    Conv2d(8, 8, (1, 11), padding=(0, 5), input_size=(3, 30)),
+], ids=["stride and groups", "dilation", "both sides", "eleven taps"])
+def test_kernels_of_split_layers(problem: Conv2d) -> None:
+    rng = np.random.default_rng(0)
+    x, w, b = (rng.standard_normal(shape).astype(np.float32) for shape in (
+        problem.input_shape, problem.weight_shape, problem.bias_shape))
+    conv = cs.compile(problem, algorithm="winograd", threads=2, cache=False).bind(w, b)
+    assert conv.measured_error(x) < conv.kernel.predicted_error.worst
+    np.testing.assert_allclose(conv(x), convolve(problem, x, w, b), rtol=0, atol=1e-4)
+
+
 @QUICK
 @given(data=st.data(), layout=st.sampled_from(LAYOUTS), stride=st.integers(1, 2), groups=st.sampled_from([1, 1, 2]))
 def test_im2col_with_any_recipe(data: st.DataObject, layout: str, stride: int, groups: int) -> None:
@@ -134,8 +173,8 @@ def test_winograd_two_three_is_exact_on_small_integers() -> None:
 
 
 @pytest.mark.parametrize(("name", "problem", "why"), [
-    ("winograd", Conv2d(4, 4, 3, stride=2, input_size=9), "stride"),
-    ("winograd", Conv2d(4, 4, 3, groups=2, input_size=9), "groups"),
+    ("winograd", Conv2d(4, 4, 3, stride=2, dilation=2, input_size=9), "a stride and a dilation"),
+    ("winograd", Conv2d(4, 4, 17, input_size=29), "has 17 taps along a side, more than 16; use fft"),
     ("winograd", Conv2d(4, 4, 1, input_size=9), "one tap"),
     ("winograd", Linear(4, 4), "fully connected"),
     ("winograd(4,5)", Conv2d(4, 4, 3, input_size=9), "taps"),

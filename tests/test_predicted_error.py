@@ -145,7 +145,8 @@ def test_direct_sums_may_be_too_long_for_a_class(options: dict[str, str]) -> Non
     (Conv2d(256, 256, 3, padding=1, input_size=14), "winograd(4,3)"),
     (Conv2d(512, 512, 3, padding=1, input_size=7), "direct"),  # four times the weights, for one output each
     (Conv2d(32, 96, 5, padding=2, input_size=27), "winograd(2,5)"),
-    (Conv2d(160, 160, (1, 7), padding=(0, 3), input_size=17), "winograd(2,7)"),
+    (Conv2d(160, 160, (1, 7), padding=(0, 3), input_size=17), "winograd(4,7)"),
+    (Conv2d(96, 256, 5, padding=2, groups=2, input_size=27), "winograd(2,5)"),
     (Conv2d(3, 64, 3, padding=1, input_size=224), "direct"),
     (Conv2d(64, 10, 3, padding=1, input_size=56), "direct"),
     (Conv2d(64, 64, 1, input_size=56), "direct"),
@@ -161,7 +162,7 @@ def test_a_strict_class_takes_smaller_tiles() -> None:
     layer = Conv2d(256, 256, 3, padding=1, input_size=14)
     assert not named("winograd(4,3)", layer).fits("strict")
     assert choose(layer, MACHINE, accuracy="strict").name == "winograd(2,3)"
-    assert [one.name for one in choices(layer, MACHINE, accuracy="fast")][:2] == ["winograd(4,3)", "winograd(2,3)"]
+    assert [one.name for one in choices(layer, MACHINE, accuracy="fast")][:2] == ["winograd(5,3)", "winograd(4,3)"]
 
 
 def test_direct_comes_before_what_has_no_estimate() -> None:

@@ -12,7 +12,7 @@ from convsched.bilinear import Matrix
 from convsched.lower.fft import fft_tile
 from convsched.lower.strassen import strassen
 from convsched.lower.winograd import winograd
-from convsched.sums import Sum, shared_sums
+from convsched.sums import Sum, shared_factors, shared_sums
 
 NUMBERS = st.sampled_from([Fraction(0), Fraction(1), Fraction(-1), Fraction(2), Fraction(-3, 4), Fraction(1, 3)])
 
@@ -42,6 +42,17 @@ def test_opposite_points_halve_the_work(m: int, r: int, inputs: int, outputs: in
     counts = [shared_sums(part.matrix).additions for part in (triple.input, triple.output)]
     assert counts == [inputs, outputs]
     assert shared_sums(triple.input.matrix).operations == inputs  # no multiplication that is not fused
+
+
+@pytest.mark.parametrize(("m", "r", "inputs", "outputs"), [(2, 3, 1, 1), (4, 3, 2, 2), (6, 3, 2, 2), (4, 5, 2, 2)])
+def test_factors_compute_shared_sums_once(m: int, r: int, inputs: int, outputs: int) -> None:
+    """Their product is the matrix, and they cost no more than the sums they came from."""
+    for part, depth in ((winograd(m, r).input, inputs), (winograd(m, r).output, outputs)):
+        found = shared_factors(part.matrix)
+        assert found.matrix == part.matrix
+        assert len(found.factors) == depth
+        work = sum(max(len(row) - 1, 0) for factor in found.factors for row in factor.rows)
+        assert work <= shared_sums(part.matrix).additions + 1
 
 
 def test_strassen_takes_fifteen_additions() -> None:

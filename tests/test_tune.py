@@ -261,6 +261,8 @@ def test_what_the_cache_says_stops_the_run(cache: ScheduleCache) -> None:
 
         def mark_run(self, key: Key, complete: bool, budget: str, tried: int, time: float) -> None: ...
 
+        def run_of(self, key: Key) -> None: ...
+
     lab = Lab()
     with tuner_with(lab, Refusing()) as tuner, pytest.raises(TuneError, match="stopped"):  # type: ignore[arg-type]
         tuner.tune(LAYER, Budget(candidates=9))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import pytest
 
 from convsched.bilinear import correlate, direct, verify
 from convsched.errors import LoweringError
-from convsched.lower.winograd import default_points, winograd
+from convsched.lower.winograd import default_points, products, winograd, winograd_side
 
 USUAL = tuple(map(Fraction, (0, 1, -1, 2, -2)))
 
@@ -29,6 +30,14 @@ def test_the_published_matrices() -> None:
     assert triple.filter.matrix.array().tolist() == [[1, 0, 0], [half, half, half], [half, -half, half], [0, 0, 1]]
     assert triple.input.matrix.array().tolist() == [[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, -1, 0, 1]]
     assert triple.output.matrix.array().tolist() == [[1, 1, 1, 0], [0, 1, -1, 1]]
+
+
+@pytest.mark.parametrize(("m", "r", "stride"), [(4, 3, 1), (2, 3, 2), (4, 3, 2), (3, 5, 3), (2, 11, 1), (4, 16, 1)])
+def test_sides_of_layers_are_split(m: int, r: int, stride: int) -> None:
+    """Strides into phases, many taps into parts: as many products as said, and each what the definition computes."""
+    triple = verify(winograd_side(m, r, stride), partial(correlate, stride=stride))
+    assert triple.rank == products(m, r, stride) < m * r
+    assert (triple.filter.columns, triple.input.columns, triple.output.rows) == (r, stride * (m - 1) + r, m)
 
 
 def test_one_output_or_one_tap_is_the_definition() -> None:

@@ -12,8 +12,9 @@ from convsched.lower.bilinear import Fold, Plane, Shape, dense_array, lower_bili
 from convsched.lower.fft import part_of_tile
 from convsched.problem import Conv2d
 
-LONGEST = 128  # points of a tile by default: the proof of a transform takes 0.7 s for 128, seconds for more
-FACTOR = 3.5  # instructions for each element of a factor of a transform
+LONGEST = 64, 128  # points of a tile by default, the latter only where need be: its code takes seconds to compile
+FACTOR = 5  # instructions for each element of a factor of a transform
+SPILL = 32  # points from which moving what does not stay in registers takes as long again
 WEIGHT = 16  # products that take the time of a transformed weight on its way from memory
 
 
@@ -33,7 +34,7 @@ class Side:
     @property
     def work(self) -> float:
         """Instructions of a transform, those that load and store what does not stay in registers included."""
-        return FACTOR * self.n * self.n.bit_length()
+        return FACTOR * self.n * self.n.bit_length() * (1 + self.n / SPILL)
 
     @property
     def reads(self) -> int:
@@ -106,17 +107,18 @@ def fft(problem: Conv2d, sizes: tuple[int, ...] = ()) -> Fft:
         raise LoweringError(f"fft: {problem.text} has one tap; use direct")
     if sizes:
         return _of_sizes(problem, sizes)
-    powers = [1 << k for k in range(1, LONGEST.bit_length())]
-    found = []
-    for pair in [*((n,) for n in powers), *((n, k) for n in powers for k in powers)]:
-        try:
-            found.append(_of_sizes(problem, pair))
-        except LoweringError:
-            continue
-    if not found:
-        raise LoweringError(f"fft: {problem.text} has more taps than a tile of {LONGEST} points; write fft(n) with "
-                            "a larger n")
-    return min(found, key=lambda made: made.cost)
+    for longest in LONGEST:
+        powers = [1 << k for k in range(1, longest.bit_length())]
+        found = []
+        for pair in [*((n,) for n in powers), *((n, k) for n in powers for k in powers)]:
+            try:
+                found.append(_of_sizes(problem, pair))
+            except LoweringError:
+                continue
+        if found:
+            return min(found, key=lambda made: made.cost)
+    raise LoweringError(f"fft: {problem.text} has more taps than a tile of {LONGEST[-1]} points; write fft(n) with "
+                        "a larger n")
 
 
 def _of_sizes(p: Conv2d, sizes: tuple[int, ...]) -> Fft:
