@@ -123,7 +123,7 @@ def predict(triple: Bilinear, channels: int, outputs: int, block: int | None = N
     if blocks > 1:
         walks.append((1, walk * sqrt(step * blocks * (blocks + 1))))
     expected = UNIT * MEAN_ROUNDOFF * _greatest(normal, walks, outputs)
-    sigma = _concentrated(filters, inputs, output, input_noise, rounded + (step + blocks) / 2,
+    sigma = _concentrated(filters, inputs, output, input_noise, rounded.astype(float) + (step + blocks) / 2,
                           _noise(C, a * b) / (np.square(output) @ (a * b)), terms_each) / np.sqrt(terms / channels)
     adverse = UNIT * MEAN_ROUNDOFF * _exceeded(sigma, outputs)
 

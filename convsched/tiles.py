@@ -23,6 +23,8 @@ from convsched.schedule import (
 )
 
 LINE = 16  # elements of a cache line
+TRANSFORMS: tuple[tuple[str, str, str], ...] = (("bx", "px", "k"), ("bxb", "q", "l"), ("ct", "iy", "pc"), ("ctc", "j", "qc"))
+"""The name of each transform's sums, and of the loops over rows and columns of its factors."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,8 @@ def _tiles(p: Tiles, problem: Conv2d, layout: str) -> list[Step]:
     run = 1 if p.by_lines or layout != "nchw" else min(width, max(1, p.lanes // shape.outputs[1]))
     y = Axis.cut("yf", width, run)  # tiles whose rows are stored as one
     at_input, at_product, at_output = "tf", t.names[0], y.names[1]
-    sums = {name: _Sums(name, *names, count) for (name, *names), count in zip(
-        (("bx", "px", "k"), ("bxb", "q", "l"), ("ct", "iy", "pc"), ("ctc", "j", "qc")), shape.factors, strict=True)}
+    sums = {name: _Sums(name, to, over, count)
+            for (name, to, over), count in zip(TRANSFORMS, shape.factors, strict=True)}
     lines = () if p.by_lines else ("lx", "p", "qy", "i")
     return [
         Split("te", p.block, "e0", "te1"), Split("ye", p.block, "e0", "ye1"), Split("t", count, "e0", "t1"),

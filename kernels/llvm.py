@@ -13,9 +13,6 @@ from __future__ import annotations
 
 import itertools
 
-import numpy as np
-from numpy.typing import NDArray
-
 from convsched.ir import (
     Affine,
     Body,
@@ -33,7 +30,9 @@ from convsched.ir import (
     loads,
     matrix_of,
 )
-from convsched.kernels.memory import Lanes, Memory, Point, base
+from convsched.kernels.addresses import Lanes, Point, base
+from convsched.kernels.constants import Constants
+from convsched.kernels.memory import Memory
 from convsched.kernels.vectors import (
     Mask,
     constant,
@@ -43,7 +42,7 @@ from convsched.kernels.vectors import (
     splat,
     vector_type,
 )
-from convsched.kernels.writer import Writer, float_literal
+from convsched.kernels.writer import Writer
 from convsched.machine import Machine
 from convsched.prefetching import fetches
 
@@ -74,7 +73,7 @@ def emit(program: Program, machine: Machine) -> str:
         emitter = _Emitter(program, stage, machine)
         functions.append(emitter.function(symbol))
         declarations |= emitter.w.declarations
-        tables |= emitter.tables | emitter.w.globals
+        tables |= emitter.constants.tables | emitter.w.globals
     bits = machine.vector_bytes * 8
     attributes = (f'attributes #0 = {{ nounwind "prefer-vector-width"="{bits}" '
                   f'"min-legal-vector-width"="{bits}" }}')
@@ -101,8 +100,7 @@ class _Emitter:
         self.granted = self.memory.granted  # guards that the bounds of loops ensure
         self.ahead: dict[str, int] = {}  # elements from what is read of a tensor to what is fetched
         self.fetched: set[tuple[str, int]] = set()
-        self.tables: dict[str, str] = {}  # constants that are read at run time, as globals
-        self.sparse: dict[str, NDArray[np.bool_]] = {}
+        self.constants = Constants(program, self.point)
 
     def function(self, symbol: str) -> str:
         """The text of the stage's function."""
@@ -116,7 +114,8 @@ class _Emitter:
                      for name in sorted(self.on_stack)]
         self.body(self.stage.body)
         self.memory.flush()
-        prologue += [f"  {base(name)} = getelementptr float, ptr @{base(name)[1:]}, i64 0" for name in self.tables]
+        prologue += [f"  {base(name)} = getelementptr float, ptr @{base(name)[1:]}, i64 0"
+                     for name in self.constants.tables]
         scope = self.w.scopes[0]
         head = f"define void @{symbol}(ptr %tensors, i64 %thread, i64 %threads) #0 {{"
         return "\n".join([head, "entry:", *prologue, *scope.hoisted, *scope.lines, "  ret void", "}"])
@@ -139,7 +138,7 @@ class _Emitter:
         elif loop.kind == "unroll" or (loop.extent == 1 and loop.kind != "parallel"):
             self.point.unrolled[loop.var] = loop.extent
             barrier = self.sums_over(loop)
-            for value in self.useful(loop):
+            for value in self.constants.useful(loop):
                 if value and barrier:
                     self.w.line(BARRIER)
                 self.point.known[loop.var] = value
@@ -153,31 +152,6 @@ class _Emitter:
         """Whether iterations add products of data to the same registers."""
         return any(isinstance(leaf, Reduce) and self.in_registers(leaf.tensor) and matrix_of(self.program, leaf) is None
                    and all(loop.var not in a.variables for a in leaf.index) for _, leaf in leaves(loop.body))
-
-    def useful(self, loop: Loop) -> list[int]:
-        """The iterations of an unrolled loop that do more than add products with zeros of a sparse matrix."""
-        (_, leaf), *others = leaves(loop.body)
-        matrix = None if others else matrix_of(self.program, leaf)
-        if matrix is None or loop.var not in {v for a in matrix.index for v in a.variables}:
-            return [*range(loop.extent)]
-        if any(len(a.variables) > 1 for a in matrix.index):
-            return [*range(loop.extent)]
-        found = []
-        for value in range(loop.extent):
-            self.point.known[loop.var] = value
-            place = tuple(a.evaluate(self.point.known) if a.variables <= self.point.known.keys() else slice(None)
-                          for a in matrix.index)
-            if self.nonzero(matrix.tensor)[place].any():
-                found.append(value)
-        del self.point.known[loop.var]
-        return found
-
-    def nonzero(self, name: str) -> NDArray[np.bool_]:
-        """Where a constant is not zero."""
-        if name not in self.sparse:
-            tensor = self.program.tensor(name)
-            self.sparse[name] = np.reshape(np.array(tensor.values) != 0, tensor.shape)
-        return self.sparse[name]
 
     def run_time_loop(self, loop: Loop) -> None:
         """A loop with its test at the bottom; register tensors written inside are phis at its head."""
@@ -371,7 +345,7 @@ class _Emitter:
 
     def sum(self, old: str, value: Value, lanes: Lanes) -> str:
         if isinstance(value, Op) and value.name == "mul":
-            factor, other = self.factor(value)
+            factor, other = self.constants.factor(value)
             if factor == 0:
                 return old
             if factor is not None and other is not None:
@@ -393,32 +367,12 @@ class _Emitter:
             return self.w.let(f"{'fadd' if factor == 1 else 'fsub'} {contract}{kind} {old}, {value}")
         return multiply_add(self.w, value, constant(factor, count), old, count, self.fused)
 
-    def number(self, load: Load) -> float | None:
-        """The element of a constant tensor at this point; None where only run time knows it."""
-        tensor, place = self.program.tensor(load.tensor), 0
-        if not {v for a in load.index for v in a.variables} <= self.point.known.keys():
-            return None
-        for a, size in zip(load.index, tensor.shape, strict=True):
-            place = place * size + a.evaluate(self.point.known)
-        return tensor.values[place]
-
-    def factor(self, product: Op) -> tuple[float | None, Value | None]:
-        """The constant factor of a product, if it has one that is known, and the other."""
-        for one, other in (product.values, product.values[::-1]):
-            if isinstance(one, Load) and self.program.tensor(one.tensor).role == "constant":
-                return self.number(one), other
-        return None, None
-
     def constant(self, load: Load, lanes: Lanes) -> str:
         """An element of a constant tensor: a literal, or from the table in memory."""
-        number = self.number(load)
+        number = self.constants.number(load)
         if number is not None:
             return constant(number, lanes.count)
-        tensor = self.program.tensor(load.tensor)
-        values = ", ".join(f"float {float_literal(value)}" for value in tensor.values)
-        self.tables.setdefault(tensor.name, f"@{base(tensor.name)[1:]} = private unnamed_addr constant "
-                               f"[{tensor.elements} x float] [{values}], align 64")
-        return self.memory.load(tensor, load.index, lanes)
+        return self.memory.load(self.constants.table(load.tensor), load.index, lanes)
 
     def value(self, value: Value, lanes: Lanes) -> str:
         match value:
