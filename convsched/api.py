@@ -45,11 +45,11 @@ def compile(layer: Problem, *, algorithm: str | None = None, schedule: Schedule 
     cores this process may use). ``layout``: of activations in and out: "nchw", "nhwc", or "nchw16c",
     (N, ceil(C/16), H, W, 16) with zero tails. ``backend``: "llvm", or "numba" for the same nest as Numba source.
 
-    ``accuracy``: the class of expected error allowed, as ``kernel.predicted_error`` tells it for independent data; a
-    channel far greater than all others can double that of Winograd's transforms. An algorithm or a schedule that was
-    asked for and does not fit is refused; where no algorithm fits, the most accurate one is used,
-    with an AccuracyWarning. ``memory_limit``: the most ``kernel.workspace_bytes``: what a call uses in all threads
-    beside its arrays and the bound weights, transformed ones included; None for no limit.
+    ``accuracy``: the class of error allowed, as ``kernel.predicted_error`` tells it for independent data and for data
+    of which one channel is far greater than all others. An algorithm or a schedule that was asked for and does not fit
+    is refused; where no algorithm fits, the most accurate one is used, with an AccuracyWarning. ``memory_limit``: the
+    most ``kernel.workspace_bytes``: what a call uses in all threads beside its arrays and the bound weights,
+    transformed ones included; None for no limit.
 
     Raises ScheduleError where a schedule does not fit, LoweringError for the rest.
     """

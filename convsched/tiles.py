@@ -23,7 +23,7 @@ from convsched.schedule import (
 )
 
 LINE = 16  # elements of a cache line
-TRANSFORMS: tuple[tuple[str, str, str], ...] = (("bx", "px", "k"), ("bxb", "q", "l"), ("ct", "iy", "pc"), ("ctc", "j", "qc"))
+TRANSFORMS = (("bx", "px", "k"), ("bxb", "q", "l"), ("ct", "iy", "pc"), ("ctc", "j", "qc"))
 """The name of each transform's sums, and of the loops over rows and columns of its factors."""
 
 

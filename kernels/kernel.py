@@ -226,7 +226,8 @@ class Kernel:
             f"machine    {self.machine.text}",
             f"algorithm  {self.algorithm}, layout {self.layout}, {self.threads} thread{'s' * (self.threads != 1)}, "
             f"workspace {self.workspace_bytes / 1024:.0f} KiB",
-            f"error      {error.expected:.1e} of the output's rms expected, {error.worst:.1e} at worst; accuracy "
+            f"error      {error.expected:.1e} of the output's rms expected, {error.adverse:.1e} where one channel "
+            f"outweighs all others, {error.worst:.1e} at worst; accuracy "
             f"{self.accuracy} allows {BOUNDS[self.accuracy]:.0e}",
             f"recipe     {self.recipe if self.recipe is not None else self.origin or 'written by hand'}",
             f"schedule   {self.schedule.text or 'none: the loops as they stand'}",
