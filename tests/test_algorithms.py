@@ -76,7 +76,7 @@ def taps_of(name: str) -> list[int]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(QUICK, max_examples=8)
+@settings(QUICK, max_examples=5)
 @given(data=st.data(), layout=st.sampled_from(LAYOUTS))
 def test_winograd_with_any_recipe(name: str, layout: str, data: st.DataObject) -> None:
     taps = taps_of(name)
@@ -107,7 +107,7 @@ def split_layers(draw: st.DrawFn) -> Conv2d:
                   activation=draw(st.sampled_from([None, "relu"])), residual=draw(st.booleans()))
 
 
-@settings(QUICK, max_examples=12)
+@settings(QUICK, max_examples=8)
 @given(problem=split_layers(), layout=st.sampled_from(LAYOUTS), by_lines=st.booleans())
 def test_winograd_of_strides_dilations_and_groups(problem: Conv2d, layout: Any, by_lines: bool) -> None:
     algorithm = named("winograd", problem)
