@@ -20,6 +20,7 @@ from convsched.recipes import Recipe
 from convsched.tiles import Tiles
 from convsched.toeplitz import Toeplitz
 
+PREFETCH = (0, 4, 16, 32)
 VECTORS, UNROLL = (1, 2, 3, 4), (1, 2, 4, 8)
 PIXELS = (3, 4, 5, 6, 7, 8, 9, 12, 13, 14, 16, 18, 20, 24, 25, 28)
 
@@ -53,7 +54,8 @@ def _around(target: Target, algorithm: Algorithm) -> Domain:
         return bool(tile >= 8 and tile + recipe.vectors < registers)
 
     make: Callable[..., Recipe] = partial(replace, default)
-    return Domain(make, values, fits, algorithm=algorithm.name, seed=default)
+    finer = {"prefetch": PREFETCH} if hasattr(default, "prefetch") else {}
+    return Domain(make, values, fits, finer, algorithm=algorithm.name, seed=default)
 
 
 def _blocks(target: Target, default: Any) -> tuple[int, ...]:

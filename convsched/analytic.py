@@ -28,6 +28,8 @@ MOST_TAPS = 5  # of a row; each that reaches over a border has a copy of the nes
 TRANSFORM = 13  # FMAs of one vector at one point of a tile: transformed, stored, loaded again
 TILE_STEP = 1.0  # FMAs of loading a vector of weights and looping, for each step of a register tile
 L3_VECTOR, MEMORY_VECTOR = 4, 12  # FMAs in the time that a vector takes from L3 and from memory
+FEW_TILES = 64  # of a block, up to which its filter is fetched ahead
+PREFETCH = 16  # iterations of the loop over channels
 COPY_PENALTY = 0.01  # of an own copy of the nest for a remainder: code to compile and to fetch
 
 
@@ -232,7 +234,10 @@ def default_tiles(problem: Conv2d, shape: Shape, machine: Machine, layout: str =
     best = best_blocking(problem, shape.outputs, shape.points, machine, threads, shape.fold, by_lines)
     most = 4 if machine.isa == "avx512" else 8  # short code for long vectors
     unroll = next(u for u in (most, 4, 1) if problem.C // problem.groups % u == 0)
-    return Tiles(machine.lanes, shape, best.block, best.vectors, best.pixels, unroll, by_lines)
+    filters = 4 * shape.points[0] * shape.points[1] * problem.weights // (problem.R * problem.S)
+    tiles = best.block * Plane(problem, shape.outputs, shape.fold).tiles[1]
+    few = filters > machine.l2 and tiles <= FEW_TILES  # not enough work for the caches to bring the filter in time
+    return Tiles(machine.lanes, shape, best.block, best.vectors, best.pixels, unroll, by_lines, PREFETCH if few else 0)
 
 
 def best_blocking(problem: Conv2d, outputs: tuple[int, int], points: tuple[int, int], machine: Machine,

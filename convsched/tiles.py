@@ -13,6 +13,7 @@ from convsched.schedule import (
     Layout,
     Parallel,
     Peel,
+    Prefetch,
     Reorder,
     Schedule,
     Split,
@@ -34,7 +35,8 @@ class Tiles:
     Transforms work on vectors of ``lanes`` channels. They are written out for whole tiles, whose elements stay in
     registers between columns and rows, or, ``by_lines``, for one line of a tile, in a loop over its lines; then all
     elements wait in memory. The products have a register tile of ``vectors`` vectors of output channels by ``pixels``
-    tiles, and ``unroll`` input channels are written out.
+    tiles, and ``unroll`` input channels are written out; the filter is fetched ``prefetch`` iterations of the loop over
+    them before it is used, if it is not 0.
     """
 
     lanes: int
@@ -44,6 +46,7 @@ class Tiles:
     pixels: int
     unroll: int
     by_lines: bool = False
+    prefetch: int = 0
     name: ClassVar[str] = "tiles"
 
     def schedule(self, problem: Problem, layout: str = "nchw") -> Schedule:
@@ -87,7 +90,8 @@ def _tiles(p: Tiles, problem: Conv2d, layout: str) -> list[Step]:
                 c.names[-1], t.names[1], m.names[1], y.names[1])),
         Vectorize((d.names[1], m.names[2], o.names[1], "x.c")), Parallel("e0"),
         *m.peels(maps, wide), *c.peels(channels, *inner), *t.peels(count, p.pixels), *y.peels(width, run),
-        *([] if p.by_lines else [Peel("x.w0", "first"), Peel("x.w0")])]
+        *([] if p.by_lines else [Peel("x.w0", "first"), Peel("x.w0")]),
+        *([Prefetch("u", c.names[-2], p.prefetch)] if p.prefetch and channels > p.unroll else [])]
 
 
 @dataclass(frozen=True)
