@@ -14,7 +14,7 @@ from typing import Any
 from convsched.algorithms import Algorithm, members, named
 from convsched.autotune.space import Domain, Target, register
 from convsched.errors import LoweringError
-from convsched.lower.bilinear import Plane
+from convsched.lower.plane import Plane
 from convsched.problem import Conv2d
 from convsched.recipes import Recipe
 from convsched.tiles import Tiles

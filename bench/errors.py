@@ -34,8 +34,8 @@ from convsched.accuracy import Prediction
 from convsched.algorithms import parse_name
 from convsched.errors import LoweringError
 from convsched.kernels.arrays import from_layout, to_layout
-from convsched.lower.bilinear import Fold
 from convsched.lower.fft_layers import fft
+from convsched.lower.plane import Fold
 from convsched.machine import Machine
 from convsched.names import LAYOUTS, Layout
 from convsched.parameters import Pair

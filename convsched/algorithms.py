@@ -24,11 +24,12 @@ from convsched.analytic import best_blocking, default_recipe, default_tiles, def
 from convsched.bilinear import Bilinear, kronecker
 from convsched.errors import LoweringError
 from convsched.ir import Program
-from convsched.lower.bilinear import Shape, lower_bilinear
+from convsched.lower.bilinear import lower_bilinear
 from convsched.lower.blocks import blocks_of, lower_strassen
 from convsched.lower.direct import lower_direct
 from convsched.lower.fft_layers import Fft, fft
 from convsched.lower.im2col import lower_im2col
+from convsched.lower.plane import Shape
 from convsched.lower.strassen import strassen
 from convsched.lower.winograd import products, winograd_side
 from convsched.machine import Machine

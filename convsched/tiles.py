@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from convsched.lower.bilinear import Plane, Shape
+from convsched.lower.plane import Plane, Shape
 from convsched.problem import Conv2d, Problem
 from convsched.recipes import Axis
 from convsched.schedule import (

@@ -19,7 +19,7 @@ from convsched.ir import Program
 from convsched.kernels.arrays import from_layout, to_layout
 from convsched.kernels.kernel import Kernel
 from convsched.kernels.source import run_source
-from convsched.lower.bilinear import Plane
+from convsched.lower.plane import Plane
 from convsched.machine import Machine
 from convsched.problem import Conv2d, Linear, Problem
 from convsched.reference import convolve

@@ -20,7 +20,7 @@ import errors
 import convsched as cs
 from convsched.algorithms import named
 from convsched.ir import Affine
-from convsched.lower.bilinear import Plane
+from convsched.lower.plane import Plane
 from convsched.problem import Conv2d
 
 GOOD = errors.Row("conv2d a", "direct", "normal", "strict", 1e-6, 1e-4, 1e-3, 1e-5, 1.0, 1.0)

@@ -27,8 +27,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import reduce
-from typing import Literal
+from functools import cached_property, reduce
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,79 +52,9 @@ from convsched.ir import (
     storage_of,
 )
 from convsched.lower.epilogue import activation
+from convsched.lower.plane import Fold, Plane
 from convsched.names import LAYOUTS
 from convsched.problem import Conv2d
-
-Fold = Literal["", "h", "w"]
-
-
-@dataclass(frozen=True)
-class Plane:
-    """How tiles of ``outputs`` (rows K, columns L) cover the output of a problem, one axis folded or none."""
-
-    problem: Conv2d
-    outputs: tuple[int, int]
-    fold: Fold = ""
-
-    @property
-    def tiles(self) -> tuple[int, int]:
-        """How many tiles there are along the rows and along the columns of a plane."""
-        high, wide = self.outputs
-        if not self.fold:
-            (down, across), (E, F) = self.problem.dilation, (self.problem.E, self.problem.F)
-            return -(-E // (down * high)), -(-F // (across * wide))
-        along, lines = (self.problem.E, self.problem.F) if self.fold == "h" else (self.problem.F, self.problem.E)
-        return -(-along // (high * wide)), lines
-
-    @property
-    def loops(self) -> dict[str, int]:
-        """The loops over planes, those of more than one iteration."""
-        extents = dict(zip(("group", "phase_e", "phase_f"), (self.problem.groups, *self.problem.dilation), strict=True))
-        return {loop: extent for loop, extent in extents.items() if extent > 1}
-
-    @property
-    def number(self) -> Affine:
-        """The number of a plane."""
-        total = Affine.of(0)
-        for loop, extent in self.loops.items():
-            total = total * extent + loop
-        return total
-
-    def channel(self, name: str, count: int) -> Affine:
-        """A channel of the plane's group, which has ``count``."""
-        return Affine.of("group") * count + name if "group" in self.loops else Affine.of(name)
-
-    def place(self, te: Affine | str | int, tf: Affine | str | int, i: str, j: str,
-              steps: tuple[int, int] = (1, 1)) -> tuple[Affine, Affine]:
-        """The row and the column of the image where element (i, j) of tile (te, tf) lies, borders not counted; tiles
-        are ``steps`` times their outputs apart."""
-        high, wide = self.outputs
-        row, column = Affine.of(te) * (high * steps[0]) + i, Affine.of(tf) * (wide * steps[1]) + j
-        if not self.fold:
-            down, across = self.problem.dilation
-            return (row * down + ("phase_e" if down > 1 else 0), column * across + ("phase_f" if across > 1 else 0))
-        along, line = row * wide + j, Affine.of(tf)
-        return (along, line) if self.fold == "h" else (line, along)
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What a schedule needs to know of an algorithm along columns and rows: a tile's ``outputs`` along both, its
-    products (``points``), the pixels of a row that it ``reads``, and how many sparse factors each transform has:
-    those of columns and rows of the input, then of the output."""
-
-    outputs: tuple[int, int]
-    points: tuple[int, int]
-    reads: int
-    factors: tuple[int, int, int, int]
-    fold: Fold = ""
-
-    @staticmethod
-    def of(column: Bilinear, row: Bilinear, fold: Fold = "") -> Shape:
-        """The shape of two algorithms."""
-        transforms = (column.input, row.input, column.output, row.output)
-        counts: tuple[int, int, int, int] = tuple(len(of.factors) for of in transforms)  # type: ignore[assignment]
-        return Shape((column.output.rows, row.output.rows), (column.rank, row.rank), row.input.columns, counts, fold)
 
 
 def lower_bilinear(problem: Conv2d, column: Bilinear, row: Bilinear, layout: str = "nchw",
@@ -135,123 +65,204 @@ def lower_bilinear(problem: Conv2d, column: Bilinear, row: Bilinear, layout: str
     L outputs. Raises LoweringError for algorithms that do not fit, and a stride beside a dilation along one axis.
     Source: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2016.
     """
-    p = problem
-    sizes = (column.output.rows, row.output.rows)
-    plane = Plane(p, sizes, fold)
-    tiles, outer = plane.tiles, plane.loops
-    points = (column.rank, row.rank)
-    taps = (column.filter.columns, row.filter.columns)
-    reads = (column.input.columns, row.input.columns)
-    _require_fit(p, sizes, taps, reads, fold)
-    channels, maps, planes = p.C // p.groups, p.M // p.groups, plane.number.bounds(outer)[1] + 1
-    top, left = p.padding[:2]
-    inputs = {"n": p.N, **outer, "te": tiles[0], "tf": tiles[1], "d": channels}
-    high, wide = plane.place("te", "tf", "k1", "lx", p.stride)
-    last = {**inputs, "k1": reads[0], "lx": reads[1]}
-    past = [position.bounds(last)[1] - before - extent + 1 for position, before, extent
-            in zip((high, wide), (top, left), (p.H, p.W), strict=True)]
-    border = ((0, 0), (0, 0), (top, max(past[0], p.padding[2])), (left, max(past[1], p.padding[3])))
-    tap = Plane(replace(p, dilation=(1, 1)), sizes, fold).place(0, 0, "r", "s")
-    spare = tuple((0, at.bounds({"r": taps[0], "s": taps[1]})[1] + 1 - size)
-                  for at, size in zip(tap, (p.R, p.S), strict=True))
-    count = tiles[0] * tiles[1]
-
-    tile = Affine.of("te") * tiles[1] + "tf"
-    place = (*_at("n"), plane.number, *_at("d", tile))
-    pixel = (*_at("n"), plane.channel("d", channels), high - top, wide - left)
-    products = {"n": p.N, **outer, "t": count, "g": points[0], "h": points[1], "m": maps}
-    point = (*_at("g", "h", "n"), plane.number, *_at("m", "t"))
-    outputs = {"n": p.N, **outer, "ye": tiles[0], "yf": tiles[1], "o": maps}
-    tile_out = (*_at("n"), plane.number, *_at("o", Affine.of("ye") * tiles[1] + "yf"))
-    map_out, group = plane.channel("o", maps), _at("group" if p.groups > 1 else 0)
-    e, f = plane.place("ye", "yf", "i", "j")
-    last = {**outputs, "i": sizes[0], "j": sizes[1]}
-    inside = tuple(at - size for at, size in ((e, p.E), (f, p.F)) if at.bounds(last)[1] >= size)
-    deep, deep_out = (p.N, planes, channels, count), (p.N, planes, maps, count)
-    bind = {"zw": p.groups, "mw": maps, "cw": channels}
-    weight = (Affine.of("zw") * maps + "mw", Affine.of("cw"), *tap)
-
-    tensors = [
-        _tensor("x", "nchw", p.input_shape, "input", LAYOUTS[layout], border),
-        _tensor("w", "mcrs", p.weight_shape, "weight", border=((0, 0), (0, 0), *spare)),
-        _tensor("y", "nchw", p.output_shape, "output", LAYOUTS[layout]),
-        _constant("A", "gr", dense_array(column.filter)), _constant("A'", "hs", dense_array(row.filter)),
-        _tensor("a", "gszmc", (points[0], taps[1], p.groups, maps, channels), "local"),
-        _tensor("u", "ghzmc", (*points, p.groups, maps, channels), "local"),
-        _tensor("vx", "plnzct", (points[0], reads[1], *deep), "local"),
-        _tensor("v", "ghnzct", (*points, *deep), "local"),
-        _tensor("s", "ghnzmt", (*points, *deep_out), "local"),
-        _tensor("t", "ghnzmt", (*points, *deep_out), "local"),
-        _tensor("yt", "iqnzmt", (sizes[0], points[1], *deep_out), "local"),
-    ]
-    if p.bias:
-        tensors.append(_tensor("b", "m", (p.M,), "weight"))
-    if p.residual:
-        tensors.append(_tensor("z", "nchw", p.output_shape, "input", LAYOUTS[layout]))
-
-    def transform(name: str, constant: str, of: Transform, loops: dict[str, int], names: tuple[str, str],
-                  index: Callable[[str], Index], source: tuple[str, Index], letters: str, shape: tuple[int, ...],
-                  start: Value = Const(0.0)) -> list[Stage]:  # noqa: B008
-        """A sum for each factor: name1 = constant1 source, name2 = constant2 name1, ..."""
-        stages: list[Stage] = []
-        for number, factor in enumerate(of.factors, 1):
-            result, (to, over) = f"{name}{number}", (f"{names[0]}{number}", f"{names[1]}{number}")
-            rows = len(factor.rows)
-            tensors.append(_constant(f"{constant}{number}", letters[0] + names[1][0], factor.array()))
-            tensors.append(_tensor(result, letters, (rows, *shape), "local"))
-            read = source if number == 1 else (f"{name}{number - 1}", index(over))
-            stages += _sum(result, index(to), {**loops, to: rows}, {over: factor.columns},
-                           (f"{constant}{number}", _at(to, over)), read,
-                           start if number == len(of.factors) else Const(0.0))
-        return stages
-
-    bx, bxb, ct, ctc = (f"{name}{len(of.factors)}" for name, of in (
-        ("bx", column.input), ("bxb", row.input), ("ct", column.output), ("ctc", row.output)))
-    result: Value = Load(ctc, (*_at("j", "i"), *tile_out))
-    if p.residual:
-        result = Op("add", (result, Load("z", (*_at("n"), map_out, e, f))))
-    stages = [
-        *_sum("a", _at("g", "s", *bind), {"g": points[0], "s": taps[1], **bind}, {"r": taps[0]},
-              ("A", _at("g", "r")), ("w", weight), when="bind"),
-        *_sum("u", _at("g", "h", *bind), {"g": points[0], "h": points[1], **bind}, {"s": taps[1]},
-              ("A'", _at("h", "s")), ("a", _at("g", "s", *bind)), when="bind"),
-        *transform("bx", "B", column.input, {**inputs, "lx": reads[1]}, ("px", "k"),
-                   lambda at: (*_at(at, "lx"), *place), ("x", pixel), "plnzct", (reads[1], *deep)),
-        _stage({**inputs, "lx": reads[1], "px": points[0]}, "vx", (*_at("px", "lx"), *place),
-               Load(bx, (*_at("px", "lx"), *place))),
-        *transform("bxb", "B'", row.input, {**inputs, "p": points[0]}, ("q", "l"),
-                   lambda at: (*_at(at, "p"), *place), ("vx", (*_at("p", "l1"), *place)), "qpnzct", (points[0], *deep)),
-        _stage({**inputs, "p": points[0], "q": points[1]}, "v", (*_at("p", "q"), *place),
-               Load(bxb, (*_at("q", "p"), *place))),
-        *_sum("s", point, products, {"c": channels},
-              ("v", (*_at("g", "h", "n"), plane.number, *_at("c", "t"))),
-              ("u", (*_at("g", "h"), *group, *_at("m", "c")))),
-        _stage(products, "t", point, Load("s", point)),
-        *transform("ct", "C", column.output, {**outputs, "qy": points[1]}, ("iy", "pc"),
-                   lambda at: (*_at(at, "qy"), *tile_out), ("t", (*_at("pc1", "qy"), *tile_out)), "iqnzmt",
-                   (points[1], *deep_out)),
-        _stage({**outputs, "qy": points[1], "iy": sizes[0]}, "yt", (*_at("iy", "qy"), *tile_out),
-               Load(ct, (*_at("iy", "qy"), *tile_out))),
-        *transform("ctc", "C'", row.output, {**outputs, "i": sizes[0]}, ("j", "qc"),
-                   lambda at: (*_at(at, "i"), *tile_out), ("yt", (*_at("i", "qc1"), *tile_out)), "jinzmt",
-                   (sizes[0], *deep_out), start=Load("b", (map_out,)) if p.bias else Const(0.0)),
-        _stage({**outputs, "i": sizes[0], "j": sizes[1]}, "y", (*_at("n"), map_out, e, f),
-               activation(p.activation, result), inside),
-    ]
-    return Program(p.text, tuple(tensors), tuple(stages))
+    lowering = _Lowering(problem, column, row, layout, fold)
+    lowering.require_fit()
+    parts = (lowering.filter(), lowering.input(), lowering.product(), lowering.output())
+    return Program(problem.text, tuple(tensor for part in parts for tensor in part.tensors),
+                   tuple(stage for part in parts for stage in part.stages))
 
 
-def _require_fit(p: Conv2d, outputs: tuple[int, int], taps: tuple[int, int], reads: tuple[int, int],
-                 fold: Fold) -> None:
-    """Raise LoweringError unless tiles of such sizes compute the problem."""
-    if any(s > 1 and d > 1 for s, d in zip(p.stride, p.dilation, strict=True)):
-        raise LoweringError(f"{p.text} has a stride and a dilation along one axis; use direct")
-    if fold and (p.stride != (1, 1) or p.dilation != (1, 1)):
-        raise LoweringError(f"{p.text} has a stride or a dilation, and folds to no plane; use direct")
-    needed = tuple((k - 1) * s + r for k, s, r in zip(outputs, p.stride, taps, strict=True))
-    if reads != needed or (not fold and taps != (p.R, p.S)):
-        raise LoweringError(f"an algorithm of {taps} taps that reads {reads} pixels for {outputs} outputs does not "
-                            f"compute {p.text}: give one of {(p.R, p.S)} taps that reads {needed}")
+class _Part(NamedTuple):
+    """Some stages, and the tensors that they are the first to use."""
+
+    tensors: list[Tensor]
+    stages: list[Stage]
+
+
+@dataclass(frozen=True)
+class _Lowering:
+    """What the stages have in common."""
+
+    problem: Conv2d
+    column: Bilinear
+    row: Bilinear
+    layout: str
+    fold: Fold
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Outputs of a tile along columns and rows."""
+        return self.column.output.rows, self.row.output.rows
+
+    @property
+    def points(self) -> tuple[int, int]:
+        """Products of a tile."""
+        return self.column.rank, self.row.rank
+
+    @property
+    def taps(self) -> tuple[int, int]:
+        return self.column.filter.columns, self.row.filter.columns
+
+    @property
+    def reads(self) -> tuple[int, int]:
+        """Pixels that a tile reads."""
+        return self.column.input.columns, self.row.input.columns
+
+    @cached_property
+    def plane(self) -> Plane:
+        return Plane(self.problem, self.sizes, self.fold)
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of a plane."""
+        return self.plane.tiles[0] * self.plane.tiles[1]
+
+    @property
+    def channels(self) -> int:
+        """Input channels of a group."""
+        return self.problem.C // self.problem.groups
+
+    @property
+    def maps(self) -> int:
+        """Output channels of a group."""
+        return self.problem.M // self.problem.groups
+
+    def deep(self, channels: int) -> tuple[int, ...]:
+        """The axes n, z, channels and t of a tensor of transformed data."""
+        planes = self.plane.number.bounds(self.plane.loops)[1] + 1
+        return self.problem.N, planes, channels, self.tiles
+
+    def at(self, channel: str, te: str, tf: str) -> Index:
+        """The place of a tile along these axes."""
+        tile = Affine.of(te) * self.plane.tiles[1] + tf
+        return (*_at("n"), self.plane.number, *_at(channel, tile))
+
+    def loops(self, **inner: int) -> dict[str, int]:
+        """The loops of stages: over images and planes, then the given ones."""
+        return {"n": self.problem.N, **self.plane.loops, **inner}
+
+    def require_fit(self) -> None:
+        """Raise LoweringError unless the algorithms compute the problem."""
+        p = self.problem
+        if any(s > 1 and d > 1 for s, d in zip(p.stride, p.dilation, strict=True)):
+            raise LoweringError(f"{p.text} has a stride and a dilation along one axis; use direct")
+        if self.fold and (p.stride != (1, 1) or p.dilation != (1, 1)):
+            raise LoweringError(f"{p.text} has a stride or a dilation, and folds to no plane; use direct")
+        needed = tuple((k - 1) * s + r for k, s, r in zip(self.sizes, p.stride, self.taps, strict=True))
+        if self.reads != needed or (not self.fold and self.taps != (p.R, p.S)):
+            raise LoweringError(f"an algorithm of {self.taps} taps that reads {self.reads} pixels for {self.sizes} "
+                                f"outputs does not compute {p.text}: give one of {(p.R, p.S)} taps that reads {needed}")
+
+    def filter(self) -> _Part:
+        """``u`` of ``w``, when weights are bound."""
+        p = self.problem
+        tap = Plane(replace(p, dilation=(1, 1)), self.sizes, self.fold).place(0, 0, "r", "s")
+        spare = tuple((0, at.bounds({"r": self.taps[0], "s": self.taps[1]})[1] + 1 - size)
+                      for at, size in zip(tap, (p.R, p.S), strict=True))
+        channels = {"zw": p.groups, "mw": self.maps, "cw": self.channels}
+        weight = (Affine.of("zw") * self.maps + "mw", Affine.of("cw"), *tap)
+        (g, h), s = self.points, self.taps[1]
+        return _Part([
+            _tensor("w", "mcrs", p.weight_shape, "weight", border=((0, 0), (0, 0), *spare)),
+            _constant("A", "gr", dense_array(self.column.filter)), _constant("A'", "hs", dense_array(self.row.filter)),
+            _tensor("a", "gszmc", (g, s, *channels.values()), "local"),
+            _tensor("u", "ghzmc", (g, h, *channels.values()), "local"),
+        ], [
+            *_sum("a", _at("g", "s", *channels), {"g": g, "s": s, **channels}, {"r": self.taps[0]},
+                  ("A", _at("g", "r")), ("w", weight), when="bind"),
+            *_sum("u", _at("g", "h", *channels), {"g": g, "h": h, **channels}, {"s": s},
+                  ("A'", _at("h", "s")), ("a", _at("g", "s", *channels)), when="bind"),
+        ])
+
+    def input(self) -> _Part:
+        """``v`` of ``x``, by way of ``vx``, whose columns are transformed."""
+        p, (top, left) = self.problem, self.problem.padding[:2]
+        loops = self.loops(te=self.plane.tiles[0], tf=self.plane.tiles[1], d=self.channels)
+        place, deep = self.at("d", "te", "tf"), self.deep(self.channels)
+        high, wide = self.plane.place("te", "tf", "k1", "lx", p.stride)
+        last = {**loops, "k1": self.reads[0], "lx": self.reads[1]}
+        past = [position.bounds(last)[1] - before - extent + 1 for position, before, extent
+                in zip((high, wide), (top, left), (p.H, p.W), strict=True)]
+        border = ((0, 0), (0, 0), (top, max(past[0], p.padding[2])), (left, max(past[1], p.padding[3])))
+        pixel = (*_at("n"), self.plane.channel("d", self.channels), high - top, wide - left)
+        columns, rows = {**loops, "lx": self.reads[1]}, {**loops, "p": self.points[0]}
+        bx = _factors("bx", "B", self.column.input, columns, ("px", "k"), lambda at: (*_at(at, "lx"), *place),
+                      ("x", pixel), "plnzct", (self.reads[1], *deep))
+        bxb = _factors("bxb", "B'", self.row.input, rows, ("q", "l"), lambda at: (*_at(at, "p"), *place),
+                       ("vx", (*_at("p", "l1"), *place)), "qpnzct", (self.points[0], *deep))
+        return _Part([
+            _tensor("x", "nchw", p.input_shape, "input", LAYOUTS[self.layout], border), *bx.tensors, *bxb.tensors,
+            _tensor("vx", "plnzct", (self.points[0], self.reads[1], *deep), "local"),
+            _tensor("v", "ghnzct", (*self.points, *deep), "local"),
+        ], [
+            *bx.stages, _copy("vx", (*_at("px", "lx"), *place), bx.tensors[-1].name, (*_at("px", "lx"), *place),
+                              {**columns, "px": self.points[0]}),
+            *bxb.stages, _copy("v", (*_at("p", "q"), *place), bxb.tensors[-1].name, (*_at("q", "p"), *place),
+                               {**rows, "q": self.points[1]}),
+        ])
+
+    def product(self) -> _Part:
+        """``t`` of ``u`` and ``v``."""
+        g, h = self.points
+        loops = self.loops(t=self.tiles, g=g, h=h, m=self.maps)
+        point = (*_at("g", "h", "n"), self.plane.number, *_at("m", "t"))
+        group = "group" if self.problem.groups > 1 else 0
+        shape = (g, h, *self.deep(self.maps))
+        return _Part([_tensor("s", "ghnzmt", shape, "local"), _tensor("t", "ghnzmt", shape, "local")], [
+            *_sum("s", point, loops, {"c": self.channels},
+                  ("v", (*_at("g", "h", "n"), self.plane.number, *_at("c", "t"))),
+                  ("u", _at("g", "h", group, "m", "c"))),
+            _copy("t", point, "s", point, loops),
+        ])
+
+    def output(self) -> _Part:
+        """``y`` of ``t``, by way of ``yt``, whose columns are transformed."""
+        p, (high, wide) = self.problem, self.sizes
+        loops = self.loops(ye=self.plane.tiles[0], yf=self.plane.tiles[1], o=self.maps)
+        place, deep = self.at("o", "ye", "yf"), self.deep(self.maps)
+        channel, (e, f) = self.plane.channel("o", self.maps), self.plane.place("ye", "yf", "i", "j")
+        columns, rows = {**loops, "qy": self.points[1]}, {**loops, "i": high}
+        ct = _factors("ct", "C", self.column.output, columns, ("iy", "pc"), lambda at: (*_at(at, "qy"), *place),
+                      ("t", (*_at("pc1", "qy"), *place)), "iqnzmt", (self.points[1], *deep))
+        ctc = _factors("ctc", "C'", self.row.output, rows, ("j", "qc"), lambda at: (*_at(at, "i"), *place),
+                       ("yt", (*_at("i", "qc1"), *place)), "jinzmt", (high, *deep),
+                       start=Load("b", (channel,)) if p.bias else Const(0.0))
+        tensors = [*ct.tensors, *ctc.tensors, _tensor("yt", "iqnzmt", (high, self.points[1], *deep), "local"),
+                   _tensor("y", "nchw", p.output_shape, "output", LAYOUTS[self.layout])]
+        result: Value = Load(ctc.tensors[-1].name, (*_at("j", "i"), *place))
+        if p.bias:
+            tensors.append(_tensor("b", "m", (p.M,), "weight"))
+        if p.residual:
+            tensors.append(_tensor("z", "nchw", p.output_shape, "input", LAYOUTS[self.layout]))
+            result = Op("add", (result, Load("z", (*_at("n"), channel, e, f))))
+        result, last = activation(p.activation, result), {**rows, "j": wide}
+        inside = tuple(at - size for at, size in ((e, p.E), (f, p.F)) if at.bounds(last)[1] >= size)
+        return _Part(tensors, [
+            *ct.stages, _copy("yt", (*_at("iy", "qy"), *place), ct.tensors[-1].name, (*_at("iy", "qy"), *place),
+                              {**columns, "iy": high}),
+            *ctc.stages, Stage("y", nested(last, Store("y", (*_at("n"), channel, e, f), result, inside))),
+        ])
+
+
+def _factors(name: str, constant: str, of: Transform, loops: dict[str, int], names: tuple[str, str],
+             index: Callable[[str], Index], source: tuple[str, Index], letters: str, shape: tuple[int, ...],
+             start: Value = Const(0.0)) -> _Part:  # noqa: B008
+    """A sum for each factor, name1 = constant1 source, name2 = constant2 name1, ...; the last tensor is the result.
+
+    ``names`` are those of the loops over a factor's rows and columns; ``index`` places a row in the result.
+    """
+    tensors: list[Tensor] = []
+    stages: list[Stage] = []
+    for number, factor in enumerate(of.factors, 1):
+        result, (to, over) = f"{name}{number}", (f"{names[0]}{number}", f"{names[1]}{number}")
+        rows = len(factor.rows)
+        tensors += [_constant(f"{constant}{number}", letters[0] + names[1][0], factor.array()),
+                    _tensor(result, letters, (rows, *shape), "local")]
+        stages += _sum(result, index(to), {**loops, to: rows}, {over: factor.columns},
+                       (f"{constant}{number}", _at(to, over)), source,
+                       start if number == len(of.factors) else Const(0.0))
+        source = (result, index(f"{names[1]}{number + 1}"))
+    return _Part(tensors, stages)
 
 
 def _at(*parts: Affine | str | int) -> Index:
@@ -275,9 +286,8 @@ def _constant(name: str, letters: str, matrix: NDArray[np.float64]) -> Tensor:
                   values=tuple(map(float, np.ravel(matrix))))
 
 
-def _stage(loops: dict[str, int], target: str, index: Index, value: Value,
-           where: tuple[Affine, ...] = (), when: When = "run") -> Stage:
-    return Stage(target, nested(loops, Store(target, index, value, where)), when)
+def _copy(target: str, index: Index, source: str, place: Index, loops: dict[str, int]) -> Stage:
+    return Stage(target, nested(loops, Store(target, index, Load(source, place))))
 
 
 def _sum(target: str, index: Index, loops: dict[str, int], inner: dict[str, int],
@@ -285,5 +295,5 @@ def _sum(target: str, index: Index, loops: dict[str, int], inner: dict[str, int]
          when: When = "run") -> tuple[Stage, Stage]:
     """``target = start + sum over the inner loops of factor * other``, as two stages."""
     product = Op("mul", (Load(*factor), Load(*other)))
-    return (replace(_stage(loops, target, index, start, when=when), name=f"{target}.start"),
+    return (Stage(f"{target}.start", nested(loops, Store(target, index, start)), when),
             Stage(target, nested({**loops, **inner}, Reduce(target, index, product)), when))

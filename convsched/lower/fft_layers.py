@@ -8,8 +8,9 @@ from fractions import Fraction
 from convsched.bilinear import Bilinear, Matrix, Transform, direct
 from convsched.errors import LoweringError
 from convsched.ir import Program
-from convsched.lower.bilinear import Fold, Plane, Shape, dense_array, lower_bilinear
+from convsched.lower.bilinear import dense_array, lower_bilinear
 from convsched.lower.fft import part_of_tile
+from convsched.lower.plane import Fold, Plane, Shape
 from convsched.problem import Conv2d
 
 LONGEST = 64, 128  # points of a tile by default, the latter only where need be: its code takes seconds to compile
