@@ -68,8 +68,9 @@ class Prediction:
     ``adverse``: the same where one input channel is far greater than all others.
     ``worst``: never exceeded by max |error| / rms(output) where all filters and all tiles have the same norm and
     the outputs the rms that independent data gives them.
-    ``norm_bound``: max |error| <= norm_bound max |w| max |x| for all data, in 2-norms of one output channel's
-    filter and of one tile, each over all input channels.
+    ``norm_bound``: max |error| <= norm_bound max |w| max |x| for all data, in 2-norms of what the matrices take at
+    once, over all input channels: one output channel's filter and one tile; of Strassen's blocks, the filters of
+    2^levels output channels and as many pixels.
     """
 
     expected: float
