@@ -28,7 +28,7 @@ MOST_TAPS = 5  # of a row; each that reaches over a border has a copy of the nes
 TRANSFORM = 13  # FMAs of one vector at one point of a tile: transformed, stored, loaded again
 TILE_STEP = 1.0  # FMAs of loading a vector of weights and looping, for each step of a register tile
 L3_VECTOR, MEMORY_VECTOR = 4, 12  # FMAs in the time that a vector takes from L3 and from memory
-FEW_TILES = 64  # of a block, up to which its filter is fetched ahead
+FEW_TILES = 128  # of a block, up to which its filter is fetched ahead
 PREFETCH = 16  # iterations of the loop over channels
 COPY_PENALTY = 0.01  # of an own copy of the nest for a remainder: code to compile and to fetch
 
@@ -236,7 +236,7 @@ def default_tiles(problem: Conv2d, shape: Shape, machine: Machine, layout: str =
     unroll = next(u for u in (most, 4, 1) if problem.C // problem.groups % u == 0)
     filters = 4 * shape.points[0] * shape.points[1] * problem.weights // (problem.R * problem.S)
     tiles = best.block * Plane(problem, shape.outputs, shape.fold).tiles[1]
-    few = filters > machine.l2 and tiles <= FEW_TILES  # not enough work for the caches to bring the filter in time
+    few = filters > 8 * machine.l2 and tiles <= FEW_TILES  # too little work for the caches to bring it in time
     return Tiles(machine.lanes, shape, best.block, best.vectors, best.pixels, unroll, by_lines, PREFETCH if few else 0)
 
 
@@ -272,7 +272,7 @@ def _blocking(plane: Plane, points: tuple[int, int], block: int, machine: Machin
     l3, memory = machine.vector_bytes / L3_VECTOR, machine.vector_bytes / MEMORY_VECTOR
     moved = 0 if 2 * filters <= machine.l2 else filters / l3 if 2 * filters <= machine.l3 else filters / memory
     if transformed > 2 * machine.l2:
-        moved += 2 * transformed / (l3 if 2 * transformed <= machine.l3 else memory)
+        moved += 2 * transformed / (l3 if 2 * transformed + filters <= machine.l3 else memory)
     time = rank * (channels * steps + TRANSFORM * tiles * (deep + whole)) + moved
     planes = problem.N * problem.groups * problem.dilation[0] * problem.dilation[1]
     return Blocking(block, vectors, pixels, planes * -(-rows // block // threads) * time)
