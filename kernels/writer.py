@@ -1,7 +1,9 @@
 """LLVM IR as text: fresh names, blocks, scopes with hoisted pointers, declarations.
 
 A scope is the body of one run-time loop. A pointer that depends on the loops down to some scope is computed
-once at the start of that scope's body, so that the innermost loop only adds constants to it.
+once at the start of that scope's body, so that the innermost loop only adds constants to it. It passes through an empty
+piece of assembler, which hides how it was computed: LLVM's pass over loops (strength reduction) would otherwise take
+every constant distance from it for a pointer of its own, run out of registers and reload them in the innermost loop.
 """
 
 from __future__ import annotations
