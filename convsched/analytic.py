@@ -24,6 +24,7 @@ LOAD, OWN_LOAD = 1.0, 1.3  # of a load, where FMAs broadcast as they load, and w
 BROADCAST = 0.03  # of an input element from L1
 FULL_SQUARE = 150  # cycles to transpose and store 16 x 16 elements
 PART_SQUARE = 240  # the same where rows are cut short: masked stores
+WAYS, EVICTED = 8, 2  # lines that a set of L1 holds, and the time of stores to more, whose lines leave half written
 MOST_TAPS = 5  # of a row; each that reaches over a border has a copy of the nest
 TRANSFORM = 13  # FMAs of one vector at one point of a tile: transformed, stored, loaded again
 TILE_STEP = 1.0  # FMAs of loading a vector of weights and looping, for each step of a register tile
@@ -54,7 +55,8 @@ def _tiles(extent: int, size: int) -> list[tuple[int, int]]:
 @dataclass(frozen=True)
 class _Tiling:
     """What a register tile is chosen for. ``sums``: products an output element sums. ``transposed``: the
-    output keeps pixels together, so a tile is transposed on its way out; ``packed``: the input is copied."""
+    output keeps pixels together, so a tile is transposed on its way out; ``packed``: the input is copied;
+    ``collides``: the same pixel of all output channels falls into one set of L1."""
 
     maps: int
     rows: int
@@ -62,6 +64,7 @@ class _Tiling:
     sums: int
     transposed: bool
     packed: bool
+    collides: bool = False
 
     def cycles(self, machine: Machine, vectors: int, height: int, width: int) -> float:
         """Cycles, in units of one FMA, of the whole layer, remainders included."""
@@ -77,6 +80,8 @@ class _Tiling:
         full, part = divmod(width, machine.lanes)
         squares = height * vectors * (full * FULL_SQUARE + (part > 0) * PART_SQUARE)
         stores = squares * machine.lanes / 16 if self.transposed else vectors * pixels
+        if self.collides and machine.lanes <= WAYS < vectors * machine.lanes:
+            stores *= EVICTED
         copied = 2 * height * -(-width // machine.lanes) * self.sums / sharers if self.packed else 0
         return self.sums * step + stores + copied
 
@@ -128,7 +133,8 @@ def _channels(problem: Problem, machine: Machine, layout: str, threads: int) -> 
         rows, columns = (1, problem.E * problem.F) if flat else (problem.E, problem.F)
     pack, skip = _input_copy(problem, machine, layout)
     tiling = _Tiling(maps, rows, columns, channels * taps, packed=pack == "packed",
-                     transposed=layout == "nchw" and isinstance(problem, Conv2d) and rows * columns > 1)
+                     transposed=layout == "nchw" and isinstance(problem, Conv2d) and rows * columns > 1,
+                     collides=isinstance(problem, Conv2d) and 4 * problem.E * problem.F % (machine.l1 // WAYS) == 0)
     vectors, height, width = _register_tile(tiling, machine, tallest=1 if "h" in skip else 4)
     depth, unroll = _sum_blocks(channels, channels if flat else 64)
     if flat:
@@ -271,8 +277,8 @@ def _blocking(plane: Plane, points: tuple[int, int], block: int, machine: Machin
     filters, transformed = 4 * rank * channels * maps, 4 * rank * tiles * (channels + maps)
     l3, memory = machine.vector_bytes / L3_VECTOR, machine.vector_bytes / MEMORY_VECTOR
     moved = 0 if 2 * filters <= machine.l2 else filters / l3 if 2 * filters <= machine.l3 else filters / memory
-    if transformed > 2 * machine.l2:
-        moved += 2 * transformed / (l3 if 2 * transformed + filters <= machine.l3 else memory)
+    if transformed > 2 * machine.l2:  # written, for which it is fetched, and read
+        moved += 3 * transformed / (l3 if 2 * transformed + filters <= machine.l3 else memory)
     time = rank * (channels * steps + TRANSFORM * tiles * (deep + whole)) + moved
     planes = problem.N * problem.groups * problem.dilation[0] * problem.dilation[1]
     return Blocking(block, vectors, pixels, planes * -(-rows // block // threads) * time)
