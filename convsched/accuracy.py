@@ -15,9 +15,10 @@ The greatest of N such errors is at most inf over t of (ln 2N + K(t)) / t in the
 cumulants. That is what is expected.
 
 Adverse. Where one channel is far greater than all others, nothing is averaged over channels: an error's variance
-depends on one filter and one tile, and partial sums have their full size from there on, for half of their terms in
-the mean. Over independent filters and tiles, of which some are drawn, the errors are a mixture of normal ones; the
-greatest of N is below z four times in five for N mean(P(|error| > z)) = 1 / 5.
+depends on one filter and one tile, and partial sums have their full size from there on: for half of their terms in
+the mean, and for all of them, which is what counts where sums alone round. Over independent filters and tiles, of
+which some are drawn, the errors are a mixture of normal ones; the greatest of N is below z four times in five for
+N mean(P(|error| > z)) = 1 / 5.
 
 Worst. Every rounding goes the same way at its greatest. With |M| for the product of the absolute factors of a
 transform, and n for the roundings on the longest path from input to output,
@@ -55,7 +56,7 @@ MEAN_ROUNDOFF = 0.42
 BOUNDS: dict[Accuracy, float] = {"strict": 1e-5, "normal": 5e-5, "fast": 2e-4}
 """The greatest max |error| / rms(output) to be expected that each class allows, adverse data included."""
 
-SAMPLES = 1 << 14  # elements of transformed tiles that are drawn for an adverse error
+DRAWN = 128  # filters, and as many tiles, for an adverse error; half of them for large algorithms
 
 Floats: TypeAlias = NDArray[np.float64]
 
@@ -124,9 +125,10 @@ def predict(triple: Bilinear, channels: int, outputs: int, block: int | None = N
     if blocks > 1:
         walks.append((1, walk * sqrt(step * blocks * (blocks + 1))))
     expected = UNIT * MEAN_ROUNDOFF * _greatest(normal, walks, outputs)
-    sigma = _concentrated(filters, inputs, output, input_noise, rounded.astype(float) + (step + blocks) / 2,
-                          _noise(C, a * b) / (np.square(output) @ (a * b)), terms_each) / np.sqrt(terms / channels)
-    adverse = UNIT * MEAN_ROUNDOFF * _exceeded(sigma, outputs)
+    at_full_size = (step + blocks) / (2 if input_noise.any() else 1)
+    sigma = _concentrated(filters, inputs, output, input_noise, rounded.astype(float) + at_full_size,
+                          _noise(C, a * b) / (np.square(output) @ (a * b)), terms_each)
+    adverse = UNIT * MEAN_ROUNDOFF * _exceeded(sigma / sqrt(float(terms.min()) / channels), outputs)
 
     path = 1 + _roundings(B) + _roundings(C) + step + blocks
     sizes = np.linalg.norm(_product(A, absolute=True), axis=1) * np.linalg.norm(_product(B, absolute=True), axis=1)
@@ -138,19 +140,21 @@ def predict(triple: Bilinear, channels: int, outputs: int, block: int | None = N
 
 def _concentrated(filters: Floats, inputs: Floats, output: Floats, input_noise: Floats, roundings: Floats,
                   output_noise: Floats, terms: int) -> Floats:
-    """Standard deviations of the errors of one channel, a row for each filter and tile drawn, over u MEAN_ROUNDOFF.
+    """Standard deviations of the errors of one channel, for each filter and tile drawn, over u MEAN_ROUNDOFF; of the
+    output of a tile that has the most.
 
     The channel has ``terms`` of each sum. The products are rounded ``roundings`` times at their full size;
     ``input_noise`` and ``output_noise`` are the variances that the transforms add, the latter over that of the output.
     """
-    random, count = np.random.default_rng(0), max(64, SAMPLES // (len(filters) * terms))
+    random, count = np.random.default_rng(0), DRAWN if len(filters) <= DRAWN else DRAWN // 2
     u = random.standard_normal((count, terms, filters.shape[1])) @ filters.T
     tiles = random.standard_normal((count, terms, inputs.shape[1]))
-    products = np.square((u * (tiles @ inputs.T)).sum(1)) / terms
-    rounded = (np.square(u) * np.square(tiles).mean(2, keepdims=True)).mean(1) * input_noise
+    products = np.square(np.einsum("fkp,tkp->ftp", u, tiles @ inputs.T)) / terms
+    level = np.square(tiles).mean(2)
+    rounded = np.einsum("fkp,tk->ftp", np.square(u), level) / terms * input_noise
     weights = np.square(output).T
     noise = (rounded + products * roundings) @ weights + products @ weights * output_noise
-    found: Floats = np.sqrt(noise)
+    found: Floats = np.sqrt(noise[:, :, np.argmax(noise.mean((0, 1)))])
     return found
 
 
