@@ -203,9 +203,9 @@ def test_classes(errors: float, classes: Sequence[str]) -> None:
 
 @pytest.mark.parametrize(("name", "accuracy"), [
     ("F(2,3)", "strict"), ("FFT(16,7)", "strict"), ("F(4,3)", "normal"), ("F(2,5)", "normal"),
-    ("Strassen 1", "normal"), ("F(6,3)", "fast"), ("F(4,5)", "fast"),
+    ("Strassen 1", "normal"), ("F(6,3)", None), ("F(4,5)", "fast"), ("F(2,7)", "fast"),
 ])
-def test_classes_of_a_common_layer(name: str, accuracy: str) -> None:
+def test_classes_of_a_common_layer(name: str, accuracy: str | None) -> None:
     """256 channels, 28 x 28 outputs."""
     assert predict(ALGORITHMS[name], 256, 256 * 28 * 28).accuracy == accuracy
 

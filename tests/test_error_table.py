@@ -64,7 +64,7 @@ def test_tiles_read_what_the_triples_read() -> None:
     program = named("fft(8)x(8)", problem).lower("nchw")
     tiles = errors.tiles_of(problem, "fft(8)x(8)")
     assert tiles.fold == "w"
-    assert tiles.reads == (program.tensor("B").shape[1], program.tensor("B'").shape[1])
+    assert tiles.reads == (program.tensor("B1").shape[1], program.tensor("B'1").shape[1])
 
 
 def test_the_filters_and_tiles_of_strassen_are_of_all_blocks() -> None:

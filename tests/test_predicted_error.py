@@ -123,7 +123,7 @@ def test_the_next_round_numbers_decide_nothing_wrongly() -> None:
 ])
 def test_a_named_algorithm_that_does_not_fit_is_refused(name: str, accuracy: Any, message: str) -> None:
     with pytest.raises(LoweringError, match=message):
-        cs.compile(Conv2d(512, 16, 3, input_size=14), algorithm=name, accuracy=accuracy, threads=1)
+        cs.compile(Conv2d(64, 16, 3, input_size=14), algorithm=name, accuracy=accuracy, threads=1)
 
 
 @pytest.mark.parametrize("options", [{"algorithm": "direct"}, {"schedule": ""}])
