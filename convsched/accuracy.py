@@ -152,9 +152,10 @@ def _concentrated(filters: Floats, inputs: Floats, output: Floats, input_noise: 
     products = np.square(np.einsum("fkp,tkp->ftp", u, tiles @ inputs.T)) / terms
     level = np.square(tiles).mean(2)
     rounded = np.einsum("fkp,tk->ftp", np.square(u), level) / terms * input_noise
-    weights = np.square(output).T
-    noise = (rounded + products * roundings) @ weights + products @ weights * output_noise
-    found: Floats = np.sqrt(noise[:, :, np.argmax(noise.mean((0, 1)))])
+    variances = rounded + products * roundings
+    most = int(np.argmax(np.square(output) @ variances.mean((0, 1))))
+    weights = np.square(output[most])
+    found: Floats = np.sqrt(variances @ weights + products @ weights * output_noise[most])
     return found
 
 
@@ -163,7 +164,7 @@ def _exceeded(sigma: Floats, count: int) -> float:
     bisection, with Mills' bound of the tail of a normal distribution."""
     low, high = 0.0, 12 * float(sigma.max()) or 1.0
     positive = sigma[sigma > 0]
-    for _ in range(24):
+    for _ in range(16):
         z = (low + high) / 2
         y = np.maximum(z / positive, 1.0)
         share = float((np.exp(-y * y / 2) / y).sum()) * sqrt(2 / pi) / sigma.size

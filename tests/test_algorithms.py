@@ -144,7 +144,7 @@ def test_im2col_with_any_recipe(data: st.DataObject, layout: str, stride: int, g
         parallel=data.draw(st.sampled_from(["pixels", "channels"]))), layout)
 
 
-@settings(QUICK, max_examples=40)
+@settings(QUICK, max_examples=25)
 @given(problem=dense((3, 3)) | dense((1, 5)) | dense((3, 1)) | dense((1, 1)), layout=st.sampled_from(LAYOUTS),
        threads=st.sampled_from([1, 2]), family=st.sampled_from(sorted(FAMILIES)))
 def test_kernels_of_each_family(problem: Conv2d, layout: Any, threads: int, family: str) -> None:
