@@ -16,9 +16,10 @@ cumulants. That is what is expected.
 
 Adverse. Where one channel is far greater than all others, nothing is averaged over channels: an error's variance
 depends on one filter and one tile, and partial sums have their full size from there on: for half of their terms in
-the mean, and for all of them, which is what counts where sums alone round. Over independent filters and tiles, of
-which some are drawn, the errors are a mixture of normal ones; the greatest of N is below z four times in five for
-N mean(P(|error| > z)) = 1 / 5.
+the mean. Where sums alone round and a channel has several of their terms, all of them are counted, as measured errors
+of direct convolution ask (`bench/errors.py`); with one term they stay below the mean. Over independent filters and
+tiles, of which some are drawn, the errors are a mixture of normal ones; the greatest of N is below z four times in
+five for N mean(P(|error| > z)) = 1 / 5.
 
 Worst. Every rounding goes the same way at its greatest. With |M| for the product of the absolute factors of a
 transform, and n for the roundings on the longest path from input to output,
@@ -125,7 +126,8 @@ def predict(triple: Bilinear, channels: int, outputs: int, block: int | None = N
     if blocks > 1:
         walks.append((1, walk * sqrt(step * blocks * (blocks + 1))))
     expected = UNIT * MEAN_ROUNDOFF * _greatest(normal, walks, outputs)
-    at_full_size = (step + blocks) / (2 if input_noise.any() else 1)
+    throughout = terms_each > 1 and not input_noise.any()
+    at_full_size = (step + blocks) / (1 if throughout else 2)
     sigma = _concentrated(filters, inputs, output, input_noise, rounded.astype(float) + at_full_size,
                           _noise(C, a * b) / (np.square(output) @ (a * b)), terms_each)
     adverse = UNIT * MEAN_ROUNDOFF * _exceeded(sigma / sqrt(float(terms.min()) / channels), outputs)

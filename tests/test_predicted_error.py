@@ -16,6 +16,7 @@ from convsched.kernels.arrays import to_layout
 from convsched.kernels.kernel import BoundKernel
 from convsched.machine import Machine
 from convsched.names import ACCURACIES, LAYOUTS
+from convsched.networks import NETWORKS, network
 from convsched.problem import Conv2d, Linear, Problem
 from convsched.reference import convolve
 
@@ -105,6 +106,12 @@ def test_predictions_count_the_products_of_an_output(problem: Problem) -> None:
     assert (one.terms, one.outputs) == ((300, 15) if isinstance(problem, Linear) else (18, 200))
     assert one.prediction == one.predict(one.terms, one.outputs)
     assert isinstance(cs.compile(problem, threads=1, cache=False).predicted_error, Prediction)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_direct_fits_the_default_class_for_every_layer_of_known_networks(name: str) -> None:
+    assert not [layer.problem.text for layer in network(name).layers
+                if not named("direct", layer.problem).fits("normal")]
 
 
 def test_the_next_round_numbers_decide_nothing_wrongly() -> None:
