@@ -44,7 +44,8 @@ def _around(target: Target, algorithm: Algorithm) -> Domain:
     default: Any = algorithm.default(target.machine, target.layout, target.threads)
     values: dict[str, tuple[Any, ...]] = {}
     for name, options in (("vectors", VECTORS), ("pixels", PIXELS), ("unroll", UNROLL),
-                          ("block", _blocks(target, default)), ("parallel", ("pixels", "channels"))):
+                          ("block", _blocks(target, default)), ("parallel", ("pixels", "channels")),
+                          ("indirect", (False, True))):
         if hasattr(default, name):
             values[name] = tuple(dict.fromkeys(sorted([*options, getattr(default, name)])))
     registers = target.machine.registers

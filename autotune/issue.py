@@ -19,7 +19,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from convsched.ir import Affine, Body, Index, Leaf, Loop, Op, Program, Reduce, Tensor, leaves, loads, matrix_of
@@ -96,8 +96,11 @@ class Issue:
         for statement in body:
             if not isinstance(statement, Loop):
                 yield statement, around
-            elif statement.kind in ("unroll", "vector") or statement.extent == 1:
+            elif statement.kind in ("unroll", "vector") or statement.iterations == 1:
                 extents = {**around.extents, statement.var: statement.extent}
+                if statement.kind == "digit":
+                    yield from self._straight(statement.body, replace(around, extents=extents))
+                    continue
                 lane = statement.var if statement.kind == "vector" and statement.extent > 1 else around.lane
                 unrolled = around.unrolled if lane == statement.var else {
                     **around.unrolled, statement.var: statement.extent}

@@ -154,6 +154,8 @@ class Traffic:
         if whole.fits(cache):
             return whole.bytes
         once = self._body(loop.body, cache)
+        if loop.kind == "digit":
+            return once
         if not self.of(loop.body).fits(cache):
             return {name: moved * loop.extent for name, moved in once.items()}
         return {name: min(moved * loop.extent, whole.bytes[name]) for name, moved in once.items()}

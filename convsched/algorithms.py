@@ -229,7 +229,9 @@ def members(problem: Problem, accuracy: Accuracy = "normal") -> tuple[str, ...]:
         sides = [OUTPUTS.get(r, MANY_TAPS) + (FAST_OUTPUTS.get(r, ()) if accuracy == "fast" else ()) for r in taps]
         found += ["winograd" + "x".join(dict.fromkeys(f"({m},{r})" for m, r in zip(outputs, taps, strict=True)))
                   for outputs in zip(*sides, strict=False)]
-        found += ["im2col", *(["fft"] if max(taps) >= FFT_TAPS else [])]
+        found += ["fft"] if max(taps) >= FFT_TAPS else []
+    if isinstance(problem, Conv2d) and not is_flat(problem):
+        found.append("im2col")
     if min(problem.M, problem.C) >= STRASSEN_CHANNELS:
         found += ["strassen(1)", "strassen(2)"]
     return tuple(found)

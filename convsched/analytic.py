@@ -285,12 +285,14 @@ def _blocking(plane: Plane, points: tuple[int, int], block: int, machine: Machin
 
 
 def default_toeplitz(problem: Conv2d, machine: Machine, layout: str = "nchw", threads: int = 1) -> Toeplitz:
-    """The recipe of im2col: the matrix of a block takes at most half of L2."""
+    """The recipe of im2col: indirect where a matrix would repeat elements; what a block copies takes at most half of
+    L2."""
     maps, sums = problem.M // problem.groups, problem.C // problem.groups * problem.R * problem.S
-    row_bytes = 4 * problem.C * problem.R * problem.S * problem.F
+    indirect = problem.R * problem.S > 1
+    row_bytes = 4 * problem.C * (problem.stride[0] * problem.W if indirect else problem.F)
     fits = [b for b in range(1, problem.E + 1) if problem.E % b == 0 and b * row_bytes <= machine.l2 // 2]
     block = max((b for b in fits if b * threads <= problem.E), default=1)
     tiling = _Tiling(maps, 1, block * problem.F, sums, transposed=layout == "nchw", packed=False)
     vectors, _, pixels = _register_tile(tiling, machine, tallest=1)
     channels = problem.C // problem.groups
-    return Toeplitz(machine.lanes, vectors, pixels, block, _sum_blocks(channels, channels)[1])
+    return Toeplitz(machine.lanes, vectors, pixels, block, _sum_blocks(channels, channels)[1], indirect=indirect)

@@ -36,6 +36,8 @@ def require_loop(program: Program, step: str, name: str) -> None:
     if name not in names:
         known = ", ".join(dict.fromkeys(names))
         raise fail(program, step, f"there is no loop {name}", f"use one of {known}")
+    if any(loop.kind == "digit" for stage in program.stages for loop in find_loops(stage.body, name)):
+        raise fail(program, step, f"{name} is a digit of other loops", "name one of these, or inline later", name)
 
 
 def require_new(program: Program, step: str, names: Sequence[str], loop: str) -> None:
@@ -80,11 +82,16 @@ def checked(before: Program, step: str, after: Program) -> Program:
     return after
 
 
-def _misplaced(body: Body, parallel: str | None = None) -> tuple[str, str, str] | None:
+def _misplaced(body: Body, parallel: str | None = None,
+               around: frozenset[str] = frozenset()) -> tuple[str, str, str] | None:
     """A loop where its kind may not be: its name, the rule, and the fix."""
     for loop in body:
         if not isinstance(loop, Loop):
             continue
+        outside = sorted(loop.of.variables - around)
+        if outside:
+            return (loop.var, f"{loop.var} would be outside {outside[0]}, of which it is a digit",
+                    "inline after the loops are in order")
         inside = next((s.var for s in loop.body if isinstance(s, Loop)), None)
         if loop.kind == "vector" and inside is not None:
             return (loop.var, f"{inside} would be inside the vector loop {loop.var}, which may hold "
@@ -92,7 +99,7 @@ def _misplaced(body: Body, parallel: str | None = None) -> tuple[str, str, str] 
         if loop.kind == "parallel" and parallel is not None:
             return (loop.var, f"{loop.var} would be parallel inside the parallel loop {parallel}",
                     "make one of them parallel")
-        found = _misplaced(loop.body, loop.var if loop.kind == "parallel" else parallel)
+        found = _misplaced(loop.body, loop.var if loop.kind == "parallel" else parallel, around | {loop.var})
         if found is not None:
             return found
     return None
@@ -144,7 +151,7 @@ def bounded(before: Program, program: Program) -> Program:
 
 def _runs(program: Program) -> int:
     """How many statements run, those that a guard turns off included."""
-    return sum(prod(loop.extent for loop in path) for stage in program.stages for path, _ in leaves(stage.body))
+    return sum(prod(loop.iterations for loop in path) for stage in program.stages for path, _ in leaves(stage.body))
 
 
 def _statements(program: Program, path: Sequence[Loop], leaf: Leaf) -> int:

@@ -62,6 +62,16 @@ def filtered(f: int, s: int, pad: int = 0) -> Program:
     return Program("filtered", tensors, stages)
 
 
+def unfolded(e: int, f: int) -> Program:
+    """Every other row of an image, by way of a copy ``i``, times a number."""
+    read = (Affine.of("e") * 2, Affine.of("f"))
+    tensors = (tensor("x", "hw", (2 * e, f), "input"), tensor("w", "", (), "weight"),
+               tensor("i", "p", (e * f,), "local"), tensor("y", "p", (e * f,), "output"))
+    stages = (Stage("i", nest({"e": e, "f": f}, Store("i", (Affine.of("e") * f + "f",), Load("x", read)))),
+              Stage("conv", nest({"p": e * f}, Store("y", at("p"), Op("mul", (Load("i", at("p")), Load("w", ())))))))
+    return Program("unfolded", tensors, stages)
+
+
 def tensor(name: str, letters: str, shape: tuple[int, ...], role: Role,
            border: tuple[tuple[int, int], ...] = ()) -> Tensor:
     """A densely stored tensor with one-letter axes."""

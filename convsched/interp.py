@@ -217,7 +217,7 @@ class _Run:
                 continue
             assert isinstance(statement, Loop)
             inside = {**extents, statement.var: statement.extent}
-            for value in range(statement.extent):
+            for value in _values(statement, outer):
                 self.body(statement.body, inside, {**outer, statement.var: value})
 
     def nest(self, loops: Sequence[Loop], leaf: Leaf, extents: Mapping[str, int],
@@ -225,9 +225,9 @@ class _Run:
         """One statement inside perfectly nested loops."""
         if self.copy(loops, leaf, extents, outer):
             return
-        points = math.prod(loop.extent for loop in loops)
+        points = math.prod(loop.iterations for loop in loops)
         if loops and (points > GRID or not self.is_simultaneous(loops, leaf, extents, outer)):
-            for value in range(loops[0].extent):
+            for value in _values(loops[0], outer):
                 self.nest(loops[1:], leaf, extents, {**outer, loops[0].var: value})
             return
         with np.errstate(all="ignore"):
@@ -236,14 +236,15 @@ class _Run:
     def grid(self, loops: Sequence[Loop], leaf: Leaf, extents: Mapping[str, int],
              outer: Mapping[str, int]) -> None:
         """Run a statement at all points of the loops at once, without those that a condition excludes."""
-        shape = tuple(loop.extent for loop in loops)
+        shape = tuple(loop.iterations for loop in loops)
         point = _grid_point(loops, outer)
         mask = _mask(leaf, point, shape)
         if mask is not None:
             if not mask.any():
                 return
             places = np.nonzero(mask)
-            point = {**outer, **{loop.var: place for loop, place in zip(loops, places, strict=True)}}
+            point = _with_digits(loops, {**outer, **{
+                loop.var: place for loop, place in zip(loops, places, strict=True)}})
             shape = (len(places[0]),)
         value = np.broadcast_to(self.value(leaf.value, point, extents), shape)
         address = _addresses(self.place(leaf.tensor, leaf.index, extents), point)
@@ -253,6 +254,8 @@ class _Run:
             return
         if mask is None:  # sum over the loops that the index does not depend on
             used = {name for a in leaf.index for name in a.variables}
+            for loop in reversed(loops):
+                used |= loop.of.variables if loop.var in used else frozenset()
             summed = tuple(axis for axis, loop in enumerate(loops) if loop.var not in used)
             value = value.sum(axis=summed, keepdims=True)
         np.add.at(flat, np.broadcast_to(address, value.shape).ravel(), value.ravel())
@@ -272,7 +275,7 @@ class _Run:
             return True
         if isinstance(leaf, Reduce) or any(index != leaf.index for index in own):
             return False
-        shape = tuple(loop.extent for loop in loops)
+        shape = tuple(loop.iterations for loop in loops)
         place = self.place(leaf.tensor, leaf.index, extents)
         address = np.broadcast_to(_addresses(place, _grid_point(loops, outer)), shape)
         return len(np.unique(address)) == address.size
@@ -282,7 +285,7 @@ class _Run:
         """Run a copy from one tensor to another as a strided assignment; False if it is not of that form."""
         if not loops or isinstance(leaf, Reduce) or not isinstance(leaf.value, Load):
             return False
-        if leaf.value.tensor == leaf.tensor:
+        if leaf.value.tensor == leaf.tensor or any(loop.kind == "digit" for loop in loops):
             return False
         target = self.place(leaf.tensor, leaf.index, extents)
         source = self.place(leaf.value.tensor, leaf.value.index, extents)
@@ -312,7 +315,21 @@ class _Run:
 
 
 def _grid_point(loops: Sequence[Loop], outer: Mapping[str, int]) -> Point:
-    return {**outer, **{lp.var: _axis(lp.extent, axis, len(loops)) for axis, lp in enumerate(loops)}}
+    return _with_digits(loops, {**outer, **{
+        lp.var: _axis(lp.iterations, axis, len(loops)) for axis, lp in enumerate(loops)}})
+
+
+def _with_digits(loops: Sequence[Loop], point: dict[str, int | npt.NDArray[np.intp]]) -> Point:
+    """A point of the loops with the values of those that run once."""
+    for loop in loops:
+        if loop.kind == "digit":
+            point[loop.var] = _evaluate(loop.of, point) // loop.step % loop.extent
+    return point
+
+
+def _values(loop: Loop, outer: Mapping[str, int]) -> Iterable[int]:
+    """The values that a loop's variable takes."""
+    return [loop.of.evaluate(outer) // loop.step % loop.extent] if loop.kind == "digit" else range(loop.extent)
 
 
 def _mask(leaf: Leaf, point: Point, shape: tuple[int, ...]) -> npt.NDArray[np.bool_] | None:

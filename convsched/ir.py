@@ -2,7 +2,7 @@
 
     Program  = tensors, stages                        Stage = name, when, body
     Body     = statements in order
-             | Loop(var, extent, body, kind, ahead)   kind: serial | unroll | vector | parallel
+             | Loop(var, extent, body, kind, ahead)   kind: serial | unroll | vector | parallel | digit
              | Store(tensor, index, value, where)     t[i, j] = v
              | Reduce(tensor, index, value, where)    t[i, j] += v
     Value    = Load(tensor, index) | Const(number) | Op(name, values)
@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
-Kind = Literal["serial", "unroll", "vector", "parallel"]
+Kind = Literal["serial", "unroll", "vector", "parallel", "digit"]
 Role = Literal["input", "weight", "output", "local", "register", "constant"]
 When = Literal["bind", "run"]
 
@@ -242,13 +242,20 @@ class Reduce:
 
 @dataclass(frozen=True, slots=True)
 class Loop:
-    """``for var < extent: body``."""
+    """``for var < extent: body``; of kind "digit", the body once, with ``var = of // step % extent``."""
 
     var: str
     extent: int
     body: Body
     kind: Kind = "serial"
     ahead: tuple[tuple[str, int], ...] = ()
+    of: Affine = Affine()
+    step: int = 1
+
+    @property
+    def iterations(self) -> int:
+        """How often the body runs."""
+        return 1 if self.kind == "digit" else self.extent
 
 
 Leaf = Store | Reduce
@@ -388,7 +395,15 @@ def substitute(body: Body, values: Mapping[str, Affine]) -> Body:
         used = (*leaf.index, *leaf.where, *(a for load in loads(leaf.value) for a in load.index))
         is_used = any(name in values for a in used for name, _ in a.terms)
         return map_indices(leaf, lambda a: a.substitute(values)) if is_used else leaf
-    return map_leaves(body, change)
+
+    def within(body: Body) -> Body:
+        return _rebuilt(body, [loop(s) if isinstance(s, Loop) else change(s) for s in body])
+
+    def loop(found: Loop) -> Loop:
+        inside, of = within(found.body), found.of.substitute(values)
+        return found if inside is found.body and of is found.of else replace(found, body=inside, of=of)
+
+    return within(body)
 
 
 def find_loops(body: Body, var: str) -> list[Loop]:

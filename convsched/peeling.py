@@ -145,6 +145,9 @@ def _overlapped(program: Program, step: str, loop: Loop) -> Body:
     guards = _guards(loop)
     if len(guards) != 1:
         raise fail(program, step, f"{len(guards)} guards depend on {loop.var}", "use peel", loop.var)
+    digit = next((d for around, _ in leaves(loop.body) for d in around if loop.var in d.of.variables), None)
+    if digit is not None:
+        raise fail(program, step, f"{digit.var} is a digit of {loop.var}", "use peel", loop.var)
     guard = next(iter(guards))
     factor = guard.coefficient(loop.var)
     position = Affine(guard.terms)
@@ -262,7 +265,7 @@ def prune(body: Body, extents: Mapping[str, int]) -> Body:
     for statement in body:
         if isinstance(statement, Loop):
             extent = statement.extent
-            if statement.kind not in ("vector", "parallel"):  # lanes and shares of threads stay as they are
+            if statement.kind not in ("vector", "parallel", "digit"):  # lanes, shares of threads, digits stay
                 extent = _needed(statement, extents)
             inside = prune(statement.body, {**extents, statement.var: extent})
             if inside:

@@ -199,17 +199,20 @@ def _pack_input(p: Channels, layout: str, outer: str, tiles: list[str], sums: li
         return [StageAt("x", outer, "packed", (*tiles, *sums, *inner), align), Reorder((*copied, pixel)),
                 Split(pixel, p.lanes, f"{pixel}_0", f"{pixel}_1", "mask" if p.pixels % p.lanes else "none"),
                 Unroll((f"{pixel}_0",)), Vectorize((f"{pixel}_1",))]
-    if p.pack == "window":
-        align = ((PADDED[layout], p.align),) if p.align else ()
-        order = {"nchw": ("n", "h", "c", "w"), "nhwc": ("n", "h", "w", "c"),
-                 "nchw16c": ("n", "c/16", "h", "w", "c%16")}[layout]
-        if layout == "nchw":
-            return [StageAt("x", outer, "window", order, align), Split("x.w", p.lanes, "x.w0", "x.w1", "mask"),
-                    Vectorize(("x.w1",))]
-        return [StageAt("x", outer, "window", order, align), Split("x.c", p.lanes, "x.c0", "x.c1", "mask"),
-                Reorder(("x.c0", "x.h", "x.w", "x.c1") if layout == "nchw16c" else
-                        ("x.h", "x.w", "x.c0", "x.c1")), Vectorize(("x.c1",))]
-    return []
+    return window(layout, outer, p.lanes, p.align) if p.pack == "window" else []
+
+
+def window(layout: str, outer: str, lanes: int, align: int = 0) -> list[Step]:
+    """A copy, in vectors, of the part of the input that one iteration of a loop reads, with its border as zeros."""
+    padded = ((PADDED[layout], align),) if align else ()
+    order = {"nchw": ("n", "h", "c", "w"), "nhwc": ("n", "h", "w", "c"),
+             "nchw16c": ("n", "c/16", "h", "w", "c%16")}[layout]
+    if layout == "nchw":
+        return [StageAt("x", outer, "window", order, padded), Split("x.w", lanes, "x.w0", "x.w1", "mask"),
+                Vectorize(("x.w1",))]
+    return [StageAt("x", outer, "window", order, padded), Split("x.c", lanes, "x.c0", "x.c1", "mask"),
+            Reorder(("x.c0", "x.h", "x.w", "x.c1") if layout == "nchw16c" else
+                    ("x.h", "x.w", "x.c0", "x.c1")), Vectorize(("x.c1",))]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ The text form is one step after another, separated by ``;``:
 
     split m 32 -> m0 m1 tail=mask; reorder m0 e c m1; fuse e f -> p; unroll m1; vectorize m2; parallel m0
     stage x at e window h c w align=h:16; layout w m0 c r s m1; attach epilogue at e; peel m0 last
-    prefetch w at c0 ahead=16
+    prefetch w at c0 ahead=16; inline i
 
 ``parse_schedule(schedule.text) == schedule`` for every schedule: a step checks its fields when it is made,
 so that no object can say what no text says.
@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import ClassVar, Literal, assert_never, get_args
 
-from convsched import fusing, peeling, placement, prefetching, skipping, steps
+from convsched import fusing, inlining, peeling, placement, prefetching, skipping, steps
 from convsched.checks import bounded, fail
 from convsched.errors import ScheduleError
 from convsched.ir import Program
@@ -205,6 +205,16 @@ class Attach(_Checked):
 
 
 @dataclass(frozen=True)
+class Inline(_Checked):
+    """Read what a stage copies into ``tensor`` where it lies; see ``inlining.inline``."""
+
+    tensor: str
+
+    def __str__(self) -> str:
+        return f"inline {self.tensor}"
+
+
+@dataclass(frozen=True)
 class Peel(_Checked):
     """An own copy of the nest for the first or last iteration; see ``peeling.peel``."""
 
@@ -238,7 +248,8 @@ class Prefetch(_Checked):
         return f"prefetch {self.tensor} at {self.at} ahead={self.ahead}"
 
 
-Step = Split | Reorder | Fuse | Unroll | Vectorize | Parallel | StageAt | Layout | Attach | Peel | Skip | Prefetch
+Step = (Split | Reorder | Fuse | Unroll | Vectorize | Parallel | StageAt | Layout | Attach | Inline | Peel | Skip
+        | Prefetch)
 
 
 @dataclass(frozen=True)
@@ -335,6 +346,8 @@ def apply_step(program: Program, step: Step) -> Program:
             return placement.layout(program, step.tensor, step.order)
         case Attach():
             return steps.attach(program, step.stage, step.at)
+        case Inline():
+            return inlining.inline(program, step.tensor)
         case Skip():
             return skipping.skip(program, step.tensor, step.axes)
         case Prefetch():
@@ -373,6 +386,7 @@ _FORMS: tuple[tuple[str, str, Callable[[dict[str, str]], Step]], ...] = (
      lambda m: Layout(m["tensor"], tuple(m["order"].split()))),
     ("attach STAGE at LOOP", rf"attach (?P<stage>{_NAME}) at (?P<at>{_NAME})",
      lambda m: Attach(m["stage"], m["at"])),
+    ("inline TENSOR", rf"inline (?P<tensor>{_NAME})", lambda m: Inline(m["tensor"])),
     ("skip TENSOR AXIS ...", rf"skip (?P<tensor>{_NAME}) (?P<axes>{_NAMES})",
      lambda m: Skip(m["tensor"], tuple(m["axes"].split()))),
     ("prefetch TENSOR at LOOP ahead=ITERATIONS",

@@ -2,7 +2,8 @@
 
 Each applies to every loop of the name it is given, in all stages and in all copies that ``peel`` made. It
 checks first and raises ``ScheduleError`` with the nest printed; the result is then legal by construction.
-``fuse`` is in ``fusing.py``, ``peel`` in ``peeling.py``; steps that place data are in ``placement.py``.
+``fuse`` is in ``fusing.py``, ``inline`` in ``inlining.py``, ``peel`` in ``peeling.py``; steps that place data are in
+``placement.py``.
 """
 
 from __future__ import annotations
@@ -255,7 +256,7 @@ def attach(program: Program, stage: str, at: str) -> Program:
         if len(a) != 1 or len(b) != 1 or not isinstance(a[0], Loop) or not isinstance(b[0], Loop):
             raise fail(program, step, f"the loops above {at} are not perfectly nested", "attach earlier", at)
         x, y = a[0], b[0]
-        if (x.var, x.extent, x.kind) != (y.var, y.extent, y.kind):
+        if (x.var, x.extent, x.kind, x.of, x.step) != (y.var, y.extent, y.kind, y.of, y.step):
             raise fail(program, step, f"{before.name} has {x.kind} {x.var} < {x.extent} where {after.name} "
                        f"has {y.kind} {y.var} < {y.extent}", "give both the same outer loops", at)
         extents = {**above, **extents_of(b), **extents_of(a)}

@@ -43,7 +43,7 @@ from convsched.ir import (
 
 WIDTH = 110  # columns
 
-_WORDS = {"serial": "for", "unroll": "unroll", "vector": "vector", "parallel": "parallel"}
+_WORDS = {"serial": "for", "unroll": "unroll", "vector": "vector", "parallel": "parallel", "digit": "with"}
 _INFIX = {"add": ("+", 1), "sub": ("-", 1), "mul": ("*", 2), "div": ("/", 2)}  # sign, how tightly it binds
 _NEG, _ATOM = 3, 4
 
@@ -120,7 +120,7 @@ def _marked(line: list[Loop], depth: int, mark: str | None) -> str:
 def _header(line: list[Loop]) -> str:
     parts = []
     for kind, group in groupby(line, key=lambda loop: loop.kind):
-        bounds = [f"{loop.var} < {loop.extent}{_ahead(loop)}" for loop in group]
+        bounds = [f"{loop.var} < {loop.extent}{_ahead(loop)}{_digit(loop)}" for loop in group]
         word = _WORDS[kind]
         parts += [f"{word} {', '.join(bounds)}:"] if kind in ("unroll", "vector") else [
             f"{word} {bound}:" for bound in bounds]
@@ -130,6 +130,14 @@ def _header(line: list[Loop]) -> str:
 def _ahead(loop: Loop) -> str:
     """What a loop fetches ahead of its use."""
     return "".join(f" ({tensor} {iterations} ahead)" for tensor, iterations in loop.ahead)
+
+
+def _digit(loop: Loop) -> str:
+    """What a loop that runs once is a digit of: ``e < 7 = p / 7`` is ``e = p // 7 % 7``."""
+    if loop.kind != "digit":
+        return ""
+    of = f"({loop.of})" if loop.step > 1 and (len(loop.of.terms) > 1 or loop.of.constant) else str(loop.of)
+    return f" = {of} / {loop.step}" if loop.step > 1 else f" = {of}"
 
 
 def _wrapped(text: str, depth: int) -> list[str]:

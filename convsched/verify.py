@@ -128,6 +128,8 @@ def _check_loops(stage: Stage, body: Body, path: tuple[Loop, ...]) -> None:
             rule = f"it is inside another loop {loop.var}"
         elif loop.kind == "vector" and any(isinstance(s, Loop) for s in loop.body):
             rule = "a vector loop may hold statements only"
+        elif loop.of.variables - {outer.var for outer in path} or loop.step < 1:
+            rule = f"it is digit {loop.step} of {loop.of}, which loops around it do not give"
         elif loop.kind == "parallel" and any(outer.kind == "parallel" for outer in path):
             rule = "it is inside another parallel loop"
         if rule:

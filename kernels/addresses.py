@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from convsched.address import Offset, offset
-from convsched.ir import Affine, Index, Tensor
+from convsched.ir import Affine, Index, Loop, Tensor
 from convsched.kernels.vectors import Mask, both, splat, vector_type
 from convsched.kernels.writer import Writer
 
@@ -133,6 +133,22 @@ class Addresses:
             return value
         literal = str(by) if count == 1 else f"splat (i64 {by})"
         return self.w.let(f"{operation} {vector_type(count, 'i64')} {value}, {literal}")
+
+    def digit(self, loop: Loop) -> int | str:
+        """The value of a loop that runs once: a number, or an i64 at the start of the scope it depends on."""
+        constant, terms, _ = self.point.split(loop.of, Lanes())
+        if not terms:
+            return constant // loop.step % loop.extent
+        depth = self.w.depth(terms)
+        held = self.w.scopes[depth].digits
+        key = (constant, tuple(terms), loop.step, loop.extent)
+        if key not in held:
+            with self.w.at_start(depth):
+                value = self._integer("udiv", self.value(loop.of, Lanes()), loop.step, 1)
+                inside = self.point.bounds(loop.of)[1] // loop.step < loop.extent
+                held[key] = value if inside else self._integer("urem", value, loop.extent, 1)
+        self.w.scopes[depth].variables.add(loop.var)
+        return held[key]
 
     # Masks
 

@@ -42,7 +42,7 @@ from convsched.kernels.vectors import (
     splat,
     vector_type,
 )
-from convsched.kernels.writer import Writer
+from convsched.kernels.writer import Scope, Writer
 from convsched.machine import Machine
 from convsched.prefetching import fetches
 
@@ -135,6 +135,8 @@ class _Emitter:
             for leaf in loop.body:
                 assert not isinstance(leaf, Loop)
                 self.leaf(leaf, Lanes(loop.var, loop.extent))
+        elif loop.kind == "digit":
+            self.digit(loop)
         elif loop.kind == "unroll" or (loop.extent == 1 and loop.kind != "parallel"):
             self.point.unrolled[loop.var] = loop.extent
             barrier = self.sums_over(loop)
@@ -147,6 +149,14 @@ class _Emitter:
         else:
             self.run_time_loop(loop)
         del self.point.extents[loop.var]
+
+    def digit(self, loop: Loop) -> None:
+        """A loop that runs once, for a value that is known or computed where the loops it depends on begin."""
+        value = self.memory.digit(loop)
+        values: dict[str, int] | dict[str, str] = self.point.known if isinstance(value, int) else self.point.dynamic
+        values[loop.var] = value  # type: ignore[assignment]
+        self.body(loop.body)
+        del values[loop.var]
 
     def sums_over(self, loop: Loop) -> bool:
         """Whether iterations add products of data to the same registers."""
@@ -178,7 +188,7 @@ class _Emitter:
         outside = dict(self.registers)
         self.registers.update(phis)
         self.point.dynamic[loop.var] = var
-        w.scopes.append(type(w.scopes[0])(loop.var))
+        w.scopes.append(Scope({loop.var}))
         w.label = head
         around, self.ahead = self.ahead, {**self.ahead, **fetches(self.program, loop)}
         self.body(loop.body)
@@ -400,7 +410,7 @@ def _on_stack(program: Program, stage: Stage) -> set[str]:
             if program.tensor(name).role != "register":
                 continue
             used = [kinds[v] for a in index for v in a.variables]
-            if any(lp.kind == "parallel" or (lp.kind == "serial" and lp.extent > 1) for lp in used):
+            if any(lp.kind in ("parallel", "digit") or (lp.kind == "serial" and lp.extent > 1) for lp in used):
                 stacked.add(name)
             width = next((lp.extent for lp in used if lp.kind == "vector"), 1)
             if seen.setdefault(name, width) != width:

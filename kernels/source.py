@@ -146,7 +146,11 @@ class _Printer:
         """The lines of statements inside loops of ``extents``."""
         indent = "    " * depth
         for statement in body:
-            if isinstance(statement, Loop):
+            if isinstance(statement, Loop) and statement.kind == "digit":
+                quotient = f"({self.affine(statement.of)}) // {statement.step}"
+                yield f"{indent}{self.variables[statement.var]} = {quotient} % {statement.extent}"
+                yield from self.body(statement.body, {**extents, statement.var: statement.extent}, depth)
+            elif isinstance(statement, Loop):
                 yield f"{indent}for {self.variables[statement.var]} in range({_share(statement)}):"
                 yield from self.body(statement.body, {**extents, statement.var: statement.extent}, depth + 1)
             elif statement.where:

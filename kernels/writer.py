@@ -18,13 +18,15 @@ ZEROS = "@zeros"  # a vector of zeros, of any width
 
 @dataclass
 class Scope:
-    """The body of a run-time loop; ``hoisted`` lines stand at its start."""
+    """The body of a run-time loop; ``hoisted`` lines stand at its start. ``variables`` are the loop's own, and those
+    of the digits that are computed there."""
 
-    var: str
+    variables: set[str]
     hoisted: list[str] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
     pointers: dict[tuple[str, str, int], str] = field(default_factory=dict)
     conditions: dict[tuple[object, ...], str] = field(default_factory=dict)
+    digits: dict[tuple[object, ...], str] = field(default_factory=dict)
 
 
 def float_literal(number: float) -> str:
@@ -42,7 +44,7 @@ class Writer:
 
     def __init__(self) -> None:
         self.counter = 0
-        self.scopes = [Scope("")]
+        self.scopes = [Scope(set())]
         self.label = "entry"
         self.declarations: set[str] = set()
         self.globals: dict[str, str] = {}
@@ -78,8 +80,11 @@ class Writer:
 
     def depth(self, terms: Sequence[tuple[str, str, int]]) -> int:
         """The innermost scope of a sum of terms (var, value, coefficient)."""
-        depth = {scope.var: i for i, scope in enumerate(self.scopes)}
-        return max((depth[var] for var, _, _ in terms), default=0)
+        return max((self.depth_of(var) for var, _, _ in terms), default=0)
+
+    def depth_of(self, var: str) -> int:
+        """The scope of a variable."""
+        return next(depth for depth, scope in enumerate(self.scopes) if var in scope.variables)
 
     @contextmanager
     def at_start(self, depth: int) -> Iterator[None]:
@@ -93,9 +98,8 @@ class Writer:
 
     def pointer(self, base: str, terms: list[tuple[str, str, int]]) -> str:
         """``base + sum(coefficient * value)`` floats, each term (var, value, coefficient) in its scope."""
-        depth = {scope.var: i for i, scope in enumerate(self.scopes)}
-        for var, value, coefficient in sorted(terms, key=lambda t: depth[t[0]]):
-            scope = self.scopes[depth[var]]
+        for var, value, coefficient in sorted(terms, key=lambda term: self.depth_of(term[0])):
+            scope = self.scopes[self.depth_of(var)]
             key = (base, value, coefficient)
             if key not in scope.pointers:
                 offset, moved, kept = self.fresh("o"), self.fresh("p"), self.fresh("p")

@@ -39,10 +39,11 @@ def test_members_that_apply_and_fit_have_a_domain() -> None:
     assert algorithms(Target(Conv2d(512, 512, 3, stride=2, padding=1, input_size=28), MACHINE)) == {
         *usual, "strassen(1)"}
     assert algorithms(Target(Linear(1024, 1024, batch_size=64), MACHINE)) == {"direct", "strassen(1)", "strassen(2)"}
+    assert members(Conv2d(8, 8, 1, 2, input_size=9)) == ("direct", "im2col")
     assert members(Conv2d(8, 8, (3, 5), input_size=9)) == (
         "direct", "winograd(4,3)x(2,5)", "winograd(2,3)x(4,5)", "im2col")
     assert members(Conv2d(8, 8, (1, 9), input_size=19)) == (
-        "direct", "winograd(2,9)", "winograd(4,9)", "im2col", "fft")
+        "direct", "winograd(2,9)", "winograd(4,9)", "fft", "im2col")
 
 
 def test_one_algorithm_may_be_asked_for() -> None:

@@ -22,6 +22,7 @@ from convsched.kernels.source import run_source
 from convsched.lower.plane import Plane
 from convsched.machine import Machine
 from convsched.problem import Conv2d, Linear, Problem
+from convsched.recipes import is_flat
 from convsched.reference import convolve
 from convsched.schedule import Schedule, apply, parse_schedule
 from convsched.tiles import Tiles
@@ -134,14 +135,32 @@ def test_kernels_of_split_layers(problem: Conv2d) -> None:
 @QUICK
 @given(data=st.data(), layout=st.sampled_from(LAYOUTS), stride=st.integers(1, 2), groups=st.sampled_from([1, 1, 2]))
 def test_im2col_with_any_recipe(data: st.DataObject, layout: str, stride: int, groups: int) -> None:
-    one = data.draw(dense(stride=stride).filter(lambda p: p.R * p.S > 1))
+    one = data.draw(dense(stride=stride).filter(lambda p: not is_flat(p)))
     problem = Conv2d(one.C * groups, one.M * groups, (one.R, one.S), stride, one.padding, groups=groups, bias=one.bias,
                      input_size=(one.H, one.W), activation=one.activation, residual=one.residual)
     check(problem, named("im2col", problem), Toeplitz(
         lanes=data.draw(st.sampled_from([4, 8, 16])), vectors=data.draw(st.integers(1, 3)),
         pixels=data.draw(st.integers(1, 9)), unroll=data.draw(st.sampled_from([1, 2, 4])),
         block=data.draw(st.sampled_from([b for b in range(1, problem.E + 1) if problem.E % b == 0])),
-        parallel=data.draw(st.sampled_from(["pixels", "channels"]))), layout)
+        parallel=data.draw(st.sampled_from(["pixels", "channels"])), indirect=data.draw(st.booleans())), layout)
+
+
+@pytest.mark.parametrize("indirect", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("problem", [
+    Conv2d(16, 20, 3, 2, padding=1, input_size=(14, 15), groups=2, activation="relu"),
+    Conv2d(9, 20, 3, input_size=(10, 11), batch_size=2), Conv2d(8, 16, 1, 2, input_size=(14, 14)),
+], ids=["padding", "no padding", "1x1"])
+def test_kernels_of_both_forms_of_im2col(problem: Conv2d, layout: Any, indirect: bool) -> None:
+    """The matrix stored or not: exact, on two threads, from the same program."""
+    schedule = Toeplitz(8, 2, 6, problem.E, 4, indirect=indirect).schedule(problem, layout)
+    kernel = cs.compile(problem, algorithm="im2col", schedule=schedule, layout=layout, threads=2, cache=False)
+    assert ("i" in kernel.program.by_name) is not indirect
+    rng = np.random.default_rng(0)
+    x, w, b = (rng.integers(-3, 4, shape).astype(np.float32) for shape in (
+        problem.input_shape, problem.weight_shape, problem.bias_shape))
+    y = from_layout(kernel(to_layout(x, layout), w, b), problem.output_shape, layout)
+    np.testing.assert_array_equal(y, convolve(problem, x, w, b))
 
 
 @settings(QUICK, max_examples=25)

@@ -19,7 +19,7 @@ ORDER = (  # left may not see right
     "bilinear sums accuracy",
     "ir",
     "text verify interp reference address baseline examples",
-    "schedule steps placement legality checks peeling skipping prefetching fusing footprint",
+    "schedule steps placement legality checks peeling skipping prefetching fusing inlining footprint",
     "recipes tiles toeplitz strassen_recipe analytic algorithms lower",
     "kernels",
     "autotune",

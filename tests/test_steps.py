@@ -6,12 +6,16 @@ import doctest
 import importlib
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from convsched.errors import ScheduleError
-from convsched.examples import at, filtered, nest, nests, product, scaled
+from convsched.examples import at, filtered, nest, nests, product, scaled, unfolded
+from convsched.interp import interpret
 from convsched.ir import Affine, Load, Program, Store, find_loops
+from convsched.kernels.source import run_source
 from convsched.lower.direct import lower_direct
+from convsched.lower.im2col import lower_im2col
 from convsched.peeling import simplify
 from convsched.problem import Conv2d, Linear
 from convsched.schedule import Schedule, apply, apply_step, parse_schedule
@@ -55,7 +59,7 @@ def refused(program: Program, text: str, step: str, why: str, fix: str, marked: 
         assert all(f" {marked} < " in line for line in arrows)
 
 
-@pytest.mark.parametrize("module", ["checks", "examples", "fusing", "legality", "peeling", "placement",
+@pytest.mark.parametrize("module", ["checks", "examples", "fusing", "inlining", "legality", "peeling", "placement",
                                     "schedule", "steps"])
 def test_rewrites_in_docstrings(module: str) -> None:
     found = doctest.testmod(importlib.import_module(f"convsched.{module}"), optionflags=doctest.REPORT_UDIFF)
@@ -156,6 +160,53 @@ def test_reorder_refuses(before: str, step: str, why: str, fix: str, marked: str
 def test_reorder_refuses_loops_that_depend() -> None:
     text = "reorder n e m f; attach init at e; attach epilogue at e; stage t at e registers"
     refused(LAYER, text, "reorder e n", "depend on each other through t", "leave that loop where it is", "e")
+
+
+# inline
+
+UNFOLDED = unfolded(4, 3)
+TOEPLITZ = lower_im2col(Conv2d(4, 6, 3, padding=1, input_size=(5, 7)))
+
+
+def test_inline_needs_no_digits_where_loops_give_them() -> None:
+    text = shown(UNFOLDED, "split p 3 -> p0 p1; inline i")
+    assert "for p0 < 4: for p1 < 3:\n    y[3 p0 + p1] = x[2 p0, p1] * w" in text
+
+
+def test_inline_of_a_block_has_digits_within_the_block() -> None:
+    text = shown(TOEPLITZ, "split p 7 -> p0 p1; split p1 4 -> p2 p3 tail=peel; inline i")
+    assert "x[0, c, p0 + r - 1, p3 + s - 1]" in text
+    assert "with" not in text
+    text = shown(TOEPLITZ, "split p 35 -> e0 p1; split p1 4 -> p2 p3 tail=peel; split e 5 -> e0 e1; inline i")
+    assert "for p3 < 4: with e1 < 5 = (4 p2 + p3) / 7: with f < 7 = 4 p2 + p3: for c < 4:" in text
+    assert "x[0, c, e1 + r - 1, f + s - 1]" in text
+
+
+def test_peel_after_inline_resolves_digits() -> None:
+    done = apply(UNFOLDED, parse_schedule("inline i; split p 5 -> p0 p1 tail=peel; unroll p1"))
+    x = np.arange(24, dtype=np.float32).reshape(8, 3)
+    arrays = {"x": x, "w": np.float32(2)}
+    wanted = 2 * x[::2].ravel()
+    np.testing.assert_array_equal(interpret(done, arrays)["y"], wanted)
+    np.testing.assert_array_equal(run_source(done, arrays)["y"], wanted)
+
+
+@pytest.mark.parametrize(("program", "before", "step", "why", "fix", "marked"), [
+    (UNFOLDED, "", "inline q", "0 stages fill a local tensor q", "a single stage", None),
+    (UNFOLDED, "", "inline y", "1 stages fill a local tensor y", "a single stage", None),
+    (LAYER, "", "inline t", "2 stages fill a local tensor t", "a single stage", None),
+    (UNFOLDED, "split e 3 -> e0 e1 tail=mask", "inline i", "more than store each element of i once", "before", None),
+    (UNFOLDED, "vectorize p", "inline i", "lanes of p would be apart by no fixed distance", "another loop", "p"),
+    (UNFOLDED, "inline i", "unroll e", "e is a digit of other loops", "inline later", "e"),
+    (TOEPLITZ, "inline i", "reorder c p", "e would be outside p, of which it is a digit", "in order", "e"),
+])
+def test_inline_refuses(program: Program, before: str, step: str, why: str, fix: str, marked: str | None) -> None:
+    refused(program, before, step, why, fix, marked)
+
+
+def test_overlap_refuses_digits() -> None:
+    refused(UNFOLDED, "inline i; split p 5 -> p0 p1 tail=mask", "peel p0 overlap", "e is a digit of p0", "use peel",
+            "p0")
 
 
 # fuse
