@@ -295,4 +295,6 @@ def default_toeplitz(problem: Conv2d, machine: Machine, layout: str = "nchw", th
     tiling = _Tiling(maps, 1, block * problem.F, sums, transposed=layout == "nchw", packed=False)
     vectors, _, pixels = _register_tile(tiling, machine, tallest=1)
     channels = problem.C // problem.groups
-    return Toeplitz(machine.lanes, vectors, pixels, block, _sum_blocks(channels, channels)[1], indirect=indirect)
+    large = indirect and 4 * problem.weights > machine.l2
+    return Toeplitz(machine.lanes, vectors, pixels, block, _sum_blocks(channels, channels)[1], indirect=indirect,
+                    prefetch=4 if large else 0)

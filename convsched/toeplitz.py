@@ -16,6 +16,7 @@ from convsched.schedule import (
     Inline,
     Layout,
     Parallel,
+    Prefetch,
     Reorder,
     Schedule,
     Split,
@@ -33,7 +34,8 @@ class Toeplitz:
     The Toeplitz matrix of ``block`` rows of output pixels exists at a time: of all of them, it is the explicit
     im2col buffer. ``indirect``, there is none, and each pixel of a tile is read where it lies in the input, or in a
     copy of the rows of a block with their border (Dukhan, "The Indirect Convolution Algorithm", 2019). ``block``
-    divides the rows. ``unroll`` input channels are written out.
+    divides the rows. ``unroll`` input channels are written out. Weights are fetched ``prefetch`` iterations of the
+    innermost loop before they are used, if it is not 0.
     """
 
     lanes: int
@@ -43,6 +45,7 @@ class Toeplitz:
     unroll: int
     parallel: Literal["pixels", "channels"] = "pixels"
     indirect: bool = False
+    prefetch: int = 0
     name: ClassVar[str] = "toeplitz"
 
     def schedule(self, problem: Problem, layout: str = "nchw") -> Schedule:
@@ -68,7 +71,8 @@ def _toeplitz(p: Toeplitz, problem: Conv2d, layout: str) -> list[Step]:
         Layout("w", (*group, m.names[0], c.names[0], *taps(problem), c.names[1], *m.names[1:])),
         Unroll((c.names[1], pixel.names[1], m.names[1])), Vectorize((m.names[2],)),
         *m.peels(maps, p.vectors * p.lanes), *c.peels(channels, p.unroll),
-        *(window(layout, "e0", p.lanes) if p.indirect and any(problem.padding) else [])]
+        *(window(layout, "e0", p.lanes) if p.indirect and any(problem.padding) else []),
+        *([Prefetch("w_packed", [c.names[0], *taps(problem)][-1], p.prefetch)] if p.prefetch else [])]
 
 
 def _stored(p: Toeplitz, problem: Conv2d) -> list[Step]:

@@ -142,7 +142,8 @@ def test_im2col_with_any_recipe(data: st.DataObject, layout: str, stride: int, g
         lanes=data.draw(st.sampled_from([4, 8, 16])), vectors=data.draw(st.integers(1, 3)),
         pixels=data.draw(st.integers(1, 9)), unroll=data.draw(st.sampled_from([1, 2, 4])),
         block=data.draw(st.sampled_from([b for b in range(1, problem.E + 1) if problem.E % b == 0])),
-        parallel=data.draw(st.sampled_from(["pixels", "channels"])), indirect=data.draw(st.booleans())), layout)
+        parallel=data.draw(st.sampled_from(["pixels", "channels"])), indirect=data.draw(st.booleans()),
+        prefetch=data.draw(st.sampled_from([0, 4]))), layout)
 
 
 @pytest.mark.parametrize("indirect", [False, True])
