@@ -57,6 +57,7 @@ MEAN_ROUNDOFF = 0.42
 BOUNDS: dict[Accuracy, float] = {"strict": 1e-5, "normal": 5e-5, "fast": 2e-4}
 """The greatest max |error| / rms(output) to be expected that each class allows, adverse data included."""
 
+BINS = 1000  # of deviations, each counted as the greatest in its bin
 DRAWN = 128  # filters, and as many tiles, for an adverse error; half of them for large algorithms
 
 Floats: TypeAlias = NDArray[np.float64]
@@ -164,12 +165,13 @@ def _concentrated(filters: Floats, inputs: Floats, output: Floats, input_noise: 
 def _exceeded(sigma: Floats, count: int) -> float:
     """The z below which ``count`` normal errors stay four times in five, their deviations drawn from ``sigma``: by
     bisection, with Mills' bound of the tail of a normal distribution."""
-    low, high = 0.0, 12 * float(sigma.max()) or 1.0
-    positive = sigma[sigma > 0]
+    most = float(sigma.max()) or 1.0
+    many, ends = np.histogram(sigma, BINS, (0.0, most))
+    low, high = 0.0, 12 * most
     for _ in range(16):
         z = (low + high) / 2
-        y = np.maximum(z / positive, 1.0)
-        share = float((np.exp(-y * y / 2) / y).sum()) * sqrt(2 / pi) / sigma.size
+        y = np.maximum(z / ends[1:], 1.0)
+        share = float((many * np.exp(-y * y / 2) / y).sum()) * sqrt(2 / pi) / sigma.size
         low, high = (z, high) if 5 * count * share > 1 else (low, z)
     return high
 

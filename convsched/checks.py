@@ -88,9 +88,9 @@ def _misplaced(body: Body, parallel: str | None = None,
     for loop in body:
         if not isinstance(loop, Loop):
             continue
-        outside = sorted(loop.of.variables - around)
-        if outside:
-            return (loop.var, f"{loop.var} would be outside {outside[0]}, of which it is a digit",
+        if loop.kind == "digit" and not loop.of.variables <= around:
+            outside = min(loop.of.variables - around)
+            return (loop.var, f"{loop.var} would be outside {outside}, of which it is a digit",
                     "inline after the loops are in order")
         inside = next((s.var for s in loop.body if isinstance(s, Loop)), None)
         if loop.kind == "vector" and inside is not None:
@@ -126,14 +126,15 @@ def _broken_packing(program: Program, stage: Stage) -> tuple[str, str] | None:
 def bounded(before: Program, program: Program) -> Program:
     """A finished program, if what it writes out can be compiled (unrolled loops, vectors and registers), and runs
     not many more statements than the unscheduled one: each ragged split may double them."""
-    written = {path: _statements(program, path, leaf) for stage in program.stages for path, leaf in leaves(stage.body)}
-    for loop in (loop for path in written for loop in path):
+    written = [(_statements(program, path, leaf), path)
+               for stage in program.stages for path, leaf in leaves(stage.body)]
+    for loop in (loop for _, path in written for loop in path):
         if loop.kind == "vector" and loop.extent > LANES:
             raise fail(program, f"vectorize {loop.var}", f"{loop.var} has {loop.extent} iterations",
                        f"split it first: a vector loop has at most {LANES}", loop.var)
-    total = sum(written.values())
+    total = sum(count for count, _ in written)
     if total > STATEMENTS:
-        unrolled = [loop for loop in max(written, key=written.__getitem__) if loop.kind == "unroll"]
+        unrolled = [loop for loop in max(written, key=lambda found: found[0])[1] if loop.kind == "unroll"]
         names = " ".join(loop.var for loop in unrolled)
         raise fail(program, f"unroll {names}", f"{total} statements would be written out", f"unroll fewer or shorter "
                    f"loops: at most {STATEMENTS}", max(unrolled, key=lambda loop: loop.extent).var)

@@ -56,14 +56,18 @@ class Affine:
         return Affine(tuple(sorted((n, c) for n, c in sums.items() if c)), constant)
 
     def __add__(self, other: Affine | str | int) -> Affine:
+        if isinstance(other, int):
+            return Affine(self.terms, self.constant + other)
         other = Affine.of(other)
+        if not other.terms:
+            return Affine(self.terms, self.constant + other.constant)
         return Affine.total((*self.terms, *other.terms), self.constant + other.constant)
 
     def __sub__(self, other: Affine | str | int) -> Affine:
         return self + Affine.of(other) * -1
 
     def __mul__(self, factor: int) -> Affine:
-        return Affine.total(((n, c * factor) for n, c in self.terms), self.constant * factor)
+        return Affine(tuple([(n, c * factor) for n, c in self.terms]) if factor else (), self.constant * factor)
 
     @property
     def variables(self) -> frozenset[str]:
@@ -353,12 +357,14 @@ def map_value(value: Value, change: Callable[[Load], Value]) -> Value:
 
 def map_leaves(body: Body, change: Callable[[Leaf], Leaf]) -> Body:
     """The body with every statement changed, loops kept; the same object where nothing is."""
-    return _rebuilt(body, [_with_body(s, map_leaves(s.body, change)) if isinstance(s, Loop) else change(s)
+    return _rebuilt(body, [with_body(s, map_leaves(s.body, change)) if isinstance(s, Loop) else change(s)
                            for s in body])
 
 
-def _with_body(loop: Loop, body: Body) -> Loop:
-    return loop if body is loop.body else replace(loop, body=body)
+def with_body(loop: Loop, body: Body) -> Loop:
+    """The loop around another body; the loop itself where it is the same."""
+    return loop if body is loop.body else Loop(
+        loop.var, loop.extent, body, loop.kind, loop.ahead, loop.of, loop.step)
 
 
 def _rebuilt(body: Body, statements: list[Statement]) -> Body:
@@ -377,7 +383,7 @@ def map_loops(body: Body, var: str, change: Callable[[Loop], Body]) -> Body:
         elif statement.var == var:
             out += change(statement)
         else:
-            out.append(_with_body(statement, map_loops(statement.body, var, change)))
+            out.append(with_body(statement, map_loops(statement.body, var, change)))
     return _rebuilt(body, out)
 
 
@@ -401,7 +407,7 @@ def substitute(body: Body, values: Mapping[str, Affine]) -> Body:
 
     def loop(found: Loop) -> Loop:
         inside, of = within(found.body), found.of.substitute(values)
-        return found if inside is found.body and of is found.of else replace(found, body=inside, of=of)
+        return with_body(found, inside) if of is found.of else replace(found, body=inside, of=of)
 
     return within(body)
 

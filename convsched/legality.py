@@ -59,6 +59,8 @@ class Domain:
 
     def bounds(self, a: Affine) -> tuple[int, int]:
         """A bound on the least and on the greatest value."""
+        if not self.guards:
+            return a.bounds(self.extents)
         guards = [w for w in self.guards if w.variables <= self.extents.keys()]
         return lower_bound(a, guards, self.extents), upper_bound(a, guards, self.extents)
 
@@ -78,15 +80,15 @@ def digits(one: Affine, here: Domain, other: Affine, there: Domain) -> tuple[set
     True
     """
     found: set[str] = set()
-    rest = sorted(set(one.terms) & set(other.terms), key=lambda t: (-abs(t[1]), t[0]))
+    rest = sorted([t for t in one.terms if t in other.terms], key=lambda t: (-abs(t[1]), t[0]))
     while True:
         for term in rest:
-            alone = Affine((term,))
-            low, high = _difference(one - alone, here, other - alone, there)
+            fewer, less = (Affine(tuple([t for t in a.terms if t != term]), a.constant) for a in (one, other))
+            low, high = _difference(fewer, here, less, there)
             if max(abs(low), abs(high)) < abs(term[1]):
                 found.add(term[0])
                 rest.remove(term)
-                one, other = one - alone, other - alone
+                one, other = fewer, less
                 break
         else:
             low, high = _difference(one, here, other, there)

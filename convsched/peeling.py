@@ -24,6 +24,7 @@ from convsched.ir import (
     map_leaves,
     map_value,
     substitute,
+    with_body,
 )
 from convsched.legality import indices
 
@@ -94,7 +95,7 @@ def _map_loops_within(body: Body, var: str, around: Mapping[str, int],
             out += change(statement, around)
         else:
             extents = {**around, statement.var: statement.extent}
-            out.append(replace(statement, body=_map_loops_within(statement.body, var, extents, change)))
+            out.append(with_body(statement, _map_loops_within(statement.body, var, extents, change)))
     return tuple(out)
 
 
@@ -269,7 +270,11 @@ def prune(body: Body, extents: Mapping[str, int]) -> Body:
                 extent = _needed(statement, extents)
             inside = prune(statement.body, {**extents, statement.var: extent})
             if inside:
-                out.append(replace(statement, extent=extent, body=inside))
+                same = extent == statement.extent
+                out.append(with_body(statement, inside) if same else replace(statement, extent=extent, body=inside))
+            continue
+        if not statement.where:
+            out.append(statement)
             continue
         bounds = [(w, w.bounds(extents)) for w in statement.where]
         if any(low >= 0 for _, (low, _) in bounds):
@@ -287,6 +292,8 @@ def _needed(loop: Loop, extents: Mapping[str, int]) -> int:
     """
     last = 0
     for around, leaf in leaves(loop.body):
+        if not leaf.where:
+            return loop.extent
         inside = {**extents, **{found.var: found.extent for found in around}}
         start, end = 0, loop.extent - 1
         for guard in leaf.where:

@@ -52,6 +52,8 @@ def upper_bound(a: Affine, conditions: Sequence[Affine], extents: Mapping[str, i
     >>> upper_bound(e * 2 + "r", [e - 27], {"e0": 2, "e1": 14, "r": 3})
     54
     """
+    if not conditions:
+        return a.bounds(extents)[1]
     orders = [(*conditions[i:], *conditions[:i]) for i in range(len(conditions))]
     return min((_chained_bound(a, order, extents) for order in orders), default=a.bounds(extents)[1])
 
@@ -79,7 +81,8 @@ def lower_bound(a: Affine, conditions: Sequence[Affine], extents: Mapping[str, i
 
 def _factors(a: Affine, condition: Affine) -> list[int]:
     """Multiples of the condition that cancel a variable of ``a``."""
-    return sorted({a.coefficient(n) // c for n, c in condition.terms if a.coefficient(n) // c > 0})
+    own = dict(a.terms)
+    return sorted({k for n, c in condition.terms if n in own and (k := own[n] // c) > 0})
 
 
 def _check_tensors(program: Program) -> None:

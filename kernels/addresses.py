@@ -77,6 +77,15 @@ class Point:
         return low, high
 
 
+@dataclass(frozen=True)
+class Access:
+    """An index of a tensor, its offset, and whether it is inside the tensor at all points of the loops around."""
+
+    index: Index
+    offset: Offset
+    inside: bool
+
+
 class Addresses:
     """Emits the addresses and conditions of one function's accesses."""
 
@@ -84,17 +93,29 @@ class Addresses:
         self.w = writer
         self.point = point
         self.granted: list[Affine] = []  # guards that hold here: the bounds of loops ensure them
-        self.offsets: dict[tuple[str, int], tuple[Offset, tuple[int, ...], Index]] = {}
+        self.accesses: dict[tuple[str, int], Access] = {}
+
+    def enter(self, loop: Loop) -> None:
+        """Take a loop's extent; what is remembered for another one is forgotten."""
+        if self.point.extents.get(loop.var, loop.extent) != loop.extent:
+            self.accesses.clear()
+        self.point.extents[loop.var] = loop.extent
 
     # Addresses
 
-    def offset(self, tensor: Tensor, index: Index) -> Offset:
-        """The storage offset of an access, remembered: unrolled iterations ask for it again and again."""
+    def access(self, tensor: Tensor, index: Index) -> Access:
+        """What is known of an access, remembered: unrolled iterations ask for it again and again."""
         key = (tensor.name, id(index))  # the entry holds the index, so that its id stays taken
-        extents = tuple(self.point.extents[v] for a in index for v, _ in a.terms)
-        if key not in self.offsets or self.offsets[key][1] != extents:
-            self.offsets[key] = offset(tensor, index, self.point.extents), extents, index
-        return self.offsets[key][0]
+        if key not in self.accesses:
+            extents = self.point.extents
+            bounds = [a.bounds(extents) for a in index]
+            inside = all(low >= 0 and high < size for (low, high), size in zip(bounds, tensor.shape, strict=True))
+            self.accesses[key] = Access(index, offset(tensor, index, extents), inside)
+        return self.accesses[key]
+
+    def offset(self, tensor: Tensor, index: Index) -> Offset:
+        """The storage offset of an access."""
+        return self.access(tensor, index).offset
 
     def place(self, tensor: Tensor, index: Index, lanes: Lanes) -> Place:
         """The address of an access at this point."""
@@ -147,7 +168,7 @@ class Addresses:
                 value = self._integer("udiv", self.value(loop.of, Lanes()), loop.step, 1)
                 inside = self.point.bounds(loop.of)[1] // loop.step < loop.extent
                 held[key] = value if inside else self._integer("urem", value, loop.extent, 1)
-        self.w.scopes[depth].variables.add(loop.var)
+        self.w.depths[loop.var] = depth
         return held[key]
 
     # Masks
@@ -176,6 +197,8 @@ class Addresses:
 
     def open_ends(self, tensor: Tensor, index: Index) -> list[Affine]:
         """What must be negative for the index to lie inside the tensor, and here is not sure to be."""
+        if self.access(tensor, index).inside:
+            return []
         found = []
         for size, a in zip(tensor.shape, index, strict=True):
             low, high = self.point.bounds(a)

@@ -42,7 +42,7 @@ from convsched.kernels.vectors import (
     splat,
     vector_type,
 )
-from convsched.kernels.writer import Scope, Writer
+from convsched.kernels.writer import Writer
 from convsched.machine import Machine
 from convsched.prefetching import fetches
 
@@ -101,6 +101,7 @@ class _Emitter:
         self.ahead: dict[str, int] = {}  # elements from what is read of a tensor to what is fetched
         self.fetched: set[tuple[str, int]] = set()
         self.constants = Constants(program, self.point)
+        self.summing: dict[int, bool] = {}  # by the identity of an unrolled loop: whether it sums products
 
     def function(self, symbol: str) -> str:
         """The text of the stage's function."""
@@ -130,7 +131,7 @@ class _Emitter:
                 self.leaf(statement, Lanes())
 
     def loop(self, loop: Loop) -> None:
-        self.point.extents[loop.var] = loop.extent
+        self.memory.enter(loop)
         if loop.kind == "vector" and loop.extent > 1:
             for leaf in loop.body:
                 assert not isinstance(leaf, Loop)
@@ -148,7 +149,6 @@ class _Emitter:
             del self.point.known[loop.var], self.point.unrolled[loop.var]
         else:
             self.run_time_loop(loop)
-        del self.point.extents[loop.var]
 
     def digit(self, loop: Loop) -> None:
         """A loop that runs once, for a value that is known or computed where the loops it depends on begin."""
@@ -160,6 +160,11 @@ class _Emitter:
 
     def sums_over(self, loop: Loop) -> bool:
         """Whether iterations add products of data to the same registers."""
+        if id(loop) not in self.summing:
+            self.summing[id(loop)] = self._sums_over(loop)
+        return self.summing[id(loop)]
+
+    def _sums_over(self, loop: Loop) -> bool:
         return any(isinstance(leaf, Reduce) and self.in_registers(leaf.tensor) and matrix_of(self.program, leaf) is None
                    and all(loop.var not in a.variables for a in leaf.index) for _, leaf in leaves(loop.body))
 
@@ -188,7 +193,7 @@ class _Emitter:
         outside = dict(self.registers)
         self.registers.update(phis)
         self.point.dynamic[loop.var] = var
-        w.scopes.append(Scope({loop.var}))
+        w.open_scope(loop.var)
         w.label = head
         around, self.ahead = self.ahead, {**self.ahead, **fetches(self.program, loop)}
         self.body(loop.body)
@@ -340,18 +345,17 @@ class _Emitter:
         register = self.register(leaf.tensor, leaf.index, lanes)
         old = self.registers.get(register, "zeroinitializer" if register[2] > 1 else "0.0")
         new = self.sum(old, leaf.value, lanes) if isinstance(leaf, Reduce) else self.value(leaf.value, lanes)
-        own = {v for a in leaf.index for v in a.variables}
-        outer = {v for w in leaf.where for v in w.variables} - own
-        inside = any(v in self.point.dynamic or v in self.point.known for v in outer)
-        if mask is not None and inside and not self.selects_elements(leaf):
+        if mask is not None and self.selects_contributions(leaf):
             kind, bits = vector_type(lanes.count), vector_type(lanes.count, "i1")
             new = self.w.let(f"select {bits} {mask_text(mask, lanes.count)}, {kind} {new}, {kind} {old}")
         self.registers[register] = new
 
-    def selects_elements(self, leaf: Leaf) -> bool:
-        """Whether each guard has a variable of the register's index: 14 f0 + f1 < F for acc[f1]."""
+    def selects_contributions(self, leaf: Leaf) -> bool:
+        """Whether a guard has no variable of the register's index, as 14 f0 + f1 < F has one of acc[f1]."""
         own = {v for a in leaf.index for v in a.variables}
-        return all(w.variables & own for w in leaf.where)
+        outer = {v for w in leaf.where for v in w.variables} - own
+        inside = any(v in self.point.dynamic or v in self.point.known for v in outer)
+        return inside and not all(w.variables & own for w in leaf.where)
 
     def sum(self, old: str, value: Value, lanes: Lanes) -> str:
         if isinstance(value, Op) and value.name == "mul":

@@ -18,10 +18,8 @@ ZEROS = "@zeros"  # a vector of zeros, of any width
 
 @dataclass
 class Scope:
-    """The body of a run-time loop; ``hoisted`` lines stand at its start. ``variables`` are the loop's own, and those
-    of the digits that are computed there."""
+    """The body of a run-time loop; ``hoisted`` lines stand at its start."""
 
-    variables: set[str]
     hoisted: list[str] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
     pointers: dict[tuple[str, str, int], str] = field(default_factory=dict)
@@ -44,7 +42,8 @@ class Writer:
 
     def __init__(self) -> None:
         self.counter = 0
-        self.scopes = [Scope(set())]
+        self.scopes = [Scope()]
+        self.depths: dict[str, int] = {}  # the scope of each variable: its loop, or where a digit is computed
         self.label = "entry"
         self.declarations: set[str] = set()
         self.globals: dict[str, str] = {}
@@ -80,11 +79,12 @@ class Writer:
 
     def depth(self, terms: Sequence[tuple[str, str, int]]) -> int:
         """The innermost scope of a sum of terms (var, value, coefficient)."""
-        return max((self.depth_of(var) for var, _, _ in terms), default=0)
+        return max([self.depths[var] for var, _, _ in terms], default=0)
 
-    def depth_of(self, var: str) -> int:
-        """The scope of a variable."""
-        return next(depth for depth, scope in enumerate(self.scopes) if var in scope.variables)
+    def open_scope(self, var: str) -> None:
+        """Begin the body of a run-time loop."""
+        self.depths[var] = len(self.scopes)
+        self.scopes.append(Scope())
 
     @contextmanager
     def at_start(self, depth: int) -> Iterator[None]:
@@ -98,8 +98,8 @@ class Writer:
 
     def pointer(self, base: str, terms: list[tuple[str, str, int]]) -> str:
         """``base + sum(coefficient * value)`` floats, each term (var, value, coefficient) in its scope."""
-        for var, value, coefficient in sorted(terms, key=lambda term: self.depth_of(term[0])):
-            scope = self.scopes[self.depth_of(var)]
+        for var, value, coefficient in sorted(terms, key=lambda term: self.depths[term[0]]):
+            scope = self.scopes[self.depths[var]]
             key = (base, value, coefficient)
             if key not in scope.pointers:
                 offset, moved, kept = self.fresh("o"), self.fresh("p"), self.fresh("p")
