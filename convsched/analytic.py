@@ -278,7 +278,7 @@ def _blocking(plane: Plane, points: tuple[int, int], block: int, machine: Machin
     l3, memory = machine.vector_bytes / L3_VECTOR, machine.vector_bytes / MEMORY_VECTOR
     moved = 0 if 2 * filters <= machine.l2 else filters / l3 if 2 * filters <= machine.l3 else filters / memory
     if transformed > 2 * machine.l2:  # written, for which it is fetched, and read
-        moved += 3 * transformed / (l3 if 2 * transformed + filters <= machine.l3 else memory)
+        moved += 3 * transformed / (l3 if transformed + filters <= machine.l3 else memory)
     time = rank * (channels * steps + TRANSFORM * tiles * (deep + whole)) + moved
     planes = problem.N * problem.groups * problem.dilation[0] * problem.dilation[1]
     return Blocking(block, vectors, pixels, planes * -(-rows // block // threads) * time)
