@@ -29,7 +29,7 @@ from convsched.lower.blocks import blocks_of, lower_strassen
 from convsched.lower.direct import lower_direct
 from convsched.lower.fft_layers import Fft, fft
 from convsched.lower.im2col import lower_im2col
-from convsched.lower.plane import Shape
+from convsched.lower.plane import Plane, Shape
 from convsched.lower.strassen import strassen
 from convsched.lower.winograd import products, winograd_side
 from convsched.machine import Machine
@@ -44,6 +44,7 @@ FAST_OUTPUTS = {2: (6,), 3: (5, 6)}  # further ones, of more error than accuracy
 MOST_SPLIT = 16  # taps of a side, for Winograd
 MARGIN = 4 / 3  # that an estimate must be below direct's: in doubt, direct
 FFT_TAPS = 7  # of a side, from which FFT is tried
+BLOCKS = 2  # of channels each way, in Strassen's product
 STRASSEN_CHANNELS = 512  # in and out, from which Strassen's products are tried
 LEAST_CHANNELS = 16  # in and out, below which vectors of channels are mostly empty
 FFT = 1.5  # the time of FFT tiles over that of their products at full rate
@@ -138,43 +139,63 @@ def _im2col(problem: Problem, sizes: tuple[tuple[int, ...], ...]) -> Algorithm:
 
 def _winograd(problem: Problem, sizes: tuple[tuple[int, ...], ...]) -> Algorithm:
     """F(m, r) along each side of more than one tap; (m, r) once for both, or for the height and the width."""
-    conv = _convolution("winograd", problem)
+    return _tiled("winograd", problem, sizes)
+
+
+def _nested(problem: Problem, sizes: tuple[tuple[int, ...], ...]) -> Algorithm:
+    """F(m, r) as above, with Strassen's product of blocks of channels and tiles in place of each of its products."""
+    return _tiled("nested", problem, sizes, BLOCKS)
+
+
+def _tiled(family: str, problem: Problem, sizes: tuple[tuple[int, ...], ...], parts: int = 1) -> Algorithm:
+    conv = _convolution(family, problem)
     taps = [r for r in (conv.R, conv.S) if r > 1]
     if not taps:
-        raise LoweringError(f"winograd: {problem.text} has one tap; use direct")
+        raise LoweringError(f"{family}: {problem.text} has one tap; use direct")
     if any(s > 1 and d > 1 for s, d in zip(conv.stride, conv.dilation, strict=True)):
-        raise LoweringError(f"winograd: {problem.text} has a stride and a dilation along one side; use direct")
+        raise LoweringError(f"{family}: {problem.text} has a stride and a dilation along one side; use direct")
     if max(taps) > MOST_SPLIT:
-        raise LoweringError(f"winograd: {problem.text} has {max(taps)} taps along a side, more than {MOST_SPLIT}; "
+        raise LoweringError(f"{family}: {problem.text} has {max(taps)} taps along a side, more than {MOST_SPLIT}; "
                             "use fft")
+    if any(count // conv.groups % parts for count in (conv.C, conv.M)):
+        raise LoweringError(f"{family}: {problem.text} has channels that do not make {parts} blocks; use winograd")
     sizes = sizes or tuple((OUTPUTS.get(r, MANY_TAPS)[0], r) for r in taps)
     if len(sizes) == 1:
         sizes = sizes * len(taps)
     if any(len(pair) != 2 for pair in sizes) or [r for _, r in sizes] != taps or any(m < 2 for m, _ in sizes):
-        raise LoweringError(f"winograd{'x'.join(str(pair).replace(' ', '') for pair in sizes)}: {problem.text} has "
+        given = "x".join(f"({','.join(map(str, pair))})" for pair in dict.fromkeys(sizes))
+        raise LoweringError(f"{family}{given}: {problem.text} has "
                             f"{' and '.join(map(str, taps))} taps; write (m,r) with r={taps[0]} and m of at least 2, "
                             "once for both sides, or (m,r)x(m,r)")
     along = iter(sizes)
     sides = [(*(next(along) if r > 1 else (1, 1)), stride)
              for r, stride in zip((conv.R, conv.S), conv.stride, strict=True)]
-    name = "winograd" + "x".join(f"({m},{r})" for m, r in dict.fromkeys(sizes))
-    return _bilinear(name, conv, partial(winograd_side, *sides[0]), partial(winograd_side, *sides[1]),
-                     (sides[0][0], sides[1][0]), (products(*sides[0]), products(*sides[1])))
+    name = family + "x".join(f"({m},{r})" for m, r in dict.fromkeys(sizes))
+    outputs, points = (sides[0][0], sides[1][0]), (products(*sides[0]), products(*sides[1]))
+    return _bilinear(name, conv, partial(winograd_side, *sides[0]), partial(_row, sides[1], parts), outputs, points,
+                     parts)
+
+
+@lru_cache(256)
+def _row(side: tuple[int, int, int], parts: int) -> Bilinear:
+    along = winograd_side(*side)
+    return along if parts == 1 else kronecker(strassen(), along)
 
 
 def _bilinear(name: str, conv: Conv2d, column: Callable[[], Bilinear], row: Callable[[], Bilinear],
-              outputs: tuple[int, int], points: tuple[int, int]) -> Algorithm:
-    """Two algorithms of short tiles, which are made, and proved, where more than their sizes is needed."""
+              outputs: tuple[int, int], points: tuple[int, int], parts: int) -> Algorithm:
+    """Two algorithms of short tiles, which are made, and proved, where more than their sizes is needed; the second
+    acts on ``parts`` blocks of channels."""
     def time(machine: Machine, layout: str, threads: int) -> float:
-        if min(conv.C, conv.M) // conv.groups < LEAST_CHANNELS:
+        if parts > 1 or min(conv.C, conv.M) // conv.groups < LEAST_CHANNELS:
             return inf
-        return best_blocking(conv, outputs, points, machine, threads).time
+        return best_blocking(Plane(conv, outputs), points, machine, threads).time
 
-    return Algorithm(name, lambda layout: lower_bilinear(conv, column(), row(), layout),
-                     lambda machine, layout, threads: default_tiles(conv, Shape.of(column(), row()), machine, layout,
-                                                                    threads),
+    return Algorithm(name, lambda layout: lower_bilinear(conv, column(), row(), layout, parts=parts),
+                     lambda machine, layout, threads: default_tiles(
+                         conv, Shape.of(column(), row(), parts=parts), machine, layout, threads),
                      lambda terms, size: _bilinear_error(column(), row(), terms, size),
-                     conv.C // conv.groups, prod(conv.output_shape), time)
+                     conv.C // conv.groups // parts, prod(conv.output_shape), time)
 
 
 def _fft(problem: Problem, sizes: tuple[tuple[int, ...], ...]) -> Algorithm:
@@ -210,6 +231,7 @@ FAMILIES: dict[str, Callable[[Problem, tuple[tuple[int, ...], ...]], Algorithm]]
     "direct": _direct,
     "im2col": _im2col,
     "winograd": _winograd,
+    "nested": _nested,
     "fft": _fft,
     "strassen": _strassen,
 }

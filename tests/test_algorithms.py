@@ -117,6 +117,28 @@ def test_winograd_of_strides_dilations_and_groups(problem: Conv2d, layout: Any, 
     check(problem, algorithm, replace(default, by_lines=by_lines), layout)
 
 
+@settings(QUICK, max_examples=8)
+@given(problem=split_layers(), layout=st.sampled_from(LAYOUTS), by_lines=st.booleans())
+def test_blocks_of_channels_nested_with_tiles(problem: Conv2d, layout: Any, by_lines: bool) -> None:
+    even = replace(problem, in_channels=2 * problem.C, out_channels=2 * problem.M)
+    sides = [r for r in (even.R, even.S) if r > 1]
+    algorithm = named("nested" + "x".join(f"(2,{r})" for r in sides), even)
+    default = algorithm.default(Machine.host(), layout, 1)
+    assert isinstance(default, Tiles)
+    check(even, algorithm, replace(default, by_lines=by_lines), layout)
+
+
+def test_nested_has_seven_eighths_of_the_products() -> None:
+    layer = Conv2d(32, 32, 3, padding=1, input_size=16)
+
+    def products(name: str) -> int:
+        shape = named(name, layer).default(Machine.host(), "nchw", 1).shape  # type: ignore[attr-defined]
+        tiles = Plane(layer, shape.outputs).tiles
+        return shape.points[0] * shape.points[1] * tiles[0] * tiles[1] * 32 * 32 // shape.parts**2
+
+    assert 8 * products("nested(4,3)") == 7 * products("winograd(4,3)")
+
+
 @pytest.mark.parametrize("problem", [
     Conv2d(16, 24, 3, 2, padding=1, input_size=(15, 18), groups=2),
     Conv2d(16, 16, 3, padding=2, dilation=2, input_size=(15, 18)),
@@ -201,6 +223,8 @@ def test_winograd_two_three_is_exact_on_small_integers() -> None:
     ("winograd(1,3)", Conv2d(4, 4, 3, input_size=9), "at least 2"),
     ("im2col", Conv2d(4, 4, 1, input_size=9), "as it stands"),
     ("im2col(2,3)", Conv2d(4, 4, 3, input_size=9), "no sizes"),
+    ("nested", Conv2d(4, 5, 3, input_size=9), "channels that do not make 2 blocks"),
+    ("winograd(4)", Conv2d(4, 4, 3, input_size=9), r"winograd\(4\): .* write \(m,r\)"),
     ("", Linear(4, 4), "use one of direct"),
     ("wino", Linear(4, 4), "use one of direct"),
     ("direct(2,3)", Linear(4, 4), "no sizes"),

@@ -44,11 +44,11 @@ class Plane:
             total = total * extent + loop
         return total
 
-    def channel(self, name: str, count: int) -> Affine:
+    def channel(self, name: Affine | str, count: int) -> Affine:
         """A channel of the plane's group, which has ``count``."""
         return Affine.of("group") * count + name if "group" in self.loops else Affine.of(name)
 
-    def place(self, te: Affine | str | int, tf: Affine | str | int, i: str, j: str,
+    def place(self, te: Affine | str | int, tf: Affine | str | int, i: str, j: Affine | str,
               steps: tuple[int, int] = (1, 1)) -> tuple[Affine, Affine]:
         """The row and the column of the image where element (i, j) of tile (te, tf) lies, borders not counted; tiles
         are ``steps`` times their outputs apart."""
@@ -65,17 +65,20 @@ class Plane:
 class Shape:
     """What a schedule needs to know of an algorithm along columns and rows: a tile's ``outputs`` along both, its
     products (``points``), the pixels of a row that it ``reads``, and how many sparse factors each transform has:
-    those of columns and rows of the input, then of the output."""
+    those of columns and rows of the input, then of the output; ``parts`` blocks of channels, and tiles beside each
+    other, have one algorithm along rows."""
 
     outputs: tuple[int, int]
     points: tuple[int, int]
     reads: int
     factors: tuple[int, int, int, int]
     fold: Fold = ""
+    parts: int = 1
 
     @staticmethod
-    def of(column: Bilinear, row: Bilinear, fold: Fold = "") -> Shape:
-        """The shape of two algorithms."""
+    def of(column: Bilinear, row: Bilinear, fold: Fold = "", parts: int = 1) -> Shape:
+        """The shape of two algorithms, as ``lower_bilinear`` takes them."""
         transforms = (column.input, row.input, column.output, row.output)
         counts: tuple[int, int, int, int] = tuple(len(of.factors) for of in transforms)  # type: ignore[assignment]
-        return Shape((column.output.rows, row.output.rows), (column.rank, row.rank), row.input.columns, counts, fold)
+        return Shape((column.output.rows, row.output.rows // parts), (column.rank, row.rank),
+                     row.input.columns, counts, fold, parts)
