@@ -63,6 +63,7 @@ class Around:
     unrolled: Mapping[str, int] = field(default_factory=dict)
     lane: str = ""
     granted: frozenset[Affine] = frozenset()  # guards that the bounds of loops ensure
+    digits: Mapping[str, frozenset[str]] = field(default_factory=dict)  # the loops that each depends on
 
     @property
     def lanes(self) -> int:
@@ -99,12 +100,14 @@ class Issue:
             elif statement.kind in ("unroll", "vector") or statement.iterations == 1:
                 extents = {**around.extents, statement.var: statement.extent}
                 if statement.kind == "digit":
-                    yield from self._straight(statement.body, replace(around, extents=extents))
+                    digits = {**around.digits, statement.var: statement.of.variables}
+                    yield from self._straight(statement.body, replace(around, extents=extents, digits=digits))
                     continue
                 lane = statement.var if statement.kind == "vector" and statement.extent > 1 else around.lane
                 unrolled = around.unrolled if lane == statement.var else {
                     **around.unrolled, statement.var: statement.extent}
-                yield from self._straight(statement.body, Around(extents, unrolled, lane, around.granted))
+                yield from self._straight(statement.body, Around(extents, unrolled, lane, around.granted,
+                                                                  around.digits))
             else:
                 yield statement, around
 
@@ -190,7 +193,15 @@ def _guarded(tensor: Tensor, index: Index, around: Around) -> tuple[int, int, bo
         inside = sum((above or place + low >= 0) and (below or place + high < end) for place in places)
         safe *= inside
         moving |= inside < len(places) and around.lane in a.variables
-    return count, count - safe, moving
+    spread = _by_digits(index, around)
+    return count * spread, (count - safe) * spread, moving
+
+
+def _by_digits(index: Index, around: Around) -> int:
+    """The iterations of unrolled loops that an index depends on by their digits."""
+    used = {v for a in index for v in a.variables}
+    through = {v for digit in used & around.digits.keys() for v in around.digits[digit]} - used
+    return math.prod(around.unrolled.get(v, 1) for v in through)
 
 
 def _bounds(loop: Loop, extents: Mapping[str, int]) -> frozenset[Affine]:

@@ -150,12 +150,12 @@ class Traffic:
         return total
 
     def _loop(self, loop: Loop, cache: Cache) -> dict[str, int]:
+        if loop.kind == "digit":
+            return self._body(loop.body, cache)
         whole = self.of(loop)
         if whole.fits(cache):
             return whole.bytes
         once = self._body(loop.body, cache)
-        if loop.kind == "digit":
-            return once
         if not self.of(loop.body).fits(cache):
             return {name: moved * loop.extent for name, moved in once.items()}
         return {name: min(moved * loop.extent, whole.bytes[name]) for name, moved in once.items()}

@@ -73,7 +73,7 @@ class Prediction:
     the outputs the rms that independent data gives them.
     ``norm_bound``: max |error| <= norm_bound max |w| max |x| for all data, in 2-norms of what the matrices take at
     once, over all input channels: one output channel's filter and one tile; of Strassen's blocks, the filters of
-    2^levels output channels and as many pixels.
+    2^levels output channels and as many pixels, or tiles.
     """
 
     expected: float

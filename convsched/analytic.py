@@ -31,6 +31,7 @@ TILE_STEP = 1.0  # FMAs of loading a vector of weights and looping, for each ste
 L3_VECTOR, MEMORY_VECTOR = 4, 12  # FMAs in the time that a vector takes from L3 and from memory
 FEW_TILES = 128  # of a block, up to which its filter is fetched ahead
 PREFETCH = 16  # iterations of the loop over channels
+PREFETCH_TAPS = 4  # the same of the loop over taps, for weights that are larger than L2
 COPY_PENALTY = 0.01  # of an own copy of the nest for a remainder: code to compile and to fetch
 
 
@@ -286,16 +287,16 @@ def _blocking(plane: Plane, points: tuple[int, int], block: int, machine: Machin
 
 
 def default_toeplitz(problem: Conv2d, machine: Machine, layout: str = "nchw", threads: int = 1) -> Toeplitz:
-    """The recipe of im2col: indirect where a matrix would repeat elements; what a block copies takes at most half of
-    L2."""
+    """The recipe of im2col: indirect where a matrix would repeat elements; the matrix of a block, or the rows of input
+    that it moves on by, take at most L2."""
     maps, sums = problem.M // problem.groups, problem.C // problem.groups * problem.R * problem.S
     indirect = problem.R * problem.S > 1
     row_bytes = 4 * problem.C * (problem.stride[0] * problem.W if indirect else problem.F)
-    fits = [b for b in range(1, problem.E + 1) if problem.E % b == 0 and b * row_bytes <= machine.l2 // 2]
+    fits = [b for b in range(1, problem.E + 1) if problem.E % b == 0 and b * row_bytes <= machine.l2]
     block = max((b for b in fits if b * threads <= problem.E), default=1)
     tiling = _Tiling(maps, 1, block * problem.F, sums, transposed=layout == "nchw", packed=False)
     vectors, _, pixels = _register_tile(tiling, machine, tallest=1)
     channels = problem.C // problem.groups
     large = indirect and 4 * problem.weights > machine.l2
     return Toeplitz(machine.lanes, vectors, pixels, block, _sum_blocks(channels, channels)[1], indirect=indirect,
-                    prefetch=4 if large else 0)
+                    prefetch=PREFETCH_TAPS if large else 0)

@@ -49,8 +49,11 @@ def inline(program: Program, tensor: str) -> Program:
     step = f"inline {tensor}"
     stage, axes, value = _producer(program, step, tensor)
     others = [other for other in program.stages if other is not stage]
-    if not any(tensor in {name for name, _ in indices(leaf)} for other in others for _, leaf in leaves(other.body)):
-        raise fail(program, step, f"nothing reads {tensor}", "leave the step out")
+    readers = [other for other in others
+               if any(name == tensor for _, leaf in leaves(other.body) for name, _ in indices(leaf))]
+    if not readers or program.stages.index(readers[0]) < program.stages.index(stage):
+        raise fail(program, step, f"no stage after {stage.name} reads {tensor}, or one before it does",
+                   "inline a tensor that is filled before it is read")
     stages = tuple(replace(other, body=_Inliner(program, step, tensor, axes, value, set(loop_names(other.body)))
                            .body(other.body)) for other in others)
     kept = tuple(found for found in program.tensors if found.name != tensor)
@@ -83,12 +86,14 @@ def _producer(program: Program, step: str, tensor: str) -> tuple[Stage, tuple[_P
                        "inline what reads inputs only")
     extents = {loop.var: loop.extent for loop in loops}
     places = [place for axis, a in enumerate(leaf.index) for place in _places(a, axis, extents)]
+    once = sorted(place.var for place in places) == sorted(name for name, extent in extents.items() if extent > 1)
     reach = dict.fromkeys(range(len(leaf.index)), 1)
     for place in sorted(places, key=lambda found: found.step):
         if place.step != reach[place.axis]:
             break
         reach[place.axis] *= place.extent
-    if [a.constant for a in leaf.index] != [0] * len(reach) or tuple(reach.values()) != program.tensor(tensor).shape:
+    whole = tuple(reach.values()) == program.tensor(tensor).shape
+    if not once or not whole or any(a.constant for a in leaf.index):
         raise fail(program, step, f"the loops of stage {stages[0].name} are no digits of the index of {tensor}",
                    "inline a stage that walks whole axes")
     single = {loop.var: Affine() for loop in loops if loop.extent == 1}

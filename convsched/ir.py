@@ -2,7 +2,8 @@
 
     Program  = tensors, stages                        Stage = name, when, body
     Body     = statements in order
-             | Loop(var, extent, body, kind, ahead)   kind: serial | unroll | vector | parallel | digit
+             | Loop(var, extent, body, kind, ahead)   kind: serial | unroll | vector | parallel
+             | Loop(var, extent, body, "digit", of=, step=)   once, with var = of // step % extent
              | Store(tensor, index, value, where)     t[i, j] = v
              | Reduce(tensor, index, value, where)    t[i, j] += v
     Value    = Load(tensor, index) | Const(number) | Op(name, values)
@@ -13,7 +14,8 @@
 Local and register tensors are zero when a program starts. A read of a tensor inside its ``border`` (a
 virtual frame around the shape, used for padding) gives zero. A ``constant`` tensor has its values in the
 program: after unrolling, its zeros vanish and its ones become plain additions. A loop's ``ahead`` are (tensor,
-iterations): a hint to fetch what the tensor gives so many iterations later. Stages run in order; those with
+iterations): a hint to fetch what the tensor gives so many iterations later. A digit is a value in the form of a loop:
+of a pixel p = 7 e + f of rows of 7, ``e`` is ``p // 7`` and ``f`` is ``p % 7``. Stages run in order; those with
 ``when="bind"`` depend on weights only and run once, when weights are bound.
 """
 
@@ -246,7 +248,8 @@ class Reduce:
 
 @dataclass(frozen=True, slots=True)
 class Loop:
-    """``for var < extent: body``; of kind "digit", the body once, with ``var = of // step % extent``."""
+    """``for var < extent: body``; of kind "digit", the body once, with ``var = of // step % extent``, so that ``extent``
+    is the number of values, and ``of`` is never negative."""
 
     var: str
     extent: int
@@ -357,17 +360,18 @@ def map_value(value: Value, change: Callable[[Load], Value]) -> Value:
 
 def map_leaves(body: Body, change: Callable[[Leaf], Leaf]) -> Body:
     """The body with every statement changed, loops kept; the same object where nothing is."""
-    return _rebuilt(body, [with_body(s, map_leaves(s.body, change)) if isinstance(s, Loop) else change(s)
+    return rebuilt(body, [holding(s, map_leaves(s.body, change)) if isinstance(s, Loop) else change(s)
                            for s in body])
 
 
-def with_body(loop: Loop, body: Body) -> Loop:
-    """The loop around another body; the loop itself where it is the same."""
+def holding(loop: Loop, body: Body) -> Loop:
+    """The loop around another body; the loop itself where it is the same. All fields, in their order: this runs for
+    each loop at each step, and ``replace`` takes three times as long."""
     return loop if body is loop.body else Loop(
         loop.var, loop.extent, body, loop.kind, loop.ahead, loop.of, loop.step)
 
 
-def _rebuilt(body: Body, statements: list[Statement]) -> Body:
+def rebuilt(body: Body, statements: list[Statement]) -> Body:
     """The body itself if it has just these statements, else one of them."""
     same = len(body) == len(statements) and all(a is b for a, b in zip(body, statements, strict=True))
     return body if same else tuple(statements)
@@ -383,8 +387,8 @@ def map_loops(body: Body, var: str, change: Callable[[Loop], Body]) -> Body:
         elif statement.var == var:
             out += change(statement)
         else:
-            out.append(with_body(statement, map_loops(statement.body, var, change)))
-    return _rebuilt(body, out)
+            out.append(holding(statement, map_loops(statement.body, var, change)))
+    return rebuilt(body, out)
 
 
 def map_indices(leaf: Leaf, change: Callable[[Affine], Affine]) -> Leaf:
@@ -403,11 +407,11 @@ def substitute(body: Body, values: Mapping[str, Affine]) -> Body:
         return map_indices(leaf, lambda a: a.substitute(values)) if is_used else leaf
 
     def within(body: Body) -> Body:
-        return _rebuilt(body, [loop(s) if isinstance(s, Loop) else change(s) for s in body])
+        return rebuilt(body, [loop(s) if isinstance(s, Loop) else change(s) for s in body])
 
     def loop(found: Loop) -> Loop:
         inside, of = within(found.body), found.of.substitute(values)
-        return with_body(found, inside) if of is found.of else replace(found, body=inside, of=of)
+        return holding(found, inside) if of is found.of else replace(found, body=inside, of=of)
 
     return within(body)
 

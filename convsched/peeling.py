@@ -18,13 +18,14 @@ from convsched.ir import (
     Statement,
     Store,
     find_loops,
+    holding,
     leaves,
     loads,
     map_indices,
     map_leaves,
     map_value,
+    rebuilt,
     substitute,
-    with_body,
 )
 from convsched.legality import indices
 
@@ -95,8 +96,8 @@ def _map_loops_within(body: Body, var: str, around: Mapping[str, int],
             out += change(statement, around)
         else:
             extents = {**around, statement.var: statement.extent}
-            out.append(with_body(statement, _map_loops_within(statement.body, var, extents, change)))
-    return tuple(out)
+            out.append(holding(statement, _map_loops_within(statement.body, var, extents, change)))
+    return rebuilt(body, out)
 
 
 def _guarded(loop: Loop, around: Mapping[str, int]) -> tuple[int, int]:
@@ -271,7 +272,7 @@ def prune(body: Body, extents: Mapping[str, int]) -> Body:
             inside = prune(statement.body, {**extents, statement.var: extent})
             if inside:
                 same = extent == statement.extent
-                out.append(with_body(statement, inside) if same else replace(statement, extent=extent, body=inside))
+                out.append(holding(statement, inside) if same else replace(statement, extent=extent, body=inside))
             continue
         if not statement.where:
             out.append(statement)

@@ -190,7 +190,7 @@ def _require_fresh(request: Request, path: tuple[Loop, ...], body: Body) -> None
     extents = {**{loop.var: loop.extent for loop in path}, **extents_of(own)}
     touched = [(index, leaf.where) for _, leaf in leaves(own) for n, index in indices(leaf) if n == name]
     for loop in path:
-        if loop.extent > 1 and not is_separated(loop.var, touched, extents):
+        if loop.iterations > 1 and not is_separated(loop.var, touched, extents):
             raise request.fail(f"iterations of {loop.var} depend on each other through {name}",
                                "stage inside the loops of the output only")
 

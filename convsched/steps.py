@@ -260,7 +260,7 @@ def attach(program: Program, stage: str, at: str) -> Program:
             raise fail(program, step, f"{before.name} has {x.kind} {x.var} < {x.extent} where {after.name} "
                        f"has {y.kind} {y.var} < {y.extent}", "give both the same outer loops", at)
         extents = {**above, **extents_of(b), **extents_of(a)}
-        tensor = _meeting(x.var, x.body, y.body, extents) if x.extent > 1 else None
+        tensor = _meeting(x.var, x.body, y.body, extents) if x.iterations > 1 else None
         if tensor is not None:
             raise fail(program, step, f"iterations of {x.var} depend on each other through {tensor}",
                        "attach outside the loops that sum", at)

@@ -69,10 +69,10 @@ def _tiles(p: Tiles, problem: Conv2d, layout: str) -> list[Step]:
     at_input, at_product, at_output = "tf", t.names[0], y.names[1]
     sums = {name: _Sums(name, to, over, count)
             for (name, to, over), count in zip(TRANSFORMS, shape.factors, strict=True)}
-    across: tuple[str, ...] = ("lx",)
-    along: tuple[str, ...] = ("j",)
-    copied: tuple[str, ...] = ("c",)
-    apart: tuple[str, ...] = ()
+    across: tuple[str, ...] = ("lx",)  # the loops over what a tile's row reads
+    along: tuple[str, ...] = ("j",)  # and over its outputs
+    copied: tuple[str, ...] = ("c",)  # how the copy of the input stores channels
+    apart: tuple[str, ...] = ()  # the loops over its blocks of channels, outside of vectors
     lane = "x.c"
     if shape.parts > 1:
         across, along = ("xc", "xt", "lx"), ("ym", "j")

@@ -55,6 +55,8 @@ class Toeplitz:
 
 
 def _toeplitz(p: Toeplitz, problem: Conv2d, layout: str) -> list[Step]:
+    """Pixels are peeled before ``i`` is put in place, so that blocks are sums of loops; channels, which stage ``i`` has
+    too, are cut after it."""
     group = ["g"] if problem.groups > 1 else []
     maps, channels, count = problem.M // problem.groups, problem.C // problem.groups, p.block * problem.F
     m, c = Axis.cut("m", maps, p.vectors * p.lanes, p.lanes), Axis.cut("c", channels, p.unroll)
@@ -76,7 +78,7 @@ def _toeplitz(p: Toeplitz, problem: Conv2d, layout: str) -> list[Step]:
 
 
 def _stored(p: Toeplitz, problem: Conv2d) -> list[Step]:
-    """The matrix of a block, made a row of pixels after the other."""
-    column = Axis.cut("f", problem.F, p.lanes)
-    return [*column.steps, Attach("i", "e0"), StageAt("i", "e0", "buffer", ("n", "c", "r", "s", "p")),
-            Vectorize((column.names[1],))]
+    """The matrix of a block, made a row of pixels after the other; what a tile reads lies together."""
+    column, tile = Axis.cut("f", problem.F, p.lanes), (f"p/{p.pixels}", f"p%{p.pixels}")
+    order = ("n", tile[0], "c", "r", "s", tile[1]) if p.pixels > 1 else ("n", "p", "c", "r", "s")
+    return [*column.steps, Attach("i", "e0"), StageAt("i", "e0", "buffer", order), Vectorize((column.names[1],))]

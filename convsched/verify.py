@@ -55,7 +55,7 @@ def upper_bound(a: Affine, conditions: Sequence[Affine], extents: Mapping[str, i
     if not conditions:
         return a.bounds(extents)[1]
     orders = [(*conditions[i:], *conditions[:i]) for i in range(len(conditions))]
-    return min((_chained_bound(a, order, extents) for order in orders), default=a.bounds(extents)[1])
+    return min(_chained_bound(a, order, extents) for order in orders)
 
 
 def _chained_bound(a: Affine, conditions: Sequence[Affine], extents: Mapping[str, int]) -> int:
@@ -131,13 +131,19 @@ def _check_loops(stage: Stage, body: Body, path: tuple[Loop, ...]) -> None:
             rule = f"it is inside another loop {loop.var}"
         elif loop.kind == "vector" and any(isinstance(s, Loop) for s in loop.body):
             rule = "a vector loop may hold statements only"
-        elif loop.of.variables - {outer.var for outer in path} or loop.step < 1:
-            rule = f"it is digit {loop.step} of {loop.of}, which loops around it do not give"
+        elif (loop.kind == "digit" or loop.of != Affine()) and _is_no_digit(loop, path):
+            rule = f"it is no digit of {loop.of}, step {loop.step}: of loops around it, and never negative"
         elif loop.kind == "parallel" and any(outer.kind == "parallel" for outer in path):
             rule = "it is inside another parallel loop"
         if rule:
             raise VerifyError(f"stage {stage.name}: {loop.kind} loop {loop.var} < {loop.extent}: {rule}")
         _check_loops(stage, loop.body, (*path, loop))
+
+
+def _is_no_digit(loop: Loop, path: tuple[Loop, ...]) -> bool:
+    extents = {outer.var: outer.extent for outer in path}
+    return (loop.kind != "digit" or loop.step < 1 or not loop.of.variables <= extents.keys()
+            or loop.of.bounds(extents)[0] < 0)
 
 
 def _broken(program: Program, stage: Stage, packed: set[str], around: tuple[Loop, ...],

@@ -5,7 +5,7 @@ the addresses of the program's tensors in the order of ``arguments(program)``. A
 iterations ``extent * thread / threads`` up to ``extent * (thread + 1) / threads``. A guard that all
 statements of a run-time loop share becomes a bound of the loop where it can. Elements of register
 tensors are SSA values, carried around run-time loops by phis; that needs every index of theirs to be known,
-so a register tensor indexed by a run-time loop lives on the stack instead. An element of a constant is a
+so a register tensor indexed by a run-time loop or a digit lives on the stack instead. An element of a constant is a
 literal where its index is known, and comes from a table of the module where it is not.
 """
 
@@ -351,7 +351,8 @@ class _Emitter:
         self.registers[register] = new
 
     def selects_contributions(self, leaf: Leaf) -> bool:
-        """Whether a guard has no variable of the register's index, as 14 f0 + f1 < F has one of acc[f1]."""
+        """Whether a guard has no variable of the register's index, as 14 f0 + f1 < F has one of acc[f1], and depends on
+        loops around that the walk is in."""
         own = {v for a in leaf.index for v in a.variables}
         outer = {v for w in leaf.where for v in w.variables} - own
         inside = any(v in self.point.dynamic or v in self.point.known for v in outer)
@@ -406,7 +407,7 @@ class _Emitter:
 
 
 def _on_stack(program: Program, stage: Stage) -> set[str]:
-    """Register tensors that a run-time loop indexes, or that are seen as vectors and as scalars."""
+    """Register tensors that a run-time loop or a digit indexes, or that are seen as vectors and as scalars."""
     stacked, seen = set(), dict[str, int]()
     for around, leaf in leaves(stage.body):
         kinds = {lp.var: lp for lp in around}

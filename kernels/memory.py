@@ -51,14 +51,15 @@ class Memory(Addresses):
             return self._column(tensor, index, place, lanes, run)
         condition, mask = self.within(tensor, index, lanes)
         if lanes.count > 1 and place.stride == 0 and place.scattered is None and not _by_lane(mask):
-            return self._broadcast(tensor, place, lanes, index, mask)
+            return self._broadcast(tensor, place, lanes, index, (condition, mask))
         key = (tensor.name, place.pointer, place.constant, place.stride, lanes.count, condition, mask, place.scattered)
         if key not in self.loaded:
             self.loaded[key] = self._load(tensor, index, place, lanes, condition, mask)
         return self.loaded[key]
 
-    def _broadcast(self, tensor: Tensor, place: Place, lanes: Lanes, index: Index, mask: Mask | None) -> str:
-        key = (tensor.name, place.pointer, place.constant, "broadcast", lanes.count, mask)
+    def _broadcast(self, tensor: Tensor, place: Place, lanes: Lanes, index: Index, inside: object) -> str:
+        """One element for all lanes; ``inside`` tells accesses of one address apart where one is outside the tensor."""
+        key = (tensor.name, place.pointer, place.constant, "broadcast", lanes.count, inside)
         if key not in self.loaded:
             self.loaded[key] = splat(self.w, self.load(tensor, index, Lanes()), lanes.count)
         return self.loaded[key]
@@ -167,9 +168,11 @@ class Memory(Addresses):
         chunk = here // lanes.count * lanes.count
         length = min(lanes.count, self.point.unrolled[run] - chunk)
         first = place.constant - here + chunk
+        splits = [(end.coefficient(run), *self.point.split(end, Lanes())[:2]) for end in across]
+        limits = tuple((constant - step * here, *terms) for step, constant, terms in splits)
 
         def key(at: int) -> tuple[object, ...]:
-            return (tensor.name, place.pointer, first + at, place.stride, lanes.count, condition, "column")
+            return (tensor.name, place.pointer, first + at, place.stride, lanes.count, condition, limits, "column")
 
         if any(self.point.bounds(end)[0] >= 0 for end in across):
             return "zeroinitializer"

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from convsched.algorithms import named
 from convsched.analytic import default_recipe
 from convsched.autotune import issue
 from convsched.autotune.issue import ENTRY, LATENCY, STEP, STORE, Issue
@@ -21,6 +22,7 @@ from convsched.machine import Machine
 from convsched.problem import Conv2d, Linear, Problem
 from convsched.recipes import Channels, Depthwise, Pixels, Recipe
 from convsched.schedule import apply, parse_schedule
+from convsched.text import print_nest
 
 MACHINE = Machine.example("avx512")
 RATES = Rates(100e9, 100e9, 50e9, 20e9)
@@ -152,6 +154,18 @@ def test_unrolled_iterations_share_their_loads() -> None:
     slow = 10.0  # FMAs in a load, so that nothing else shows
     program = replace(window(4, 3, 16), stages=(Stage("sum", (unrolled,)),))
     assert times(program, slow) == slow * (6 + 12) + slow * STORE * 12  # rows 0 to 5 of x; y read and written
+
+
+def test_loads_by_digits_are_those_of_the_loops_that_they_are_of() -> None:
+    """A tile of 6 pixels reads 6 elements a channel, in the matrix of im2col or where they lie."""
+    layer = Conv2d(4, 16, 3, input_size=(6, 6))
+    tile = "split p 16 -> p2 p3; split p3 8 -> p0 p1; reorder n p2 p0 c r s p1 m; attach init at p0; " \
+           "attach epilogue at p0; stage t at p0 registers; unroll p1; vectorize m"
+    direct, matrix = (apply(named("im2col", layer).lower("nchw"), parse_schedule(f"{tile}{more}"))
+                      for more in ("; inline i", ""))
+    kept = replace(matrix, stages=tuple(stage for stage in matrix.stages if stage.name != "i"))
+    assert "with" in print_nest(direct)
+    assert times(direct, 10.0) == times(kept, 10.0)
 
 
 def test_loads_across_two_lines_cost_more_and_loops_of_one_iteration_do_not_count() -> None:

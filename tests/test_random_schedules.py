@@ -15,6 +15,7 @@ import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from convsched.algorithms import named
 from convsched.errors import ScheduleError
 from convsched.interp import interpret
 from convsched.ir import (
@@ -35,12 +36,13 @@ from convsched.ir import (
 from convsched.kernels.arrays import from_layout, to_layout
 from convsched.kernels.kernel import Kernel
 from convsched.kernels.source import run_source
-from convsched.lower.direct import lower_direct
 from convsched.machine import Machine
 from convsched.problem import Conv2d, Linear, Problem
+from convsched.recipes import is_flat
 from convsched.schedule import (
     Attach,
     Fuse,
+    Inline,
     Layout,
     Parallel,
     Peel,
@@ -81,6 +83,12 @@ def problems(draw: st.DrawFn) -> Problem:
     return Conv2d(groups * draw(st.integers(1, 4)), groups * draw(st.integers(1, 5)), kernel, stride, padding,
                   dilation, groups, bias, input_size=size, batch_size=batch, activation=activation,
                   residual=residual)
+
+
+def algorithm(draw: Draw, problem: Problem) -> str:
+    """Direct, or im2col where that is something else."""
+    applies = isinstance(problem, Conv2d) and not is_flat(problem)
+    return str(draw(st.sampled_from(["direct", "im2col"] if applies else ["direct"])))
 
 
 def small_integers(program: Program, seed: int) -> dict[str, Array]:
@@ -127,6 +135,10 @@ def draw_step(draw: Draw, program: Program, kind: str, number: int) -> Step:
             return Attach(one([s.name for s in program.stages if " " not in s.name]), one(own))
         case "registers":
             return StageAt("t", one(own), "registers")
+        case "inline":
+            return Inline("i")
+        case "buffer":
+            return StageAt("i", one(own), "buffer")
         case "window":
             order, align = draw(st.sampled_from(ORDERS))
             return StageAt(one(["x", "x", "w", "z", "b"]), one([*own, "root"]), "window", order, align)
@@ -148,15 +160,17 @@ def draw_step(draw: Draw, program: Program, kind: str, number: int) -> Step:
 
 ORDERS = [((), ()), (tuple("whcn"), ()), (("n", "c/2", "h", "w", "c%2"), (("h", 4),)), (tuple("mcrs"), ())]
 ANY = ["split", "split", "reorder", "reorder", "fuse", "fuse next", "unroll", "vectorize", "vectorize",
-       "parallel", "parallel", "attach", "attach", "registers", "window", "packed", "layout", "peel", "peel"]
-TILED = [["fuse next"], ["split"], ["split"], ["split"], ["tile"], ["attach init"], ["attach epilogue"],
-         ["registers"], ["reorder"], ["window", "packed"], ["layout"], ["split", "peel"], ["unroll"],
-         ["vectorize last", "vectorize"], ["parallel"], ["peel"], ["peel"], ["peel"]]
+       "parallel", "parallel", "attach", "attach", "registers", "inline", "buffer", "window", "packed", "layout",
+       "peel", "peel"]
+TILED = [["fuse next", "inline"], ["split"], ["split"], ["split"], ["tile"], ["attach init"], ["attach epilogue"],
+         ["registers"], ["reorder", "inline"], ["window", "packed", "inline"], ["layout"], ["split", "peel"],
+         ["unroll"], ["vectorize last", "vectorize"], ["parallel"], ["peel"], ["peel"], ["peel"]]
 
 
 def tile_step(draw: Draw, program: Program, kind: str, number: int) -> Step:
     """As ``draw_step``, for a schedule whose sums are inside a tile of the output."""
-    outputs = loop_names(program.stages[0].body) if kind == "tile" else []
+    first_stage = next(stage for stage in program.stages if stage.name == "init") if kind == "tile" else None
+    outputs = loop_names(first_stage.body) if first_stage else []
     around = [[loop.var for loop in a] for s in program.stages for a, leaf in leaves(s.body)
               if isinstance(leaf, Reduce)]
     shared = [n for n in names_of(program) if all(n in path for path in around)] or ["m"]
@@ -267,7 +281,7 @@ def run(program: Program, arrays: dict[str, Array]) -> Array:
 def test_random_schedule_equals_the_unscheduled_nest(data: st.DataObject) -> None:
     problem = data.draw(problems(), "problem")
     layout = data.draw(st.sampled_from(["nchw", "nhwc", "nchw16c"]), "layout")
-    program = lower_direct(problem, layout)
+    program = named(algorithm(data.draw, problem), problem).lower(layout)
     schedule = data.draw(schedules(program), "schedule")
     scheduled = apply(program, schedule)
     assert parse_schedule(schedule.text) == schedule
@@ -286,13 +300,14 @@ def test_random_schedule_as_machine_code(data: st.DataObject) -> None:
     """What LLVM makes of it, on 1 and on 3 threads."""
     problem = data.draw(problems(), "problem")
     layout = data.draw(st.sampled_from(["nchw", "nhwc", "nchw16c"]), "layout")
-    program = lower_direct(problem, layout)
+    name = algorithm(data.draw, problem)
+    program = named(name, problem).lower(layout)
     schedule = data.draw(schedules(program), "schedule")
     arrays = small_integers(program, 1)
     expected = run(program, arrays).reshape(problem.output_shape)
     given = [to_layout(arrays["x"].reshape(problem.input_shape), layout), arrays["w"].reshape(problem.weight_shape)]
     residual = to_layout(arrays["z"].reshape(problem.output_shape), layout) if "z" in arrays else None
     for threads in (1, 3):
-        kernel = Kernel(problem, schedule, layout=layout, threads=threads, machine=Machine.host())
+        kernel = Kernel(problem, schedule, layout=layout, threads=threads, machine=Machine.host(), algorithm=name)
         y = kernel(*given, arrays.get("b"), residual=residual)
         np.testing.assert_array_equal(from_layout(y, problem.output_shape, layout), expected)

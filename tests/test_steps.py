@@ -11,8 +11,9 @@ import pytest
 
 from convsched.errors import ScheduleError
 from convsched.examples import at, filtered, nest, nests, product, scaled, unfolded
+from convsched.inlining import inline
 from convsched.interp import interpret
-from convsched.ir import Affine, Load, Program, Store, find_loops
+from convsched.ir import Affine, Load, Program, Stage, Store, find_loops
 from convsched.kernels.source import run_source
 from convsched.lower.direct import lower_direct
 from convsched.lower.im2col import lower_im2col
@@ -202,6 +203,23 @@ def test_peel_after_inline_resolves_digits() -> None:
 ])
 def test_inline_refuses(program: Program, before: str, step: str, why: str, fix: str, marked: str | None) -> None:
     refused(program, before, step, why, fix, marked)
+
+
+def test_registers_after_inline() -> None:
+    text = "reorder n p m c r s; attach init at m; attach epilogue at m; inline i; stage t at m registers"
+    done = apply(TOEPLITZ, parse_schedule(text))
+    assert done.tensor("t").role == "register"
+
+
+def test_inline_needs_a_stage_that_walks_each_element_once() -> None:
+    """A loop that is in no index or in two, and a tensor that is read before it is filled."""
+    stages = {stage.name: stage for stage in UNFOLDED.stages}
+    store = Store("i", at("e"), Load("x", at("e", "f")))
+    twice = replace(UNFOLDED, stages=(Stage("i", nest({"e": 12, "f": 3}, store)), stages["conv"]))
+    early = replace(UNFOLDED, stages=(stages["conv"], stages["i"]))
+    for program, why in ((twice, "no digits of the index of i"), (early, "no stage after i reads i")):
+        with pytest.raises(ScheduleError, match=why):
+            inline(program, "i")
 
 
 def test_overlap_refuses_digits() -> None:

@@ -46,6 +46,19 @@ def test_zeros_of_the_border_and_elements_at_the_same_address_are_told_apart() -
     np.testing.assert_array_equal(kernel(x, weight), convolve(layer, x, weight))
 
 
+@pytest.mark.parametrize(("algorithm", "schedule"), [
+    ("direct", "reorder n c r s e f m; unroll e f; vectorize m"),
+    ("im2col", "reorder n c r s p m; inline i; unroll p; vectorize m"),
+])
+def test_elements_at_one_address_in_and_outside_a_row(algorithm: str, schedule: str) -> None:
+    """x[0, 0, 0, 4] lies in the border, where x[0, 0, 1, 0] is stored: rows of output are longer than those of x."""
+    layer = cs.Conv2d(1, 8, 3, padding=2, input_size=(4, 4), bias=False)
+    rng = np.random.default_rng(0)
+    x, weight = (rng.integers(1, 9, shape).astype(np.float32) for shape in (layer.input_shape, layer.weight_shape))
+    kernel = cs.compile(layer, algorithm=algorithm, schedule=schedule, threads=1)
+    np.testing.assert_array_equal(kernel(x, weight), convolve(layer, x, weight))
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize(("layer", "schedule"), [
     # a parallel loop that a thread may skip, before code that uses the same registers

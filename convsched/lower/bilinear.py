@@ -23,8 +23,9 @@ is a convolution of the rows i, r and the columns j, s, whose columns overlap; `
 axis. Source: Agarwal and Burrus, "Fast one-dimensional digital convolution by multidimensional techniques", 1974.
 
 Blocks of channels compose with space: for ``parts`` = 2, the algorithm along rows is the Kronecker product of one for
-2 x 2 matrices and one for rows, w_mc[s] and x_cp[l] give y_mp[j]. Input channel 2 c + xc is in block xc, output
-channel 2 m + ym in block ym, and a tile is 2 beside each other, xt; ``d c m o`` count within blocks.
+2 x 2 matrices and one for L / 2 outputs of a row: w_ij[s] and x_jk[l] give y_ik[j], of output channels 2 m + i, input
+channels 2 c + j, and two tiles k beside each other, which are the tile of K x L. ``d c m o`` count within blocks, the
+loops ``xc xt ym`` go over j, k and i.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ class _Lowering:
 
     @property
     def reads(self) -> tuple[int, int]:
-        """Pixels that a tile of one part reads."""
+        """Pixels that a tile reads; along rows, one of the tiles beside each other."""
         return self.column.input.columns, self.row.input.columns // self.parts**2
 
     @cached_property
@@ -162,6 +163,8 @@ class _Lowering:
             raise LoweringError(f"{p.text} has a stride and a dilation along one axis; use direct")
         if self.fold and (p.stride != (1, 1) or p.dilation != (1, 1)):
             raise LoweringError(f"{p.text} has a stride or a dilation, and folds to no plane; use direct")
+        if self.fold and self.parts > 1:
+            raise LoweringError(f"{p.text}: a folded axis has no blocks of channels; use one part")
         if p.C // p.groups % self.parts or p.M // p.groups % self.parts:
             raise LoweringError(f"{p.text} has channels that do not make {self.parts} blocks; use direct")
         outputs = self.sizes[0], self.sizes[1] // self.parts
