@@ -248,8 +248,8 @@ class Reduce:
 
 @dataclass(frozen=True, slots=True)
 class Loop:
-    """``for var < extent: body``; of kind "digit", the body once, with ``var = of // step % extent``, so that ``extent``
-    is the number of values, and ``of`` is never negative."""
+    """``for var < extent: body``; of kind "digit", the body once, with ``var = of // step % extent``: ``extent`` is the
+    number of values, and ``of`` is never negative."""
 
     var: str
     extent: int

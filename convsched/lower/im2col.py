@@ -3,8 +3,8 @@
     i[n, c, r, s, p] = x[n, c, sh e + dh r - top, sw f + dw s - left]                 with p = F e + f
     y[n, m, p] = act(b[m] + sum_{c,r,s} i[n, c, r, s, p] w[m, c, r, s] + z[n, m, p])
 
-Stage ``i`` has the loops ``e f``; the others count output pixels by ``p``. Whether the view is made as a whole, block by
-block beside the product, or not at all (``inline``, then the product reads the input), is the schedule's choice.
+Stage ``i`` has the loops ``e f``; the others count output pixels by ``p``. Whether the view is made as a whole, block
+by block beside the product, or not at all (``inline``, then the product reads the input), is the schedule's choice.
 
 Source: Chellapilla, Puri and Simard, "High Performance Convolutional Neural Networks for Document Processing", 2006.
 """
