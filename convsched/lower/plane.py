@@ -65,8 +65,8 @@ class Plane:
 class Shape:
     """What a schedule needs to know of an algorithm along columns and rows: a tile's ``outputs`` along both, its
     products (``points``), the elements of a row that it ``reads``, of all blocks, and how many sparse factors each
-    transform has: those of columns and rows of the input, then of the output. The algorithm along rows acts on ``parts`` blocks of
-    channels, and as many tiles beside each other."""
+    transform has: those of columns and rows of the input, then of the output. The algorithm along rows acts on
+    ``parts`` blocks of channels, and as many tiles beside each other."""
 
     outputs: tuple[int, int]
     points: tuple[int, int]
