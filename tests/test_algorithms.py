@@ -117,15 +117,19 @@ def test_winograd_of_strides_dilations_and_groups(problem: Conv2d, layout: Any, 
     check(problem, algorithm, replace(default, by_lines=by_lines), layout)
 
 
-@settings(QUICK, max_examples=8)
-@given(problem=split_layers(), layout=st.sampled_from(LAYOUTS), by_lines=st.booleans())
-def test_blocks_of_channels_nested_with_tiles(problem: Conv2d, layout: Any, by_lines: bool) -> None:
-    even = replace(problem, in_channels=2 * problem.C, out_channels=2 * problem.M)
-    sides = [r for r in (even.R, even.S) if r > 1]
-    algorithm = named("nested" + "x".join(f"(2,{r})" for r in sides), even)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("problem", "by_lines"), [
+    (Conv2d(6, 18, 3, padding=(1, 0, 2, 1), input_size=(5, 11), batch_size=2, activation="relu"), False),
+    (Conv2d(8, 4, (3, 1), 2, groups=2, bias=False, input_size=(8, 9), residual=True), False),
+    (Conv2d(2, 2, (1, 3), padding=2, dilation=2, input_size=(2, 13)), False),
+    (Conv2d(4, 20, 3, padding=1, input_size=(5, 9)), True),
+], ids=["edges", "stride and groups", "dilation", "by lines"])
+def test_blocks_of_channels_nested_with_tiles(problem: Conv2d, layout: str, by_lines: bool) -> None:
+    sides = [r for r in (problem.R, problem.S) if r > 1]
+    algorithm = named("nested" + "x".join(f"(2,{r})" for r in sides), problem)
     default = algorithm.default(Machine.host(), layout, 1)
     assert isinstance(default, Tiles)
-    check(even, algorithm, replace(default, by_lines=by_lines), layout)
+    check(problem, algorithm, replace(default, by_lines=by_lines), layout)
 
 
 def test_nested_has_seven_eighths_of_the_products() -> None:
