@@ -20,7 +20,7 @@ from functools import cached_property, lru_cache, partial
 from math import hypot, inf, prod, sqrt
 
 from convsched.accuracy import BOUNDS, UNIT, Prediction, predict, predict_direct
-from convsched.analytic import best_blocking, default_recipe, default_tiles, default_toeplitz
+from convsched.analytic import best_blocking, default_recipe, default_tiles, default_toeplitz, direct_time
 from convsched.bilinear import Bilinear, kronecker
 from convsched.errors import LoweringError
 from convsched.ir import Program
@@ -334,5 +334,4 @@ def _fft_time(tiles: Fft, machine: Machine, layout: str, threads: int) -> float:
 
 
 def _direct_time(problem: Problem, machine: Machine, layout: str, threads: int) -> float:
-    vectors = problem.groups * -(-problem.M // problem.groups // machine.lanes)
-    return problem.macs / problem.M * vectors / threads
+    return direct_time(problem, machine, layout) / threads
