@@ -205,15 +205,6 @@ def meets_input(problem: Problem) -> bool:
                for outputs, taps, stride, dilation, before, size in sides)
 
 
-def _meetings(problem: Conv2d) -> tuple[list[tuple[int, int]], ...]:
-    """Along each axis, the outputs and taps that meet in the input, and not in padding."""
-    sides = zip(problem.output_shape[2:], (problem.R, problem.S), problem.stride, problem.dilation,
-                problem.padding[:2], (problem.H, problem.W), strict=True)
-    return tuple([(e, r) for e in range(outputs) for r in range(taps)
-                  if 0 <= e * stride + r * dilation - before < size]
-                 for outputs, taps, stride, dilation, before, size in sides)
-
-
 def _pixels(problem: Conv2d, machine: Machine) -> Pixels:
     maps = problem.M // problem.groups
     columns = problem.E * problem.F if is_flat(problem) else problem.F
