@@ -73,9 +73,13 @@ class _Place:
 def _producer(program: Program, step: str, tensor: str) -> tuple[Stage, tuple[_Place, ...], Value]:
     """The stage that fills a tensor, its loops by the index they store to, and what it stores."""
     stages = [stage for stage in program.stages if any(leaf.tensor == tensor for _, leaf in leaves(stage.body))]
-    if tensor not in program.by_name or program.tensor(tensor).role != "local" or len(stages) != 1:
-        raise fail(program, step, f"{len(stages)} stages fill a local tensor {tensor}",
-                   "name one that a single stage fills")
+    if tensor not in program.by_name:
+        names = ", ".join(found.name for found in program.tensors if found.role == "local")
+        raise fail(program, step, f"there is no tensor {tensor}", f"use one that a single stage fills, of {names}")
+    role = program.tensor(tensor).role
+    if role != "local" or len(stages) != 1:
+        raise fail(program, step, f"{tensor} is a tensor of role {role}, and {len(stages)} stages fill it",
+                   "name a local tensor that a single stage fills")
     (loops, leaf), *more = leaves(stages[0].body)
     if more or not isinstance(leaf, Store) or leaf.where or stages[0].when == "bind":
         raise fail(program, step, f"stage {stages[0].name} does more than store each element of {tensor} once",

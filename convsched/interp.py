@@ -323,13 +323,17 @@ def _with_digits(loops: Sequence[Loop], point: dict[str, int | npt.NDArray[np.in
     """A point of the loops with the values of those that run once."""
     for loop in loops:
         if loop.kind == "digit":
-            point[loop.var] = _evaluate(loop.of, point) // loop.step % loop.extent
+            point[loop.var] = _digit(loop, point)
     return point
+
+
+def _digit(loop: Loop, point: Point) -> int | npt.NDArray[np.intp]:
+    return _evaluate(loop.of, point) // loop.step % loop.extent
 
 
 def _values(loop: Loop, outer: Mapping[str, int]) -> Iterable[int]:
     """The values that a loop's variable takes."""
-    return [loop.of.evaluate(outer) // loop.step % loop.extent] if loop.kind == "digit" else range(loop.extent)
+    return [int(_digit(loop, outer))] if loop.kind == "digit" else range(loop.extent)
 
 
 def _mask(leaf: Leaf, point: Point, shape: tuple[int, ...]) -> npt.NDArray[np.bool_] | None:

@@ -127,10 +127,7 @@ class Addresses:
         across = lanes if any(lanes.var in a.variables for a, *_ in found.rest) else Lanes()
         extra = "0"
         for a, step, size, scale in found.rest:
-            value = self.value(a, across)
-            value = self._integer("udiv", value, step, across.count)
-            value = self._integer("urem", value, size, across.count)
-            value = self._integer("mul", value, scale, across.count)
+            value = self._integer("mul", self._quotient(a, step, size, across), scale, across.count)
             extra = value if extra == "0" else self.w.let(
                 f"add {vector_type(across.count, 'i64')} {extra}, {value}")
         if across.count == 1:
@@ -149,6 +146,11 @@ class Addresses:
         kind = vector_type(lanes.count, "i64")
         return self.w.let(f"add {kind} {splat(self.w, total, lanes.count, 'i64')}, <{steps}>")
 
+    def _quotient(self, a: Affine, step: int, size: int, lanes: Lanes) -> str:
+        """``a // step % size`` as an i64, or one a lane."""
+        value = self._integer("udiv", self.value(a, lanes), step, lanes.count)
+        return self._integer("urem", value, size, lanes.count)
+
     def _integer(self, operation: str, value: str, by: int, count: int) -> str:
         if by == 1 and operation in ("udiv", "mul"):
             return value
@@ -165,9 +167,7 @@ class Addresses:
         key = (constant, tuple(terms), loop.step, loop.extent)
         if key not in held:
             with self.w.at_start(depth):
-                value = self._integer("udiv", self.value(loop.of, Lanes()), loop.step, 1)
-                inside = self.point.bounds(loop.of)[1] // loop.step < loop.extent
-                held[key] = value if inside else self._integer("urem", value, loop.extent, 1)
+                held[key] = self._quotient(loop.of, loop.step, loop.extent, Lanes())
         self.w.depths[loop.var] = depth
         return held[key]
 

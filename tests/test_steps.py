@@ -193,9 +193,9 @@ def test_peel_after_inline_resolves_digits() -> None:
 
 
 @pytest.mark.parametrize(("program", "before", "step", "why", "fix", "marked"), [
-    (UNFOLDED, "", "inline q", "0 stages fill a local tensor q", "a single stage", None),
-    (UNFOLDED, "", "inline y", "1 stages fill a local tensor y", "a single stage", None),
-    (LAYER, "", "inline t", "2 stages fill a local tensor t", "a single stage", None),
+    (UNFOLDED, "", "inline q", "there is no tensor q", "a single stage fills, of i", None),
+    (UNFOLDED, "", "inline y", "y is a tensor of role output", "name a local tensor", None),
+    (LAYER, "", "inline t", "and 2 stages fill it", "a single stage", None),
     (UNFOLDED, "split e 3 -> e0 e1 tail=mask", "inline i", "more than store each element of i once", "before", None),
     (UNFOLDED, "vectorize p", "inline i", "lanes of p would be apart by no fixed distance", "another loop", "p"),
     (UNFOLDED, "inline i", "unroll e", "e is a digit of other loops", "inline later", "e"),
