@@ -51,8 +51,7 @@ PATH = click.Path(path_type=Path, dir_okay=False)
 
 # Filter, image, and the algorithms beside direct; padding keeps the size of all but the long filters.
 LAYERS: dict[str, tuple[tuple[int, int], Pair, tuple[str, ...]]] = {
-    "3x3": ((3, 3), 14, ("im2col", "winograd(2,3)", "winograd(4,3)", "winograd(6,3)", "nested(2,3)",
-                           "nested(4,3)", "fft(8)", "fft(16)")),
+    "3x3": ((3, 3), 14, ("im2col", "winograd(2,3)", "winograd(4,3)", "winograd(6,3)", "fft(8)", "fft(16)")),
     "5x5": ((5, 5), 14, ("im2col", "winograd(2,5)", "winograd(4,5)", "fft(16)")),
     "7x7": ((7, 7), 14, ("im2col", "winograd(2,7)", "winograd(4,7)", "fft(16)")),
     "1x7": ((1, 7), 14, ("im2col", "winograd(2,7)", "winograd(4,7)", "winograd(6,7)", "fft(16)")),
@@ -115,7 +114,7 @@ class Tiles:
 def tiles_of(problem: Conv2d, algorithm: str) -> Tiles:
     """The tiles of a member by its full name: what one output reads, for sums of products."""
     family, sizes = parse_name(algorithm)
-    if family in ("winograd", "nested"):
+    if family == "winograd":
         taps = (problem.R, problem.S)
         left = iter(sizes if len(sizes) > 1 else sizes * 2)
         outputs = [next(left)[0] if r > 1 else 1 for r in taps]
@@ -133,7 +132,7 @@ def bound(problem: Conv2d, algorithm: str, prediction: Prediction, x: Array, wei
     channels.
     """
     family, sizes = parse_name(algorithm)
-    blocks = 2 ** sizes[0][0] if family == "strassen" else 2 if family == "nested" else 1
+    blocks = 2 ** sizes[0][0] if family == "strassen" else 1
     filters = float(np.sqrt(np.square(weight, dtype=np.float64).sum((1, 2, 3)).max()))
     return blocks * prediction.norm_bound * filters * tiles_of(problem, algorithm).greatest_norm(problem, x)
 

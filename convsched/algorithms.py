@@ -44,7 +44,6 @@ FAST_OUTPUTS = {2: (6,), 3: (5, 6)}  # further ones, of more error than accuracy
 MOST_SPLIT = 16  # taps of a side, for Winograd
 MARGIN = 4 / 3  # that an estimate must be below direct's: in doubt, direct
 FFT_TAPS = 7  # of a side, from which FFT is tried
-BLOCKS = 2  # of channels each way, in Strassen's product
 STRASSEN_CHANNELS = 512  # in and out, from which Strassen's products are tried
 LEAST_CHANNELS = 16  # in and out, below which vectors of channels are mostly empty
 FFT = 1.5  # the time of FFT tiles over that of their products at full rate
@@ -138,43 +137,32 @@ def _im2col(problem: Problem, sizes: tuple[tuple[int, ...], ...]) -> Algorithm:
 
 
 def _winograd(problem: Problem, sizes: tuple[tuple[int, ...], ...]) -> Algorithm:
-    """F(m, r) along each side of more than one tap; (m, r) once for both, or for the height and the width."""
-    return _tiled("winograd", problem, sizes)
+    """F(m, r) along each side of more than one tap; (m, r) once for both, or for the height and the width.
 
-
-def _nested(problem: Problem, sizes: tuple[tuple[int, ...], ...]) -> Algorithm:
-    """F(m, r) as above, with Strassen's product of blocks of channels and tiles in place of each of its products. Its
-    filters are 7/4 as large, and it was never measured to win: it is used where it is asked for."""
-    return _tiled("nested", problem, sizes, BLOCKS)
-
-
-def _tiled(family: str, problem: Problem, sizes: tuple[tuple[int, ...], ...], parts: int = 1) -> Algorithm:
-    """Two algorithms of short tiles, which are made, and proved, where more than their sizes is needed; that along
-    rows acts on ``parts`` blocks of channels."""
-    conv = _convolution(family, problem)
+    The two algorithms of short tiles are made, and proved, where more than their sizes is needed.
+    """
+    conv = _convolution("winograd", problem)
     taps = [r for r in (conv.R, conv.S) if r > 1]
     if not taps:
-        raise LoweringError(f"{family}: {problem.text} has one tap; use direct")
+        raise LoweringError(f"winograd: {problem.text} has one tap; use direct")
     if any(s > 1 and d > 1 for s, d in zip(conv.stride, conv.dilation, strict=True)):
-        raise LoweringError(f"{family}: {problem.text} has a stride and a dilation along one side; use direct")
+        raise LoweringError(f"winograd: {problem.text} has a stride and a dilation along one side; use direct")
     if max(taps) > MOST_SPLIT:
-        raise LoweringError(f"{family}: {problem.text} has {max(taps)} taps along a side, more than {MOST_SPLIT}; "
+        raise LoweringError(f"winograd: {problem.text} has {max(taps)} taps along a side, more than {MOST_SPLIT}; "
                             "use fft")
-    if any(count // conv.groups % parts for count in (conv.C, conv.M)):
-        raise LoweringError(f"{family}: {problem.text} has channels that do not make {parts} blocks; use winograd")
     sizes = sizes or tuple((OUTPUTS.get(r, MANY_TAPS)[0], r) for r in taps)
     if len(sizes) == 1:
         sizes = sizes * len(taps)
     if any(len(pair) != 2 for pair in sizes) or [r for _, r in sizes] != taps or any(m < 2 for m, _ in sizes):
         given = "x".join(f"({','.join(map(str, pair))})" for pair in dict.fromkeys(sizes))
-        raise LoweringError(f"{family}{given}: {problem.text} has "
+        raise LoweringError(f"winograd{given}: {problem.text} has "
                             f"{' and '.join(map(str, taps))} taps; write (m,r) with r={taps[0]} and m of at least 2, "
                             "once for both sides, or (m,r)x(m,r)")
     along = iter(sizes)
     sides = [(*(next(along) if r > 1 else (1, 1)), stride)
              for r, stride in zip((conv.R, conv.S), conv.stride, strict=True)]
-    name = family + "x".join(f"({m},{r})" for m, r in dict.fromkeys(sizes))
-    column, row = partial(winograd_side, *sides[0]), partial(_row, sides[1], parts)
+    name = "winograd" + "x".join(f"({m},{r})" for m, r in dict.fromkeys(sizes))
+    column, row = partial(winograd_side, *sides[0]), partial(winograd_side, *sides[1])
     outputs, points = (sides[0][0], sides[1][0]), (products(*sides[0]), products(*sides[1]))
 
     def time(machine: Machine, layout: str, threads: int) -> float:
@@ -182,17 +170,11 @@ def _tiled(family: str, problem: Problem, sizes: tuple[tuple[int, ...], ...], pa
             return inf
         return best_blocking(Plane(conv, outputs), points, machine, threads).time
 
-    return Algorithm(name, lambda layout: lower_bilinear(conv, column(), row(), layout, parts=parts),
+    return Algorithm(name, lambda layout: lower_bilinear(conv, column(), row(), layout),
                      lambda machine, layout, threads: default_tiles(
-                         conv, Shape.of(column(), row(), parts=parts), machine, layout, threads),
+                         conv, Shape.of(column(), row()), machine, layout, threads),
                      lambda terms, size: _bilinear_error(column(), row(), terms, size),
-                     conv.C // conv.groups // parts, prod(conv.output_shape), time if parts == 1 else _unknown)
-
-
-@lru_cache(256)
-def _row(side: tuple[int, int, int], parts: int) -> Bilinear:
-    along = winograd_side(*side)
-    return along if parts == 1 else kronecker(strassen(), along)
+                     conv.C // conv.groups, prod(conv.output_shape), time)
 
 
 def _fft(problem: Problem, sizes: tuple[tuple[int, ...], ...]) -> Algorithm:
@@ -228,7 +210,6 @@ FAMILIES: dict[str, Callable[[Problem, tuple[tuple[int, ...], ...]], Algorithm]]
     "direct": _direct,
     "im2col": _im2col,
     "winograd": _winograd,
-    "nested": _nested,
     "fft": _fft,
     "strassen": _strassen,
 }

@@ -262,32 +262,32 @@ def default_tiles(problem: Conv2d, shape: Shape, machine: Machine, layout: str =
                   by_lines: bool = False) -> Tiles:
     """The recipe of a bilinear algorithm."""
     plane = Plane(problem, shape.outputs, shape.fold)
-    best = best_blocking(plane, shape.points, machine, threads, by_lines, shape.parts)
+    best = best_blocking(plane, shape.points, machine, threads, by_lines)
     most = 4 if machine.isa == "avx512" else 8  # short code for long vectors
-    unroll = next(u for u in (most, 4, 1) if problem.C // problem.groups // shape.parts % u == 0)
-    filters = 4 * shape.points[0] * shape.points[1] * problem.weights // (problem.R * problem.S * shape.parts**2)
+    unroll = next(u for u in (most, 4, 1) if problem.C // problem.groups % u == 0)
+    filters = 4 * shape.points[0] * shape.points[1] * problem.weights // (problem.R * problem.S)
     tiles = best.block * plane.tiles[1]
     few = filters > 8 * machine.l2 and tiles <= FEW_TILES  # too little work for the caches to bring it in time
     return Tiles(machine.lanes, shape, best.block, best.vectors, best.pixels, unroll, by_lines, PREFETCH if few else 0)
 
 
 def best_blocking(plane: Plane, points: tuple[int, int], machine: Machine, threads: int = 1, by_lines: bool = False,
-                  parts: int = 1) -> Blocking:
+                  ) -> Blocking:
     """The blocking that takes the least estimated time: small blocks stay in L2, large ones stream the filters less
-    often. Blocks are shared among the threads; channels are in ``parts``."""
+    often. Blocks are shared among the threads."""
     rows = plane.tiles[0]
     blocks = [b for b in range(1, rows + 1) if rows % b == 0 and (rows >= b * threads or b == 1)]
-    return min((_blocking(plane, points, block, machine, threads, by_lines, parts) for block in blocks),
+    return min((_blocking(plane, points, block, machine, threads, by_lines) for block in blocks),
                key=lambda made: made.time)
 
 
 def _blocking(plane: Plane, points: tuple[int, int], block: int, machine: Machine, threads: int,
-              by_lines: bool, parts: int) -> Blocking:
+              by_lines: bool) -> Blocking:
     """A block and its estimated time: products at full rate, or at that of loads or of the latency of FMAs where a
     register tile is small; transforms by the vector; filters that do not stay in L2, and blocks that do not, by the
     bytes that each block moves."""
     problem, (rows, columns), rank = plane.problem, plane.tiles, points[0] * points[1]
-    channels, maps = (count // problem.groups // parts for count in (problem.C, problem.M))
+    channels, maps = (count // problem.groups for count in (problem.C, problem.M))
     tiles = block * columns
     if machine.isa == "avx512" and not by_lines:  # FMAs broadcast as they load: one vector of weights is enough
         most = machine.registers - 7  # a vector of weights and broadcasts beside them

@@ -58,7 +58,7 @@ class Tiles:
 def _tiles(p: Tiles, problem: Conv2d, layout: str) -> list[Step]:
     shape, plane = p.shape, Plane(problem, p.shape.outputs, p.shape.fold)
     width, head = plane.tiles[1], ("n", *plane.loops, "e0")
-    channels, maps = (count // problem.groups // shape.parts for count in (problem.C, problem.M))
+    channels, maps = (count // problem.groups for count in (problem.C, problem.M))
     count, wide = p.block * width, p.vectors * p.lanes
     inner = (p.lanes, p.unroll) if p.lanes % p.unroll == 0 and p.unroll < p.lanes else (p.unroll,)
     d, o = Axis.cut("d", channels, p.lanes), Axis.cut("o", maps, p.lanes)
@@ -69,35 +69,26 @@ def _tiles(p: Tiles, problem: Conv2d, layout: str) -> list[Step]:
     at_input, at_product, at_output = "tf", t.names[0], y.names[1]
     sums = {name: _Sums(name, to, over, count)
             for (name, to, over), count in zip(TRANSFORMS, shape.factors, strict=True)}
-    across: tuple[str, ...] = ("lx",)  # the loops over what a tile's row reads
-    along: tuple[str, ...] = ("j",)  # and over its outputs
-    copied: tuple[str, ...] = ("c",)  # how the copy of the input stores channels
-    apart: tuple[str, ...] = ()  # the loops over its blocks of channels, outside of vectors
-    lane = "x.c"
-    if shape.parts > 1:
-        across, along = ("xc", "xt", "lx"), ("ym", "j")
-        copied, apart, lane = (f"c%{shape.parts}", f"c/{shape.parts}"), ("x.c1",), "x.c0"
-    lines = () if p.by_lines else (*across, "p", "qy", "i")
+    lines = () if p.by_lines else ("lx", "p", "qy", "i")
     return [
         Split("te", p.block, "e0", "te1"), Split("ye", p.block, "e0", "ye1"), Split("t", count, "e0", "t1"),
         *d.steps, *o.steps, *m.steps, *c.steps, *t.steps, *y.steps,
-        Reorder((*head, d.names[0], "te1", "tf", *across, *sums["bx"].loops, "px", "p", *sums["bxb"].loops, "q",
+        Reorder((*head, d.names[0], "te1", "tf", "lx", *sums["bx"].loops, "px", "p", *sums["bxb"].loops, "q",
                  d.names[1])),
         Reorder((*head, "g", "h", m.names[0], t.names[0], *c.names, t.names[1], *m.names[1:])),
-        Reorder((*head, o.names[0], "ye1", *y.names, "qy", *sums["ct"].loops, "iy", "i", *sums["ctc"].loops, *along,
+        Reorder((*head, o.names[0], "ye1", *y.names, "qy", *sums["ct"].loops, "iy", "i", *sums["ctc"].loops, "j",
                  o.names[1])),
         *sums["bxb"].computed("p"), *sums["bx"].computed("lx"), Attach("vx", at_input), *_between(p, "vx", at_input),
         Attach("s.start", at_product), Attach("t", at_product), StageAt("s", at_product, "registers"),
         *sums["ctc"].computed("i"), *sums["ct"].computed("qy"), Attach("yt", at_output), *_between(p, "yt", at_output),
-        StageAt("x", at_input if p.by_lines else d.names[0], "window", ("n", "h", "w", *copied)),
+        StageAt("x", at_input if p.by_lines else d.names[0], "window", ("n", "h", "w", "c")),
         Attach("v", "e0"), Attach("s", "e0"),
         _planes(p, "v", "c", channels * count), _planes(p, "t", "m", maps * count),
         Layout("u", ("z", "g", "h", f"m/{wide}", "c", f"m%{wide}")),
-        *([Split("x.c", shape.parts, "x.c0", "x.c1")] if apart else []),
-        Split("x.w", p.lanes, "x.w0", "x.w1", "mask"), Reorder(("x.n", "x.h", "x.w0", *apart, "x.w1", lane)),
-        Unroll((*lines, *(loop for each in sums.values() for loop in each.loops), "px", "q", "iy", *along, "x.w1",
+        Split("x.w", p.lanes, "x.w0", "x.w1", "mask"), Reorder(("x.n", "x.h", "x.w0", "x.w1", "x.c")),
+        Unroll((*lines, *(loop for each in sums.values() for loop in each.loops), "px", "q", "iy", "j", "x.w1",
                 c.names[-1], t.names[1], m.names[1], y.names[1])),
-        Vectorize((d.names[1], m.names[2], o.names[1], lane)), Parallel("e0"),
+        Vectorize((d.names[1], m.names[2], o.names[1], "x.c")), Parallel("e0"),
         *m.peels(maps, wide), *c.peels(channels, *inner), *t.peels(count, p.pixels), *y.peels(width, run),
         *([] if p.by_lines else [Peel("x.w0", "first"), Peel("x.w0")]),
         *([Prefetch("u", c.names[-2], p.prefetch)] if p.prefetch and channels > p.unroll else [])]

@@ -117,32 +117,6 @@ def test_winograd_of_strides_dilations_and_groups(problem: Conv2d, layout: Any, 
     check(problem, algorithm, replace(default, by_lines=by_lines), layout)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("problem", "by_lines"), [
-    (Conv2d(6, 18, 3, padding=(1, 0, 2, 1), input_size=(5, 11), batch_size=2, activation="relu"), False),
-    (Conv2d(8, 4, (3, 1), 2, groups=2, bias=False, input_size=(8, 9), residual=True), False),
-    (Conv2d(2, 2, (1, 3), padding=2, dilation=2, input_size=(2, 13)), False),
-    (Conv2d(4, 20, 3, padding=1, input_size=(5, 9)), True),
-], ids=["edges", "stride and groups", "dilation", "by lines"])
-def test_blocks_of_channels_nested_with_tiles(problem: Conv2d, layout: str, by_lines: bool) -> None:
-    sides = [r for r in (problem.R, problem.S) if r > 1]
-    algorithm = named("nested" + "x".join(f"(2,{r})" for r in sides), problem)
-    default = algorithm.default(Machine.host(), layout, 1)
-    assert isinstance(default, Tiles)
-    check(problem, algorithm, replace(default, by_lines=by_lines), layout)
-
-
-def test_nested_has_seven_eighths_of_the_products() -> None:
-    layer = Conv2d(32, 32, 3, padding=1, input_size=16)
-
-    def products(name: str) -> int:
-        shape = named(name, layer).default(Machine.host(), "nchw", 1).shape  # type: ignore[attr-defined]
-        tiles = Plane(layer, shape.outputs).tiles
-        return shape.points[0] * shape.points[1] * tiles[0] * tiles[1] * 32 * 32 // shape.parts**2
-
-    assert 8 * products("nested(4,3)") == 7 * products("winograd(4,3)")
-
-
 @pytest.mark.parametrize("problem", [
     Conv2d(16, 24, 3, 2, padding=1, input_size=(15, 18), groups=2),
     Conv2d(16, 16, 3, padding=2, dilation=2, input_size=(15, 18)),
@@ -227,7 +201,7 @@ def test_winograd_two_three_is_exact_on_small_integers() -> None:
     ("winograd(1,3)", Conv2d(4, 4, 3, input_size=9), "at least 2"),
     ("im2col", Conv2d(4, 4, 1, input_size=9), "as it stands"),
     ("im2col(2,3)", Conv2d(4, 4, 3, input_size=9), "no sizes"),
-    ("nested", Conv2d(4, 5, 3, input_size=9), "channels that do not make 2 blocks"),
+    ("nested(2,3)", Conv2d(4, 4, 3, input_size=9), "use one of direct, im2col, winograd, fft, strassen"),
     ("winograd(4)", Conv2d(4, 4, 3, input_size=9), r"winograd\(4\): .* write \(m,r\)"),
     ("", Linear(4, 4), "use one of direct"),
     ("wino", Linear(4, 4), "use one of direct"),

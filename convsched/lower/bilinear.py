@@ -21,11 +21,6 @@ Many taps along one axis fold into a plane of L columns: with the tap L r + s an
 
 is a convolution of the rows i, r and the columns j, s, whose columns overlap; ``tf`` counts lines along the other
 axis. Source: Agarwal and Burrus, "Fast one-dimensional digital convolution by multidimensional techniques", 1974.
-
-Blocks of channels compose with space: for ``parts`` = 2, the algorithm along rows is the Kronecker product of one for
-2 x 2 matrices and one for L / 2 outputs of a row: w_ij[s] and x_jk[l] give y_ik[j], of output channels 2 m + i, input
-channels 2 c + j, and two tiles k beside each other, which are the tile of K x L. ``d c m o`` count within blocks, the
-loops ``xc xt ym`` go over j, k and i.
 """
 
 from __future__ import annotations
@@ -63,15 +58,14 @@ from convsched.problem import Conv2d
 
 
 def lower_bilinear(problem: Conv2d, column: Bilinear, row: Bilinear, layout: str = "nchw",
-                   fold: Fold = "", parts: int = 1) -> Program:
+                   fold: Fold = "") -> Program:
     """The unscheduled program of a problem by an algorithm along columns of pixels and one along rows.
 
     Each gives the ``output.rows`` outputs of R (or S) taps at the problem's stride; of a folded axis, L taps a row and
-    L outputs; for ``parts`` = 2, on 2 x 2 blocks. Raises LoweringError for algorithms that do not fit, for a stride
-    beside a dilation along one axis, and for channels that are no multiple of the parts.
+    L outputs. Raises LoweringError for algorithms that do not fit, and for a stride beside a dilation along one axis.
     Source: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2016.
     """
-    lowering = _Lowering(problem, column, row, layout, fold, parts)
+    lowering = _Lowering(problem, column, row, layout, fold)
     lowering.require_fit()
     made = (lowering.filter(), lowering.input(), lowering.product(), lowering.output())
     return Program(problem.text, tuple(tensor for part in made for tensor in part.tensors),
@@ -94,12 +88,11 @@ class _Lowering:
     row: Bilinear
     layout: str
     fold: Fold
-    parts: int
 
     @property
     def sizes(self) -> tuple[int, int]:
         """Outputs of a tile along columns and rows."""
-        return self.column.output.rows, self.row.output.rows // self.parts
+        return self.column.output.rows, self.row.output.rows
 
     @property
     def points(self) -> tuple[int, int]:
@@ -108,12 +101,12 @@ class _Lowering:
 
     @property
     def taps(self) -> tuple[int, int]:
-        return self.column.filter.columns, self.row.filter.columns // self.parts**2
+        return self.column.filter.columns, self.row.filter.columns
 
     @property
     def reads(self) -> tuple[int, int]:
-        """Pixels that a tile reads; along rows, one of the tiles beside each other."""
-        return self.column.input.columns, self.row.input.columns // self.parts**2
+        """Pixels that a tile reads."""
+        return self.column.input.columns, self.row.input.columns
 
     @cached_property
     def plane(self) -> Plane:
@@ -126,21 +119,13 @@ class _Lowering:
 
     @property
     def channels(self) -> int:
-        """Input channels of a block."""
-        return self.problem.C // self.problem.groups // self.parts
+        """Input channels of a group."""
+        return self.problem.C // self.problem.groups
 
     @property
     def maps(self) -> int:
-        """Output channels of a block."""
-        return self.problem.M // self.problem.groups // self.parts
-
-    def block(self, *names: str) -> dict[str, int]:
-        """The loops over blocks, where there are several."""
-        return dict.fromkeys(names, self.parts) if self.parts > 1 else {}
-
-    def whole(self, channel: str, block: str) -> Affine:
-        """A channel of a group, by its number in a block."""
-        return Affine.of(channel) * self.parts + (block if self.parts > 1 else 0)
+        """Output channels of a group."""
+        return self.problem.M // self.problem.groups
 
     def deep(self, channels: int) -> tuple[int, ...]:
         """The axes n, z, channels and t of a tensor of transformed data."""
@@ -163,39 +148,30 @@ class _Lowering:
             raise LoweringError(f"{p.text} has a stride and a dilation along one axis; use direct")
         if self.fold and (p.stride != (1, 1) or p.dilation != (1, 1)):
             raise LoweringError(f"{p.text} has a stride or a dilation, and folds to no plane; use direct")
-        if self.fold and self.parts > 1:
-            raise LoweringError(f"{p.text}: a folded axis has no blocks of channels; use one part")
-        if p.C // p.groups % self.parts or p.M // p.groups % self.parts:
-            raise LoweringError(f"{p.text} has channels that do not make {self.parts} blocks; use direct")
-        outputs = self.sizes[0], self.sizes[1] // self.parts
-        needed = tuple((k - 1) * s + r for k, s, r in zip(outputs, p.stride, self.taps, strict=True))
+        needed = tuple((k - 1) * s + r for k, s, r in zip(self.sizes, p.stride, self.taps, strict=True))
         if self.reads != needed or (not self.fold and self.taps != (p.R, p.S)):
-            raise LoweringError(f"an algorithm of {self.taps} taps that reads {self.reads} pixels for {outputs} "
+            raise LoweringError(f"an algorithm of {self.taps} taps that reads {self.reads} pixels for {self.sizes} "
                                 f"outputs does not compute {p.text}: give one of {(p.R, p.S)} taps that reads {needed}")
 
     def filter(self) -> _Part:
         """``u`` of ``w``, when weights are bound."""
         p = self.problem
         tap = Plane(replace(p, dilation=(1, 1)), self.sizes, self.fold).place(0, 0, "r", "s")
-        blocks, sums = self.block("iw", "jw"), {**self.block("iw", "jw"), "s": self.taps[1]}
         spare = tuple((0, at.bounds({"r": self.taps[0], "s": self.taps[1]})[1] + 1 - size)
                       for at, size in zip(tap, (p.R, p.S), strict=True))
-        channels = {"zw": p.groups, "mw": self.maps * self.parts, "cw": self.channels * self.parts}
-        within = {"zw": p.groups, "mw": self.maps, "cw": self.channels}
+        channels = {"zw": p.groups, "mw": self.maps, "cw": self.channels}
         weight = (Affine.of("zw") * channels["mw"] + "mw", Affine.of("cw"), *tap)
         (g, h), s = self.points, self.taps[1]
-        element = (*_at("g", "s", "zw"), self.whole("mw", "iw"), self.whole("cw", "jw"))
         return _Part([
             _tensor("w", "mcrs", p.weight_shape, "weight", border=((0, 0), (0, 0), *spare)),
-            _constant("A", "gr", dense_array(self.column.filter)), _constant(
-                "A'", "hijs" if blocks else "hs", dense_array(self.row.filter).reshape(h, *sums.values())),
+            _constant("A", "gr", dense_array(self.column.filter)), _constant("A'", "hs", dense_array(self.row.filter)),
             _tensor("a", "gszmc", (g, s, *channels.values()), "local"),
-            _tensor("u", "ghzmc", (g, h, *within.values()), "local"),
+            _tensor("u", "ghzmc", (g, h, *channels.values()), "local"),
         ], [
             *_sum("a", _at("g", "s", *channels), {"g": g, "s": s, **channels}, {"r": self.taps[0]},
                   ("A", _at("g", "r")), ("w", weight), when="bind"),
-            *_sum("u", _at("g", "h", *within), {"g": g, "h": h, **within}, sums,
-                  ("A'", _at("h", *sums)), ("a", element), when="bind"),
+            *_sum("u", _at("g", "h", *channels), {"g": g, "h": h, **channels}, {"s": s},
+                  ("A'", _at("h", "s")), ("a", _at("g", "s", *channels)), when="bind"),
         ])
 
     def input(self) -> _Part:
@@ -203,20 +179,15 @@ class _Lowering:
         p, (top, left) = self.problem, self.problem.padding[:2]
         loops = self.loops(te=self.plane.tiles[0], tf=self.plane.tiles[1], d=self.channels)
         place, deep = self.at("d", "te", "tf"), self.deep(self.channels)
-        lines = {**self.block("xc", "xt"), "lx": self.reads[1]}
-        line, column, apart = Affine.of("lx"), Affine.of("lx"), self.sizes[1] // self.parts * p.stride[1]
-        if self.parts > 1:
-            line += (Affine.of("xc") * self.parts + "xt") * self.reads[1]
-            column += Affine.of("xt") * apart
-        high, wide = self.plane.place("te", "tf", "k1", column, p.stride)
-        last = {**loops, "k1": self.reads[0], **lines}
+        high, wide = self.plane.place("te", "tf", "k1", "lx", p.stride)
+        columns, rows, count = {**loops, "lx": self.reads[1]}, {**loops, "p": self.points[0]}, self.reads[1]
+        last = {**columns, "k1": self.reads[0]}
         past = [position.bounds(last)[1] - before - extent + 1 for position, before, extent
                 in zip((high, wide), (top, left), (p.H, p.W), strict=True)]
         border = ((0, 0), (0, 0), (top, max(past[0], p.padding[2])), (left, max(past[1], p.padding[3])))
-        channel = self.plane.channel(self.whole("d", "xc"), self.channels * self.parts)
+        channel = self.plane.channel("d", self.channels)
         pixel = (*_at("n"), channel, high - top, wide - left)
-        columns, rows, count = {**loops, **lines}, {**loops, "p": self.points[0]}, self.row.input.columns
-        bx = _factors("bx", "B", self.column.input, columns, ("px", "k"), lambda at: (*_at(at, line), *place),
+        bx = _factors("bx", "B", self.column.input, columns, ("px", "k"), lambda at: (*_at(at, "lx"), *place),
                       ("x", pixel), "plnzct", (count, *deep))
         bxb = _factors("bxb", "B'", self.row.input, rows, ("q", "l"), lambda at: (*_at(at, "p"), *place),
                        ("vx", (*_at("p", "l1"), *place)), "qpnzct", (self.points[0], *deep))
@@ -225,7 +196,7 @@ class _Lowering:
             _tensor("vx", "plnzct", (self.points[0], count, *deep), "local"),
             _tensor("v", "ghnzct", (*self.points, *deep), "local"),
         ], [
-            *bx.stages, _copy("vx", (*_at("px", line), *place), bx.tensors[-1].name, (*_at("px", line), *place),
+            *bx.stages, _copy("vx", (*_at("px", "lx"), *place), bx.tensors[-1].name, (*_at("px", "lx"), *place),
                               {**columns, "px": self.points[0]}),
             *bxb.stages, _copy("v", (*_at("p", "q"), *place), bxb.tensors[-1].name, (*_at("q", "p"), *place),
                                {**rows, "q": self.points[1]}),
@@ -250,7 +221,7 @@ class _Lowering:
         p, (high, wide) = self.problem, self.sizes
         loops = self.loops(ye=self.plane.tiles[0], yf=self.plane.tiles[1], o=self.maps)
         place, deep = self.at("o", "ye", "yf"), self.deep(self.maps)
-        channel = self.plane.channel(self.whole("o", "ym"), self.maps * self.parts)
+        channel = self.plane.channel("o", self.maps)
         e, f = self.plane.place("ye", "yf", "i", "j")
         bias = Load("b", (channel,)) if p.bias else Const(0.0)
         columns, rows = {**loops, "qy": self.points[1]}, {**loops, "i": high}
@@ -258,18 +229,16 @@ class _Lowering:
                       ("t", (*_at("pc1", "qy"), *place)), "iqnzmt", (self.points[1], *deep))
         ctc = _factors("ctc", "C'", self.row.output, rows, ("j", "qc"), lambda at: (*_at(at, "i"), *place),
                        ("yt", (*_at("i", "qc1"), *place)), "jinzmt", (high, *deep),
-                       start=bias if self.parts == 1 else Const(0.0))
+                       start=bias)
         tensors = [*ct.tensors, *ctc.tensors, _tensor("yt", "iqnzmt", (high, self.points[1], *deep), "local"),
                    _tensor("y", "nchw", p.output_shape, "output", LAYOUTS[self.layout])]
-        made = Affine.of("j") + (Affine.of("ym") * wide if self.parts > 1 else 0)
-        result: Value = Load(ctc.tensors[-1].name, (*_at(made, "i"), *place))
+        result: Value = Load(ctc.tensors[-1].name, (*_at("j", "i"), *place))
         if p.bias:
             tensors.append(_tensor("b", "m", (p.M,), "weight"))
-            result = result if self.parts == 1 else Op("add", (result, bias))
         if p.residual:
             tensors.append(_tensor("z", "nchw", p.output_shape, "input", LAYOUTS[self.layout]))
             result = Op("add", (result, Load("z", (*_at("n"), channel, e, f))))
-        result, last = activation(p.activation, result), {**rows, **self.block("ym"), "j": wide}
+        result, last = activation(p.activation, result), {**rows, "j": wide}
         inside = tuple(at - size for at, size in ((e, p.E), (f, p.F)) if at.bounds(last)[1] >= size)
         return _Part(tensors, [
             *ct.stages, _copy("yt", (*_at("iy", "qy"), *place), ct.tensors[-1].name, (*_at("iy", "qy"), *place),

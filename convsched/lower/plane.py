@@ -64,21 +64,18 @@ class Plane:
 @dataclass(frozen=True)
 class Shape:
     """What a schedule needs to know of an algorithm along columns and rows: a tile's ``outputs`` along both, its
-    products (``points``), the elements of a row that it ``reads``, of all blocks, and how many sparse factors each
-    transform has: those of columns and rows of the input, then of the output. The algorithm along rows acts on
-    ``parts`` blocks of channels, and as many tiles beside each other."""
+    products (``points``), the elements of a row that it ``reads``, and how many sparse factors each transform has:
+    those of columns and rows of the input, then of the output."""
 
     outputs: tuple[int, int]
     points: tuple[int, int]
     reads: int
     factors: tuple[int, int, int, int]
     fold: Fold = ""
-    parts: int = 1
 
     @staticmethod
-    def of(column: Bilinear, row: Bilinear, fold: Fold = "", parts: int = 1) -> Shape:
+    def of(column: Bilinear, row: Bilinear, fold: Fold = "") -> Shape:
         """The shape of two algorithms, as ``lower_bilinear`` takes them."""
         transforms = (column.input, row.input, column.output, row.output)
         counts: tuple[int, int, int, int] = tuple(len(of.factors) for of in transforms)  # type: ignore[assignment]
-        return Shape((column.output.rows, row.output.rows // parts), (column.rank, row.rank),
-                     row.input.columns, counts, fold, parts)
+        return Shape((column.output.rows, row.output.rows), (column.rank, row.rank), row.input.columns, counts, fold)
