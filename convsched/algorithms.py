@@ -67,6 +67,10 @@ class Algorithm:
     ``predict(terms, outputs)`` tells the errors of sums of so many products; ``terms`` are those of each product of
     transformed data, ``outputs`` the elements of the output. ``estimate(machine, layout, threads)`` is the time of a
     call by the default recipe, in vector FMAs of one core; infinite where it is not known.
+
+    ``keeps_nonfinite``: each product is of one input and one weight, as in the definition, so that Inf and NaN reach
+    the outputs that they reach there, and no others. Transforms mix all elements of a tile, or of several blocks: an
+    Inf in the input makes NaN of whole tiles, finite neighbours included.
     """
 
     name: str
@@ -76,6 +80,7 @@ class Algorithm:
     terms: int
     outputs: int
     estimate: Callable[[Machine, str, int], float] = _unknown
+    keeps_nonfinite: bool = False
 
     @cached_property
     def prediction(self) -> Prediction:
@@ -83,13 +88,27 @@ class Algorithm:
         return self.predict(self.terms, self.outputs)
 
     def fits(self, accuracy: Accuracy) -> bool:
-        """Whether the class takes the algorithm. More terms and outputs have more error: most problems are decided
-        by the next round numbers, which are predicted once for many problems."""
+        """Whether the class takes the algorithm: by its errors, and "strict" also by what becomes of Inf and NaN.
+
+        More terms and outputs have more error: most problems are decided by the next round numbers, which are
+        predicted once for many problems.
+        """
+        if not self.keeps_enough(accuracy):
+            return False
         above = self.predict(1 << (self.terms - 1).bit_length(), 1 << -(-self.outputs.bit_length() // 8) * 8)
         return above.allowed(accuracy) or self.prediction.allowed(accuracy)
 
+    def keeps_enough(self, accuracy: Accuracy) -> bool:
+        """Whether Inf and NaN reach the outputs that the class asks for: "strict" all of them, the others none."""
+        return self.keeps_nonfinite or accuracy != "strict"
+
     def require(self, accuracy: Accuracy) -> None:
         """Raise LoweringError unless the class takes the algorithm."""
+        if not self.keeps_enough(accuracy):
+            raise LoweringError(
+                f"accuracy={accuracy!r}: {self.name} makes NaN of finite outputs beside an Inf or a NaN in the input, "
+                "and the class keeps them where the definition has them; use accuracy=\"normal\", or algorithm=None "
+                "for the fastest that fits")
         if not self.fits(accuracy):
             expected, found = max(self.prediction.expected, self.prediction.adverse), self.prediction.accuracy
             fix = f'use accuracy="{found}", or' if found else "no class takes it: use"
@@ -119,7 +138,7 @@ def _direct(problem: Problem, sizes: tuple[tuple[int, ...], ...]) -> Algorithm:
     return Algorithm("direct", partial(lower_direct, problem),
                      lambda machine, layout, threads: default_recipe(problem, machine, layout, threads),
                      partial(_direct_error, _taps(problem)), problem.weights // problem.M, prod(problem.output_shape),
-                     partial(_direct_time, problem))
+                     partial(_direct_time, problem), keeps_nonfinite=True)
 
 
 def _taps(problem: Problem) -> int:
@@ -133,7 +152,8 @@ def _im2col(problem: Problem, sizes: tuple[tuple[int, ...], ...]) -> Algorithm:
         raise LoweringError(f"im2col: {problem.text} is a product of matrices as it stands; use direct")
     return Algorithm("im2col", partial(lower_im2col, problem), partial(default_toeplitz, problem),
                      partial(_direct_error, _taps(problem)), problem.weights // problem.M, prod(problem.output_shape),
-                     lambda machine, layout, threads: IM2COL * _direct_time(problem, machine, layout, threads))
+                     lambda machine, layout, threads: IM2COL * _direct_time(problem, machine, layout, threads),
+                     keeps_nonfinite=True)
 
 
 def _winograd(problem: Problem, sizes: tuple[tuple[int, ...], ...]) -> Algorithm:
@@ -234,6 +254,8 @@ def members(problem: Problem, accuracy: Accuracy = "normal") -> tuple[str, ...]:
         found.append("im2col")
     if min(problem.M, problem.C) >= STRASSEN_CHANNELS:
         found += ["strassen(1)", "strassen(2)"]
+    if accuracy == "strict":
+        return tuple(name for name in found if any(one.keeps_nonfinite for one in _that_apply(problem, name)))
     return tuple(found)
 
 
@@ -241,8 +263,8 @@ def choices(problem: Problem, machine: Machine, layout: str = "nchw", threads: i
             accuracy: Accuracy = "normal") -> Iterator[Algorithm]:
     """The algorithms whose predicted errors fit a class, the one with the least estimated time first.
 
-    Those without an estimate come last. Where none fits, it is the most accurate one that applies, with an
-    AccuracyWarning.
+    Those without an estimate come last. Where none fits, it is the most accurate one that applies (for "strict", of
+    those that keep Inf and NaN where they belong), with an AccuracyWarning.
     """
     def time(algorithm: Algorithm) -> float:
         return algorithm.estimate(machine, layout, threads) * (1 if algorithm.name == "direct" else MARGIN)
@@ -258,8 +280,9 @@ def choices(problem: Problem, machine: Machine, layout: str = "nchw", threads: i
                 yield algorithm
         found += group
     if not fitting:
-        best = min(found, key=lambda algorithm: algorithm.prediction.expected)
-        warnings.warn(f"{problem.text}: no algorithm has an expected error within accuracy={accuracy!r}, which is "
+        best = min((one for one in found if one.keeps_enough(accuracy)), key=lambda one: one.prediction.expected)
+        kind = "algorithm that keeps Inf and NaN in their places" if accuracy == "strict" else "algorithm"
+        warnings.warn(f"{problem.text}: no {kind} has an expected error within accuracy={accuracy!r}, which is "
                       f"{BOUNDS[accuracy]:.2g} of the output's rms; {best.name} is used, with "
                       f"{best.prediction.expected:.2g}", AccuracyWarning, stacklevel=3)
         yield best

@@ -23,7 +23,7 @@ from convsched.problem import Conv2d, Linear, Problem
 from convsched.schedule import Schedule, parse_schedule
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Collection, Iterable, Iterator
     from typing import SupportsIndex
 
     from convsched.autotune.cache import ScheduleCache
@@ -46,9 +46,11 @@ def compile(layer: Problem, *, algorithm: str | None = None, schedule: Schedule 
     (N, ceil(C/16), H, W, 16) with zero tails. ``backend``: "llvm", or "numba" for the same nest as Numba source.
 
     ``accuracy``: the class of error allowed, as ``kernel.predicted_error`` tells it for independent data and for data
-    of which one channel is far greater than all others. An algorithm or a schedule that was asked for and does not fit
-    is refused; where no algorithm fits, the most accurate one is used, with an AccuracyWarning. ``memory_limit``: the
-    most ``kernel.workspace_bytes``: what a call uses in all threads beside its arrays and the bound weights,
+    of which one channel is far greater than all others. "strict" also keeps Inf and NaN of the input in the outputs
+    that they reach by definition, and so takes direct and im2col only; the other classes may take algorithms that make
+    NaN of whole tiles around them. An algorithm or a schedule that was asked for and does not fit is refused; where no
+    algorithm fits, the most accurate one is used, with an AccuracyWarning. ``memory_limit``: the most
+    ``kernel.workspace_bytes``: what a call uses in all threads beside its arrays and the bound weights,
     transformed ones included; None for no limit.
 
     Raises ScheduleError where a schedule does not fit, LoweringError for the rest.
@@ -72,7 +74,7 @@ def compile(layer: Problem, *, algorithm: str | None = None, schedule: Schedule 
         kernel = _remembered(request, chosen, cache)
         if kernel is not None:
             return kernel
-    return request.default([chosen] if chosen else choices(layer, request.machine, layout, count, accuracy))
+    return request.default([chosen] if chosen else request.choices())
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,10 @@ class _Request:
     @property
     def machine(self) -> Machine:
         return Machine.host()
+
+    def choices(self) -> Iterator[Algorithm]:
+        """The algorithms that may be used without measuring; the most accurate one where none fits the class."""
+        return choices(self.layer, self.machine, self.layout, self.threads, self.accuracy)
 
     def build(self, algorithm: str, schedule: Schedule, recipe: Recipe | None = None, origin: str = "") -> Kernel:
         return self.kind(self.layer, schedule, layout=self.layout, threads=self.threads, machine=self.machine,
@@ -150,7 +156,9 @@ def _remembered(request: _Request, algorithm: Algorithm | None, cache: ScheduleC
     kernels: dict[Record, Kernel] = {}
 
     def check(record: Record) -> None:
-        named(record.algorithm, request.layer).require(request.accuracy)
+        algorithm = named(record.algorithm, request.layer)
+        if not algorithm.fits(request.accuracy) and algorithm.name not in {one.name for one in request.choices()}:
+            algorithm.require(request.accuracy)
         kernels[record] = request.build(record.algorithm, parse_schedule(record.schedule),
                                         origin=f"from the schedule cache: {record.recipe or 'of no recipe'}")
 

@@ -68,7 +68,7 @@ def convolve(
 
 
 def activate(activation: Activation, values: ArrayLike) -> NDArray[np.float64]:
-    """An activation of every element, in float64; NaN stays NaN and nothing overflows.
+    """An activation of every element, in float64; NaN stays NaN, infinities give the limits.
 
     >>> activate("hardswish", [-4.0, -1.0, 1.0, 4.0]).round(3).tolist()
     [-0.0, -0.333, 0.667, 4.0]
@@ -132,7 +132,7 @@ _FUNCTIONS: dict[str, Callable[..., Floats]] = {
     "silu": _silu,
     "hardswish": _hardswish,
     "hardsigmoid": lambda v: np.clip(v / 6 + 0.5, 0, 1),
-    "leaky_relu": lambda v, alpha: np.where(v < 0, alpha * np.minimum(v, 0), v),
+    "leaky_relu": lambda v, alpha: np.where(v < 0, alpha * np.minimum(v, 0), v) if alpha else np.maximum(v, 0),
     "elu": lambda v, alpha: np.where(v < 0, alpha * np.expm1(np.minimum(v, 0)), v),
     "clip": lambda v, lo, hi: np.clip(v, lo, hi),
 }

@@ -147,16 +147,17 @@ _EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.66
 def _exp(w: Writer, x: str, lanes: int) -> str:
     """e^x = 2^n e^r with n = round(x / ln 2), r = x - n ln 2 in two parts, e^r by a polynomial.
 
-    Saturates at e^-87 and e^87, whose reciprocal is still normal. Rounding adds 1.5 * 2^23, whose low bits then
-    hold n. Coefficients: Moshier, Cephes Mathematical Library, ``expf`` (1989); 2 ulp.
+    Rounding adds 1.5 * 2^23, whose low bits then hold n. x is bounded so that n is -127 far below and 128 far above,
+    for which the bits of 2^n are those of 0 and of infinity: e^x is 0 where it is below 2^-126.5, and infinite above
+    2^127.5. Coefficients: Moshier, Cephes Mathematical Library, ``expf`` (1989); 2 ulp.
     """
     kind, ints = vector_type(lanes), vector_type(lanes, "i32")
 
     def mad(a: str, b: str, c: str) -> str:
         return w.let(f"fadd {kind} {w.let(f'fmul {kind} {a}, {b}')}, {c}")
 
-    x = operation(w, "max", (constant(-87.0, lanes), x), lanes)
-    x = operation(w, "min", (constant(87.0, lanes), x), lanes)
+    x = operation(w, "max", (constant(-88.0, lanes), x), lanes)
+    x = operation(w, "min", (constant(88.5, lanes), x), lanes)
     magic = constant(12582912.0, lanes)
     shifted = mad(x, constant(1.44269504088896341, lanes), magic)
     n = w.let(f"fsub {kind} {shifted}, {magic}")

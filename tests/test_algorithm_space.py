@@ -31,6 +31,7 @@ def algorithms(target: Target) -> set[str]:
 def test_members_that_apply_and_fit_have_a_domain() -> None:
     usual = {"direct", "im2col", "winograd(2,3)", "winograd(4,3)"}
     assert algorithms(Target(DENSE, MACHINE)) == usual
+    assert algorithms(Target(DENSE, MACHINE, accuracy="strict")) == {"direct", "im2col"}
     assert algorithms(Target(DENSE, MACHINE, accuracy="fast")) == usual | {"winograd(5,3)", "winograd(6,3)"}
     assert "winograd(6,3)" not in algorithms(Target(replace(DENSE, in_channels=512), MACHINE, accuracy="fast"))
     assert algorithms(Target(replace(DENSE, stride=2), MACHINE)) == usual
@@ -40,6 +41,9 @@ def test_members_that_apply_and_fit_have_a_domain() -> None:
         *usual, "strassen(1)"}
     assert algorithms(Target(Linear(1024, 1024, batch_size=64), MACHINE)) == {"direct", "strassen(1)", "strassen(2)"}
     assert members(Conv2d(8, 8, 1, 2, input_size=9)) == ("direct", "im2col")
+    assert members(Conv2d(8, 8, (3, 5), input_size=9), "strict") == ("direct", "im2col")
+    assert members(Conv2d(512, 512, 9, groups=2, stride=2, dilation=2, input_size=19), "strict") == ("direct", "im2col")
+    assert members(Linear(1024, 1024), "strict") == ("direct",)
     assert members(Conv2d(8, 8, (3, 5), input_size=9)) == (
         "direct", "winograd(4,3)x(2,5)", "winograd(2,3)x(4,5)", "im2col")
     assert members(Conv2d(8, 8, (1, 9), input_size=19)) == (

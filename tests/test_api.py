@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import convsched as cs
-from convsched.algorithms import named
+from convsched.algorithms import AccuracyWarning, named
 from convsched.autotune.cache import ScheduleCache
 from convsched.autotune.record import CacheWarning, Key, Record
 from convsched.errors import ArrayError, LoweringError, ScheduleError
@@ -24,6 +24,7 @@ from convsched.kernels.kernel import BoundKernel, Kernel
 from convsched.kernels.numba_kernel import NumbaKernel
 from convsched.machine import Machine
 from convsched.names import ACCURACIES, BACKENDS, LAYOUTS, MAX_THREADS, Layout
+from convsched.problem import Problem
 from convsched.reference import convolve
 
 LAYER = cs.Conv2d(5, 20, 3, padding=1, input_size=(6, 9), activation="relu")
@@ -127,9 +128,9 @@ def test_the_greatest_number_of_threads_compiles() -> None:
 
 
 def tuned(cache: ScheduleCache, algorithm: str = "direct", schedule: str = "unroll s", hot: float = 1e-6,
-          accuracy: str = "normal", recipe: str = "by hand") -> str:  # fmt: skip
+          accuracy: str = "normal", recipe: str = "by hand", layer: Problem = LAYER) -> str:  # fmt: skip
     """The schedule of a record that is put into a cache, as tuning on one thread would leave it."""
-    assert cache.put(Record(**vars(Key.of(LAYER, Machine.host(), accuracy=accuracy)), algorithm=algorithm,
+    assert cache.put(Record(**vars(Key.of(layer, Machine.host(), accuracy=accuracy)), algorithm=algorithm,
                             recipe=recipe, schedule=schedule, hot=hot, status="ok", time=1.0))  # fmt: skip
     return schedule
 
@@ -201,6 +202,16 @@ def test_a_record_that_does_not_fit_is_passed_over(tmp_path: Path, algorithm: st
     with pytest.warns(CacheWarning, match="accuracy='strict': winograd.6,3.|taps|use one of"):
         kernel = cs.compile(LAYER, threads=1, cache=cache, accuracy="strict")
     assert kernel.recipe is not None
+
+
+def test_a_record_of_the_most_accurate_algorithm_counts_where_none_fits(tmp_path: Path) -> None:
+    layer, cache = cs.Linear(8192, 400), ScheduleCache(tmp_path / "mine.sqlite")
+    assert not named("direct", layer).fits("strict")
+    tuned(cache, schedule="split m 4 -> m0 m1; unroll m1", accuracy="strict", layer=layer)
+    with pytest.warns(AccuracyWarning, match="direct is used") as warned:
+        kernel = cs.compile(layer, threads=1, cache=cache, accuracy="strict")
+    assert kernel.schedule.text == "split m 4 -> m0 m1; unroll m1"
+    assert len(warned) == 1
 
 
 def test_the_names_agree_with_their_types() -> None:

@@ -8,9 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from convsched.algorithms import named
 from convsched.analytic import default_recipe
 from convsched.autotune import candidate as module
-from convsched.autotune.candidate import Data, Job, Prepared, data_of, prepared, run_job
+from convsched.autotune.candidate import Data, Job, Outcome, Prepared, data_of, prepared, run_job
 from convsched.autotune.measure import Timing
 from convsched.machine import CpuCounters, Machine
 from convsched.problem import Conv2d, Linear, Problem
@@ -77,6 +78,58 @@ def test_the_answer_is_checked_before_it_is_timed(monkeypatch: pytest.MonkeyPatc
     assert outcome.status == "wrong"
     assert outcome.error == pytest.approx(1 / true.scale)
     assert np.isnan(outcome.hot)
+
+
+WINOGRAD = Conv2d(16, 16, 3, padding=1, input_size=8)
+SMALLEST = "the smallest step of one float"
+
+
+def judged(problem: Problem, algorithm: str, error: float | str, patch: pytest.MonkeyPatch) -> Outcome:
+    """What becomes of a candidate whose kernel makes an error, over rms(output), in one element of small value."""
+    method = named(algorithm, problem)
+    job = Job(problem.text, "nchw", 1, method.default(Machine.host(), "nchw", 1).schedule(problem, "nchw").text,
+              algorithm=algorithm)
+    call, scale = Prepared.call, data_of(problem.text).scale
+
+    def inaccurate(self: Prepared) -> None:
+        call(self)
+        flat = self.out.reshape(-1)
+        smallest = np.argmin(np.where(flat == 0, np.inf, np.abs(flat)))
+        flat[smallest] = np.nextafter(flat[smallest], np.float32(np.inf)) if isinstance(error, str) else (
+            flat[smallest] + error * scale)
+
+    patch.setattr(Prepared, "call", inaccurate)
+    patch.setattr(module, "race", lambda call, other: (Timing((1.0,), 1), None))
+    patch.setattr(module, "cold", lambda call, **options: Timing((1.0,), 1))
+    return run_job(job)
+
+
+@pytest.mark.parametrize("error", [SMALLEST, 1e-6, 1e-3])
+@pytest.mark.parametrize(("problem", "algorithm"), [
+    (WINOGRAD, "direct"), (WINOGRAD, "im2col"), (Linear(32, 16, batch_size=3), "direct"),
+    (Conv2d(4, 8, 3, 2, 1, groups=2, input_size=9, activation="relu6", residual=True), "im2col"),
+    (Conv2d(16, 16, 3, padding=1, groups=16, input_size=7, activation="relu"), "direct")])
+def test_no_error_is_small_enough_where_sums_are_exact(problem: Problem, algorithm: str, error: float | str,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    outcome = judged(problem, algorithm, error, monkeypatch)
+    assert outcome.status == "wrong"
+    assert 0 < outcome.error < 2e-3
+
+
+@pytest.mark.parametrize(("problem", "algorithm", "bound"), [
+    (replace(WINOGRAD, activation="tanh"), "direct", 2e-5),
+    (Conv2d(16, 16, 3, padding=1, groups=16, input_size=7, activation="hardswish"), "direct", 2e-5),
+    (WINOGRAD, "winograd(2,3)", 2e-4), (WINOGRAD, "winograd(4,3)", 2e-4), (WINOGRAD, "fft(8)", 2e-4),
+    (WINOGRAD, "strassen(1)", 2e-4), (Linear(32, 32, batch_size=4), "strassen(1)", 2e-4),
+    (Conv2d(16, 16, (1, 3), padding=(0, 1), input_size=8, activation="relu"), "winograd(4,3)", 2e-4)])
+def test_errors_up_to_a_bound_where_sums_are_not_exact(problem: Problem, algorithm: str, bound: float,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        assert judged(problem, algorithm, 0.8 * bound, patch).status == "ok"
+    outcome = judged(problem, algorithm, 1.2 * bound, monkeypatch)
+    assert outcome.status == "wrong"
+    assert outcome.message == f"max |error| / rms is {outcome.error:.3g}"
+    assert outcome.error == pytest.approx(1.2 * bound, rel=0.1)
 
 
 def test_an_element_that_is_not_written_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 import convsched as cs
 from convsched import names
+from convsched.algorithms import applicable
 from convsched.analytic import default_recipe
+from convsched.interp import interpret
 from convsched.kernels.arrays import activation_shape, from_layout, to_layout
 from convsched.kernels.kernel import Kernel
 from convsched.machine import Isa, Machine
@@ -179,14 +181,36 @@ def test_kernels_for_each_instruction_set_equal_the_oracle(
 @settings(property_test, max_examples=20)
 @given(convolutions([None, "relu", "relu6"]), st.sampled_from(LAYOUTS), st.integers(0, 9))
 def test_infinities_and_nans_reach_their_outputs(problem: Conv2d, layout: Any, seed: int) -> None:
+    """By every algorithm that says so."""
     data = integers(problem, seed)
     rng = np.random.default_rng(seed)
     for value in (np.inf, -np.inf, np.nan):
         data[0][rng.random(problem.input_shape) < 0.01] = value
     with np.errstate(invalid="ignore"):
         expected = convolve(problem, *data)
-    y = run(cs.compile(problem, algorithm="direct", layout=layout, threads=1), data)
-    np.testing.assert_array_equal(y, expected)
+    for algorithm in applicable(problem):
+        if algorithm.keeps_nonfinite:
+            y = run(cs.compile(problem, algorithm=algorithm.name, layout=layout, threads=1), data)
+            np.testing.assert_array_equal(y, expected)
+
+
+@pytest.mark.parametrize("problem", [Conv2d(4, 4, 3, padding=1, input_size=12, bias=False),
+                                     Conv2d(4, 4, 3, 2, padding=1, groups=2, input_size=13, bias=False),
+                                     Linear(8, 4, bias=False, batch_size=4)], ids=str)
+def test_an_algorithm_says_whether_it_keeps_infinities_where_they_belong(problem: Problem) -> None:
+    x, weight = np.ones(problem.input_shape, np.float32), np.ones(problem.weight_shape, np.float32)
+    x.reshape(-1)[x.size // 3] = np.inf
+    expected = convolve(problem, x, weight)
+    assert np.isinf(expected).any()
+    assert not np.isnan(expected).any()
+    tried = list(applicable(problem))
+    assert len(tried) >= 2
+    for algorithm in tried:
+        program = algorithm.lower("nchw")
+        given = {"x": x.reshape(program.tensor("x").shape), "w": weight.reshape(program.tensor("w").shape)}
+        found = interpret(program, given)["y"].reshape(problem.output_shape)
+        assert np.array_equal(found, expected) == algorithm.keeps_nonfinite, algorithm.name
+        assert algorithm.fits("strict") == algorithm.keeps_nonfinite
 
 
 NORMAL_LAYERS = [

@@ -124,8 +124,8 @@ def test_the_next_round_numbers_decide_nothing_wrongly() -> None:
 # Refusals
 
 @pytest.mark.parametrize(("name", "accuracy", "message"), [
-    ("winograd(6,3)", "strict", "winograd.6,3. has an expected error of .* and the class allows 1e-05; use accuracy="),
-    ("winograd(6,3)", "normal", 'the class allows 5e-05; use accuracy="fast", or algorithm=None'),
+    ("winograd(2,3)", "strict", "winograd.2,3. makes NaN of finite outputs beside an Inf .*; use accuracy="),
+    ("winograd(6,3)", "normal", 'winograd.6,3. has an expected error of .* the class allows 5e-05; use accuracy="fast"'),
     ("winograd(8,3)", "fast", "the class allows 0.0002; no class takes it: use algorithm=None"),
 ])
 def test_a_named_algorithm_that_does_not_fit_is_refused(name: str, accuracy: Any, message: str) -> None:
@@ -138,7 +138,7 @@ def test_direct_sums_may_be_too_long_for_a_class(options: dict[str, str]) -> Non
     long = Linear(8192, 400)
     with pytest.raises(LoweringError, match="accuracy='strict': direct has an expected error"):
         cs.compile(long, accuracy="strict", threads=1, **options)
-    with pytest.warns(AccuracyWarning, match="no algorithm has an expected error within accuracy='strict'.*; direct"):
+    with pytest.warns(AccuracyWarning, match="no algorithm that keeps Inf .* within accuracy='strict'.*; direct"):
         kernel = cs.compile(long, accuracy="strict", threads=1, cache=False)
     assert kernel.algorithm == "direct"
     assert kernel.predicted_error.accuracy == "normal"
@@ -176,10 +176,12 @@ def test_the_choice_with_sixteen_registers(problem: Problem, algorithm: str) -> 
     assert choose(problem, Machine.example("avx2")).name == algorithm
 
 
-def test_a_strict_class_takes_smaller_tiles() -> None:
-    layer = Conv2d(256, 256, 3, padding=1, input_size=14)
-    assert not named("winograd(4,3)", layer).fits("strict")
-    assert choose(layer, MACHINE, accuracy="strict").name == "winograd(2,3)"
+def test_a_strict_class_takes_what_keeps_inf_and_nan_where_they_belong() -> None:
+    layer = Conv2d(128, 128, 3, padding=1, input_size=14)
+    assert named("winograd(2,3)", layer).prediction.allowed("strict")
+    assert not named("winograd(2,3)", layer).fits("strict")
+    assert named("winograd(2,3)", layer).fits("normal")
+    assert [one.name for one in choices(layer, MACHINE, accuracy="strict")] == ["direct", "im2col"]
     assert [one.name for one in choices(layer, MACHINE, accuracy="fast")][:2] == ["winograd(5,3)", "winograd(4,3)"]
 
 

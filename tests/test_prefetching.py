@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
 import convsched as cs
+from convsched.algorithms import named
 from convsched.errors import ScheduleError
+from convsched.kernels.llvm import emit
 from convsched.lower.direct import lower_direct
-from convsched.problem import Conv2d
+from convsched.machine import Machine
+from convsched.problem import Conv2d, Linear, Problem
 from convsched.schedule import Prefetch, apply, parse_schedule
 
 LAYER = Conv2d(12, 32, 1, bias=False, input_size=(4, 6))
@@ -34,6 +40,46 @@ def test_each_load_has_a_hint_some_iterations_ahead() -> None:
     rng = np.random.default_rng(0)
     x, weight = (rng.integers(-3, 4, shape).astype(np.float32) for shape in (LAYER.input_shape, LAYER.weight_shape))
     np.testing.assert_array_equal(kernel(x, weight), plain(x, weight))
+
+
+def fetched_and_loaded(code: str) -> tuple[Counter[tuple[str, int]], Counter[tuple[str, int]]]:
+    """The addresses of LLVM text that are fetched ahead, and those that are loaded at pointers which are fetched at:
+    each a pointer's name and a constant number of elements."""
+    moved = {name: (base, int(by)) for name, base, by in re.findall(
+        r"(%\S+) = getelementptr float, ptr (%\S+), i64 (-?\d+)$", code, re.MULTILINE)}
+    fetched = Counter(moved.get(name, (name, 0)) for name in re.findall(r"@llvm\.prefetch\.p0\(ptr (%\S+),", code))
+    loaded = {moved.get(name, (name, 0)) for name in re.findall(r"= load (?:<.*>|float), ptr (%\S+),", code)}
+    bases = {base for base, _ in fetched}
+    return fetched, Counter(place for place in loaded if place[0] in bases)
+
+
+@pytest.mark.parametrize("ahead", [1, 2, 5])
+def test_hints_are_whole_iterations_ahead_of_the_loads(ahead: int) -> None:
+    """An iteration of c0 reads 4 rows of 2 vectors of 16: 128 elements, one after another."""
+    program = apply(lower_direct(LAYER), parse_schedule(f"{PACKED}; prefetch w_packed at c0 ahead={ahead}"))
+    fetched, loaded = fetched_and_loaded(emit(program, Machine.example("avx512")))
+    assert sorted(by for _, by in fetched) == [ahead * 128 + 16 * vector for vector in range(8)]
+    assert sorted(by for _, by in loaded) == [16 * vector for vector in range(8)]
+
+
+@pytest.mark.parametrize(("algorithm", "problem", "changed", "iteration"), [
+    ("direct", Conv2d(16, 32, 3, padding=1, input_size=8), {"vectors": 2, "unroll": 4, "depth": 16}, 4 * 32),
+    ("direct", Linear(24, 48), {"vectors": 3, "unroll": 2}, 2 * 48),
+    ("im2col", Conv2d(16, 32, 3, padding=1, input_size=8), {"indirect": True, "vectors": 1, "unroll": 4}, 4 * 16),
+    ("winograd(2,3)", Conv2d(16, 32, 3, padding=1, input_size=8), {"vectors": 2, "unroll": 2}, 2 * 32),
+    ("winograd(4,3)", Conv2d(16, 16, (1, 3), input_size=14), {"vectors": 1, "unroll": 4, "by_lines": True}, 4 * 16),
+    ("fft(8)", Conv2d(16, 32, 3, padding=1, input_size=8), {"vectors": 2, "unroll": 2}, 2 * 32),
+])
+def test_recipes_fetch_whole_iterations_ahead(algorithm: str, problem: Problem, changed: dict[str, Any],
+                                              iteration: int) -> None:
+    """``iteration``: the weights of the channels that are written out, for a register tile's output channels."""
+    method, machine = named(algorithm, problem), Machine.example("avx512")
+    recipe: Any = replace(method.default(machine, "nchw", 1), prefetch=3, **changed)
+    program = apply(method.lower("nchw"), recipe.schedule(problem, "nchw"))
+    fetched, loaded = fetched_and_loaded(emit(program, machine))
+    assert fetched
+    assert set(fetched) == {(base, by + 3 * iteration) for base, by in loaded}
+    assert set(fetched.values()) == {1}  # each address once
 
 
 @pytest.mark.parametrize(("step", "why"), [

@@ -1,9 +1,13 @@
 """Activations as IR values: the last thing that happens to an output element.
 
-``max`` and ``min`` give their second operand when an operand is NaN, so a NaN in the sum reaches the output.
+NaN in gives NaN out: ``max`` and ``min`` give their second operand when an operand is NaN. Infinities give the limits:
+``exp`` is 0 far below and infinite far above, and what would be 0 times an infinity is bounded first. The sign of a
+zero is of no account, and errors are relative to the greater of 1 and the value.
 """
 
 from __future__ import annotations
+
+import numpy as np
 
 from convsched.ir import Const, Op, Value
 from convsched.parameters import Activation
@@ -14,12 +18,35 @@ def _clip(value: Value, low: float, high: float) -> Value:
 
 
 def _sigmoid(value: Value) -> Value:
-    """1 / (1 + exp(-v)); exp saturates, so the limits 0 and 1 are reached without overflow."""
-    return Op("div", (Const(1.0), Op("add", (Const(1.0), Op("exp", (Op("neg", (value,)),))))))
+    """1 / (1 + exp(-v)): 1 over infinity at -inf."""
+    return Op("div", (Const(1.0), _gate(value)))
+
+
+def _gate(value: Value) -> Value:
+    """1 + exp(-v), infinite from about v = -88 down."""
+    return Op("add", (Const(1.0), Op("exp", (Op("neg", (value,)),))))
+
+
+def _silu(value: Value) -> Value:
+    """v / (1 + exp(-v)); the bound, of which exp is infinite in float64 too, makes 0 of the limit at -inf."""
+    bounded = Op("max", (Const(-1000.0), value))
+    return Op("div", (bounded, _gate(bounded)))
 
 
 def _hardsigmoid(value: Value) -> Value:
     return _clip(Op("add", (Op("mul", (value, Const(1.0 / 6.0))), Const(0.5))), 0.0, 1.0)
+
+
+def _hardswish(value: Value) -> Value:
+    """v hardsigmoid(v), which is 0 from -3 down, at -inf too."""
+    return Op("mul", (Op("max", (Const(-3.0), value)), _hardsigmoid(value)))
+
+
+def _leaky_relu(value: Value, alpha: float) -> Value:
+    """v above 0, alpha v below; ReLU where the slope is 0 in float32, as 0 times -inf is NaN."""
+    if np.float32(alpha) == 0:
+        return Op("max", (Const(0.0), value))
+    return Op("select_positive", (value, value, Op("mul", (Const(alpha), value))))
 
 
 def _tanh(value: Value) -> Value:
@@ -47,13 +74,13 @@ def activation(kind: Activation, value: Value) -> Value:
         case "tanh":
             return _tanh(value)
         case "silu":
-            return Op("mul", (value, _sigmoid(value)))
+            return _silu(value)
         case "hardsigmoid":
             return _hardsigmoid(value)
         case "hardswish":
-            return Op("mul", (value, _hardsigmoid(value)))
+            return _hardswish(value)
         case ("leaky_relu", float(alpha)):
-            return Op("select_positive", (value, value, Op("mul", (Const(alpha), value))))
+            return _leaky_relu(value, alpha)
         case ("elu", float(alpha)):
             return _elu(value, alpha)
         case ("clip", float(low), float(high)):
