@@ -189,7 +189,8 @@ def _input_copy(problem: Problem, machine: Machine, layout: str,
         collides = layout == "nchw" and plane % (machine.l1 // 8) == 0  # channels meet in one set of 8 ways
         if not meets_input(problem):
             return "window", ""
-        return ("window", "h") if collides or problem.S > MOST_TAPS else ("none", "hw")
+        alone = problem.dilation[1] >= problem.W  # an output meets the input at one tap of a row: others are padding
+        return ("window", "h") if (collides or problem.S > MOST_TAPS) and not alone else ("none", "hw")
     small = plane < 8 * 64  # a plane of a few cache lines: tiles share them unevenly
     collides = plane % (machine.l1 // 32) == 0  # channels meet in four groups of sets
     return ("packed" if layout == "nchw" and is_flat(problem) and (small or collides) else "none"), ""

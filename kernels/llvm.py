@@ -24,6 +24,7 @@ from convsched.ir import (
     Program,
     Reduce,
     Stage,
+    Store,
     Tensor,
     Value,
     leaves,
@@ -96,6 +97,7 @@ class _Emitter:
         self.point = Point()
         self.memory = Memory(self.w, self.point, machine.lanes, machine.isa == "avx512")
         self.registers: dict[Register, str] = {}
+        self.set_under: dict[Register, tuple[Affine, ...]] = {}  # the guards of what last set a register
         self.on_stack = _on_stack(program, stage)
         self.granted = self.memory.granted  # guards that the bounds of loops ensure
         self.ahead: dict[str, int] = {}  # elements from what is read of a tensor to what is fetched
@@ -340,23 +342,20 @@ class _Emitter:
         self.memory.store(tensor, leaf.index, value, lanes, mask)
 
     def to_register(self, leaf: Leaf, lanes: Lanes, mask: Mask | None) -> None:
-        """A guard that selects elements (its variables index the register) needs no test: elements it
-        excludes are never read. One that selects contributions keeps the old value."""
+        """A guard that selects elements needs no test: elements it excludes are never read. It is one under which the
+        register was set, or whose variables index it. One that selects contributions keeps the old value."""
         register = self.register(leaf.tensor, leaf.index, lanes)
         old = self.registers.get(register, "zeroinitializer" if register[2] > 1 else "0.0")
         new = self.sum(old, leaf.value, lanes) if isinstance(leaf, Reduce) else self.value(leaf.value, lanes)
-        if mask is not None and self.selects_contributions(leaf):
-            kind, bits = vector_type(lanes.count), vector_type(lanes.count, "i1")
-            new = self.w.let(f"select {bits} {mask_text(mask, lanes.count)}, {kind} {new}, {kind} {old}")
+        if isinstance(leaf, Store):
+            self.set_under[register] = leaf.where
+        if mask is not None and selects_contributions(leaf):
+            tested = tuple(w for w in leaf.where if w not in self.set_under.get(register, ()))
+            kept = mask if tested == leaf.where else self.memory.guard(tested, lanes)
+            if kept is not None:
+                kind, bits = vector_type(lanes.count), vector_type(lanes.count, "i1")
+                new = self.w.let(f"select {bits} {mask_text(kept, lanes.count)}, {kind} {new}, {kind} {old}")
         self.registers[register] = new
-
-    def selects_contributions(self, leaf: Leaf) -> bool:
-        """Whether a guard has no variable of the register's index, as 14 f0 + f1 < F has one of acc[f1], and depends on
-        loops around that the walk is in."""
-        own = {v for a in leaf.index for v in a.variables}
-        outer = {v for w in leaf.where for v in w.variables} - own
-        inside = any(v in self.point.dynamic or v in self.point.known for v in outer)
-        return inside and not all(w.variables & own for w in leaf.where)
 
     def sum(self, old: str, value: Value, lanes: Lanes) -> str:
         if isinstance(value, Op) and value.name == "mul":
@@ -404,6 +403,12 @@ class _Emitter:
             case Op(name, operands):
                 return operation(self.w, name, [self.value(v, lanes) for v in operands], lanes.count)
         raise AssertionError(value)
+
+
+def selects_contributions(leaf: Leaf) -> bool:
+    """Whether a guard has no variable of a register's index, as 14 f0 + f1 < F has one of acc[f1]."""
+    own = {v for a in leaf.index for v in a.variables}
+    return any(not w.variables & own for w in leaf.where)
 
 
 def _on_stack(program: Program, stage: Stage) -> set[str]:

@@ -2,15 +2,18 @@
 
 import re
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import pytest
 
 from convsched.analytic import default_recipe
+from convsched.ir import Reduce, leaves
 from convsched.kernels import jit
 from convsched.kernels.llvm import emit
 from convsched.lower.direct import lower_direct
 from convsched.machine import Isa, Machine
+from convsched.names import LAYOUTS
 from convsched.problem import Conv2d
 from convsched.recipes import Channels
 from convsched.schedule import apply
@@ -86,6 +89,40 @@ def test_the_hot_loop_is_full_width_multiply_adds_without_spills(isa: Isa, layer
     assert len(operations) == recipe.vectors * recipe.rows * recipe.pixels * recipe.unroll
     assert all(REGISTER[isa] in line and re.match(r"vfmadd\d+ps\b", line) for line in operations)
     assert not spills(function, hot), recipe
+
+
+@pytest.mark.parametrize(("isa", "problem"), [
+    ("avx512", Conv2d(16, 8, 5, padding=2, input_size=84)),
+    ("avx512", Conv2d(8, 8, (3, 39), padding=(1, 19), input_size=(20, 84))),
+    ("avx512", Conv2d(240, 60, 3, padding=1, groups=3, input_size=28)),
+    ("avx512", Conv2d(16, 20, 3, padding=(1, 36), dilation=(1, 36), input_size=(56, 33))),
+    ("avx2", Conv2d(16, 22, 5, padding=2, input_size=48)),
+    ("avx2", Conv2d(16, 20, 3, padding=(36, 1), dilation=(36, 1), input_size=(9, 48))),
+], ids=["half a vector", "39 taps", "groups of 20", "dilated beyond the width", "22 channels", "beyond the height"])
+def test_a_remainder_of_channels_stays_in_registers_where_padding_is_left_out(isa: Isa, problem: Conv2d) -> None:
+    recipe, assembly = compiled(problem, isa, "nchw")
+    assert "h" in recipe.skip
+    loops = [(function, function.lines[first:last + 1]) for function in functions(assembly)
+             for first, last in function.loops]
+    sums = [(function, loop) for function, loop in loops if fmas(loop)]
+    assert sums
+    assert not [line for function, loop in sums for line in spills(function, loop)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("problem", [
+    Conv2d(64, 64, 3, padding=36, dilation=36, input_size=32), Conv2d(64, 64, 3, padding=40, dilation=40, input_size=33),
+    Conv2d(16, 32, (1, 7), padding=(0, 99), dilation=(1, 33), input_size=(4, 33)),
+], ids=["rows that collide", "rows that do not", "seven taps"])
+def test_a_dilation_beyond_the_image_leaves_products_out_both_ways(problem: Conv2d, layout: Any) -> None:
+    """The centre's taps alone meet the input, so that only their products are left."""
+    recipe = default_recipe(problem, Machine.example("avx512"), layout, 1)
+    assert isinstance(recipe, Channels)
+    assert (recipe.pack, recipe.skip) == ("none", "hw")
+    program = apply(lower_direct(problem, layout), recipe.schedule(problem, layout))
+    sums = [prod(loop.extent for loop in path) for stage in program.stages for path, leaf in leaves(stage.body)
+            if isinstance(leaf, Reduce)]
+    assert sum(sums) <= 3 * problem.macs // (problem.R * problem.S)  # rows are left out by the bounds of a loop
 
 
 def test_the_reader_of_assembly_sees_loops_fmas_and_spills() -> None:
