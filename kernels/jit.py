@@ -9,7 +9,8 @@ takes a tenth of a millisecond, has a lock. A fork waits for the threads that ar
 A cache entry is ``digest of key and rest | length of the header | header (JSON) | object code`` in a file
 named by the key. An entry that does not verify, one renamed to another key included, counts as missing.
 Writers use a temporary file and a rename, so that processes can share the folder; a folder that cannot be
-written means no cache. An entry's time of change is that of its last use: beyond ``LIMIT`` bytes the entries
+written means no cache. The digest finds damage, not intent: a folder or an entry that another user can write is
+not used. An entry's time of change is that of its last use: beyond ``LIMIT`` bytes the entries
 that were not used for longest go.
 """
 
@@ -20,8 +21,10 @@ import ctypes
 import hashlib
 import json
 import os
+import stat
 import tempfile
 import threading
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -33,13 +36,15 @@ import llvmlite
 import llvmlite.binding as llvm
 
 import convsched.errors
-from convsched.errors import MachineError
+from convsched.errors import CacheWarning, MachineError
 from convsched.machine import Machine, cache_folder
 
 FORMAT = 2  # of a cache entry
 LIMIT = 256 << 20  # bytes of all entries: some 20,000 kernels
 CHECKED = "00"  # an entry whose key ends so has the folder's size checked: one in 256, whoever writes it
 LIBRARIES = 16  # that one linker links; to make a linker takes 1 ms, to link 0.1 ms
+
+_told: set[Path] = set()  # folders that were warned of
 
 _idle: dict[tuple[str, str], list[Any]] = {}  # target machines that no thread uses, by CPU and features
 _linker: Any = None  # of the next libraries
@@ -232,11 +237,53 @@ def _folder() -> Path:
     return cache_folder() / "objects"
 
 
+def _why_open(status: os.stat_result, writers: int = stat.S_IWGRP | stat.S_IWOTH) -> str:
+    """Why another user may have written what has this status, and code of it must not run; "" if none can have.
+    `writers`: the bits of the mode that let others write."""
+    if not hasattr(os, "geteuid"):  # no such owners and modes here
+        return ""
+    if status.st_uid not in (os.geteuid(), 0):
+        return f"belongs to user {status.st_uid}: let CONVSCHED_CACHE name a folder of your own"
+    if status.st_mode & writers:
+        return f"can be written by others (mode {stat.S_IMODE(status.st_mode):o}): chmod go-w"
+    return ""
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether only this user can write to the folder, and replace it; if not, this is said once."""
+    above = folder.parent.stat()
+    replacers = 0 if above.st_mode & stat.S_ISVTX else stat.S_IWOTH  # a sticky folder lets none rename another's
+    for place, why in ((folder, _why_open(folder.stat())), (folder.parent, _why_open(above, replacers))):
+        if why and folder not in _told:
+            _told.add(folder)
+            warnings.warn(CacheWarning(f"compiled kernels are not kept in {folder}: {place} {why}"), stacklevel=2)
+        if why:
+            return False
+    return True
+
+
+def _read(path: Path) -> bytes:
+    """The bytes of a regular file that only this user can write; raises OSError for anything else.
+
+    What was opened is looked at, not what the path may name later, and a pipe is not waited for.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    with os.fdopen(os.open(path, flags), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode) or _why_open(status):
+            raise OSError(f"{path} is not a file of this user's alone")
+        return file.read()
+
+
 def read_entry(key: str) -> tuple[dict[str, Any], bytes] | None:
-    """The header and object code of a cache entry; None if there is none that verifies."""
+    """The header and object code of a cache entry; None if there is none that verifies, or if another user could
+    have written it. Warns of a folder that others can write."""
     try:
-        path = _folder() / key
-        data = path.read_bytes()
+        folder = _folder()
+        if not _is_ours(folder):
+            return None
+        path = folder / key
+        data = _read(path)
         if _digest(key, data[32:]) != data[:32]:
             return None
         size = int.from_bytes(data[32:40], "little")
@@ -249,12 +296,15 @@ def read_entry(key: str) -> tuple[dict[str, Any], bytes] | None:
 
 
 def write_entry(key: str, header: dict[str, Any], code: bytes) -> None:
-    """Write a cache entry; no folder, or one that cannot be written, is no error."""
+    """Write a cache entry; no folder, or one that cannot be written or that others can write, is no error."""
     head = json.dumps(header).encode()
     payload = len(head).to_bytes(8, "little") + head + code
     with contextlib.suppress(OSError, MachineError):
         folder = _folder()
-        folder.mkdir(parents=True, exist_ok=True)
+        for place in (folder.parent, folder):
+            place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not _is_ours(folder):
+            return
         handle, temporary = tempfile.mkstemp(dir=folder)
         try:
             with os.fdopen(handle, "wb") as file:

@@ -14,8 +14,8 @@ import pytest
 import convsched as cs
 from convsched.algorithms import named
 from convsched.autotune.cache import ScheduleCache
-from convsched.autotune.record import CacheWarning, Key, Record
-from convsched.errors import ArrayError, LoweringError, ScheduleError
+from convsched.autotune.record import Key, Record
+from convsched.errors import ArrayError, CacheWarning, LoweringError, ScheduleError
 from convsched.kernels.kernel import BoundKernel, Kernel
 from convsched.kernels.numba_kernel import NumbaKernel
 from convsched.machine import Machine
