@@ -30,7 +30,6 @@ from convsched.autotune.record import (
     REGIMES,
     SCHEDULE_FORMAT,
     CacheError,
-    CacheWarning,
     Key,
     Record,
     Regime,
@@ -39,7 +38,7 @@ from convsched.autotune.record import (
     other_version,
     parse_line,
 )
-from convsched.errors import ConvschedError, MachineError
+from convsched.errors import CacheWarning, ConvschedError, MachineError
 from convsched.machine import MachineKey, Tier, cache_folder
 
 Keep = Literal["winners", "ok", "all"]

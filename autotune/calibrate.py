@@ -155,12 +155,12 @@ def rates(work: Mapping[str, Work], seconds: float, clock: Clock = CLOCK) -> dic
 
 
 def launch_seconds(threads: int) -> float:
-    """What it takes to start the pool's threads on nothing and wait for them; 0 for one thread."""
+    """What it takes to hand nothing to the pool's threads and see it done; 0 for one thread."""
     if threads < 2:
         return 0.0
     tasks = [_nothing] * threads
     timing = interleave({"launch": partial(run_all, tasks)}, repeats=50, min_seconds=1e-3, budget=0.1)
-    return timing["launch"].median  # a launch meets the wake-up times there are, not the best
+    return timing["launch"].median  # a launch meets the delays there are, not the best
 
 
 def _nothing() -> None:

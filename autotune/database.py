@@ -17,7 +17,8 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
-from convsched.autotune.record import CacheError, CacheWarning
+from convsched.autotune.record import CacheError
+from convsched.errors import CacheWarning
 
 T = TypeVar("T")
 Action = Callable[[sqlite3.Connection], T]

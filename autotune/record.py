@@ -35,10 +35,6 @@ class CacheError(ConvschedError, ValueError):
     """A record, a key or a cache file that cannot be used as asked."""
 
 
-class CacheWarning(UserWarning):
-    """A schedule cache, or a part of it, that is not used; compilation goes on without."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Key:
     """What a schedule is looked up by: `problem` and `machine` are texts, `machine` a MachineKey's.

@@ -16,7 +16,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from functools import lru_cache, partial
 from math import hypot, inf, prod, sqrt
 
 from convsched.accuracy import BOUNDS, UNIT, Prediction, predict, predict_direct
@@ -24,6 +24,7 @@ from convsched.analytic import best_blocking, default_recipe, default_tiles, def
 from convsched.bilinear import Bilinear, kronecker
 from convsched.errors import LoweringError
 from convsched.ir import Program
+from convsched.lazy import cached_property
 from convsched.lower.bilinear import lower_bilinear
 from convsched.lower.blocks import blocks_of, lower_strassen
 from convsched.lower.direct import lower_direct

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property, reduce
+from functools import reduce
 from itertools import accumulate
 from math import lcm, prod
 from typing import Any, Protocol, TypeAlias
@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convsched.errors import LoweringError
+from convsched.lazy import cached_property
 
 
 class Number(Protocol):

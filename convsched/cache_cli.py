@@ -52,8 +52,7 @@ def _file(command: F) -> F:
 def _opened(file: Path | None) -> Iterator[ScheduleCache]:
     """The cache; its warnings become lines, and errors raised on purpose messages, without a traceback."""
     from convsched.autotune.cache import ScheduleCache
-    from convsched.autotune.record import CacheWarning
-    from convsched.errors import ConvschedError
+    from convsched.errors import CacheWarning, ConvschedError
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", CacheWarning)

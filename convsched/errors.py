@@ -66,3 +66,7 @@ class LoweringError(ConvschedError):
 
 class ModelError(ConvschedError):
     """A model file that cannot be imported."""
+
+
+class CacheWarning(UserWarning):
+    """A cache, or a part of it, that is not used; compilation goes on without."""

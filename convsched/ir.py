@@ -23,8 +23,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Literal
+
+from convsched.lazy import cached_property
 
 Kind = Literal["serial", "unroll", "vector", "parallel", "digit"]
 Role = Literal["input", "weight", "output", "local", "register", "constant"]

@@ -16,13 +16,13 @@ import re
 import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from typing import ClassVar, Literal, assert_never, get_args
 
 from convsched import fusing, inlining, peeling, placement, prefetching, skipping, steps
 from convsched.checks import bounded, fail
 from convsched.errors import ScheduleError
 from convsched.ir import Program
+from convsched.lazy import cached_property
 from convsched.peeling import Which
 from convsched.placement import Where
 from convsched.steps import Tail

@@ -11,7 +11,7 @@ import ctypes
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from math import inf
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -34,6 +34,7 @@ from convsched.kernels.arrays import (
 from convsched.kernels.llvm import arguments, emit, names, symbols
 from convsched.kernels.packing import aligned_zeros, plain
 from convsched.kernels.pool import run_all
+from convsched.lazy import cached_property
 from convsched.machine import Machine
 from convsched.names import Accuracy
 from convsched.problem import Problem

@@ -1,13 +1,10 @@
-"""What ``compile`` may be asked for, and what a kernel is besides callable: its texts, its copies, its threads."""
+"""What ``compile`` may be asked for, and what a kernel is besides callable: its texts, its copies."""
 
 import copy
-import os
 import pickle
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,9 +14,8 @@ import pytest
 import convsched as cs
 from convsched.algorithms import AccuracyWarning, named
 from convsched.autotune.cache import ScheduleCache
-from convsched.autotune.record import CacheWarning, Key, Record
-from convsched.errors import ArrayError, LoweringError, ScheduleError
-from convsched.kernels import pool
+from convsched.autotune.record import Key, Record
+from convsched.errors import ArrayError, CacheWarning, LoweringError, ScheduleError
 from convsched.kernels.kernel import BoundKernel, Kernel
 from convsched.kernels.numba_kernel import NumbaKernel
 from convsched.machine import Machine
@@ -298,73 +294,3 @@ def test_weights_that_were_packed_otherwise_are_refused() -> None:
     assert packing
     with pytest.raises(ArrayError, match="packed by another version of convsched; bind them again"):
         remake(kind, kernel, packing[:-1], weights)
-
-
-# Threads
-
-def test_threads_survive_a_fork() -> None:
-    """A child has none of its parent's threads: it makes its own, also when the fork met a held lock."""
-    code = """
-import os, numpy as np, convsched as cs
-from convsched.kernels import pool
-layer = cs.Conv2d(5, 20, 3, padding=1, input_size=(6, 9))
-conv = cs.compile(layer, schedule="parallel m", threads=3).bind(
-    np.ones(layer.weight_shape, np.float32), np.ones(20, np.float32))
-x = np.ones(layer.input_shape, np.float32)
-expected = conv(x)
-with pool._lock:
-    child = os.fork()
-if child == 0:
-    os._exit(0 if np.array_equal(conv(x), expected) else 1)
-print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), np.array_equal(conv(x), expected))
-"""
-    if not hasattr(os, "fork"):
-        pytest.skip("no fork here")
-    assert run_python(code) == "0 True"
-
-
-def test_an_error_is_raised_when_all_threads_have_ended() -> None:
-    """Until then they write to the caller's arrays."""
-    released, ended = threading.Event(), []
-
-    def late() -> None:
-        assert released.wait(60)
-        ended.append(True)
-
-    def fail() -> None:
-        threading.Timer(0.05, released.set).start()
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        pool.run_all([fail, late])
-    assert ended
-
-
-def test_a_system_without_threads_is_an_error_and_nothing_runs_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was queued for the thread that could not start is not run when the caller has given up."""
-    start, started, ended = threading.Thread.start, list[int](), list[int]()
-
-    def start_one(thread: threading.Thread) -> None:
-        if threading.active_count() > before:
-            raise RuntimeError("can't start new thread")
-        start(thread)
-
-    def work(i: int) -> None:
-        started.append(i)
-        assert begun.wait(60)
-        ended.append(i)
-
-    tasks = [partial(work, i) for i in range(7)]  # a number of threads that no other test has made
-    begun, before = threading.Event(), threading.active_count() + 1  # with the timer's
-    timer = threading.Timer(0.1, begun.set)
-    timer.start()
-    monkeypatch.setattr(threading.Thread, "start", start_one)
-    with pytest.raises(RuntimeError, match="can't start new thread"):
-        pool.run_all(tasks)
-    assert started == ended
-    assert 0 not in started
-    monkeypatch.undo()
-    timer.join()
-    started.clear()
-    pool.run_all(tasks)
-    assert sorted(started) == list(range(7))

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from convsched.autotune.cache import ScheduleCache
-from convsched.autotune.record import CacheError, CacheWarning, Key, Record
-from convsched.errors import ScheduleError
+from convsched.autotune.record import CacheError, Key, Record
+from convsched.errors import CacheWarning, ScheduleError
 from convsched.machine import Machine, MachineKey
 from convsched.problem import Conv2d
 

@@ -18,7 +18,8 @@ import pytest
 from convsched.autotune import cache as cache_module
 from convsched.autotune import database
 from convsched.autotune.cache import ScheduleCache
-from convsched.autotune.record import CacheError, CacheWarning, Key, Record
+from convsched.autotune.record import CacheError, Key, Record
+from convsched.errors import CacheWarning
 from convsched.machine import Machine
 from convsched.problem import Conv2d
 

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from convsched.autotune.cache import ScheduleCache
-from convsched.autotune.record import CacheWarning, Key, Record
+from convsched.autotune.record import Key, Record
+from convsched.errors import CacheWarning
 from convsched.machine import Machine
 from convsched.problem import Conv2d
 

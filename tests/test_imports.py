@@ -15,8 +15,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ORDER = (  # left may not see right
-    "errors names parameters problem problem_text machine conditions layers networks classic_networks mobile_networks "
-    "bilinear sums accuracy",
+    "errors lazy names parameters problem problem_text machine conditions layers networks classic_networks "
+    "mobile_networks bilinear sums accuracy",
     "ir",
     "text verify interp reference address baseline examples",
     "schedule steps placement legality checks peeling skipping prefetching fusing inlining footprint",

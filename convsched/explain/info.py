@@ -34,7 +34,7 @@ def calibration_lines(measured: Calibration) -> Iterator[tuple[str, str]]:
     yield "read", _rates(measured.bandwidth)
     yield "copy", f"{_rates(measured.copy_bandwidth)}, read and written"
     if measured.launch_seconds:
-        yield "launch", f"{measured.launch_seconds * 1e6:.0f} us to start all cores' threads"
+        yield "launch", f"{measured.launch_seconds * 1e6:.0f} us to share a stage among all cores"
     when = datetime.fromtimestamp(measured.time).strftime("%Y-%m-%d %H:%M")
     yield "measured", f"{when}; --refresh measures again"
     for reason in measured.conditions:

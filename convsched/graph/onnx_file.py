@@ -13,13 +13,13 @@ import importlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from convsched.errors import ModelError
+from convsched.lazy import cached_property
 
 Shape = tuple[int | None, ...]
 Node = Any  # onnx.NodeProto: the package is optional, so its types cannot be named

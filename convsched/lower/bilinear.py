@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property, reduce
+from functools import reduce
 from typing import NamedTuple
 
 import numpy as np
@@ -51,6 +51,7 @@ from convsched.ir import (
     nested,
     storage_of,
 )
+from convsched.lazy import cached_property
 from convsched.lower.epilogue import activation
 from convsched.lower.plane import Fold, Plane
 from convsched.names import LAYOUTS
