@@ -108,8 +108,8 @@ class Algorithm:
         if not self.keeps_enough(accuracy):
             raise LoweringError(
                 f"accuracy={accuracy!r}: {self.name} makes NaN of finite outputs beside an Inf or a NaN in the input, "
-                "and the class keeps them where the definition has them; use accuracy=\"normal\", or algorithm=None for "
-                "the fastest that fits")
+                "and the class keeps them where the definition has them; use accuracy=\"normal\", or algorithm=None "
+                "for the fastest that fits")
         if not self.fits(accuracy):
             expected, found = max(self.prediction.expected, self.prediction.adverse), self.prediction.accuracy
             fix = f'use accuracy="{found}", or' if found else "no class takes it: use"

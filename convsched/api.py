@@ -49,7 +49,8 @@ def compile(layer: Problem, *, algorithm: str | None = None, schedule: Schedule 
     of which one channel is far greater than all others. "strict" also keeps Inf and NaN of the input in the outputs
     that they reach by definition, and so takes direct and im2col only; the other classes may take algorithms that make
     NaN of whole tiles around them. An algorithm or a schedule that was asked for and does not fit is refused; where no
-    algorithm fits, the most accurate one is used, with an AccuracyWarning. ``memory_limit``: the most ``kernel.workspace_bytes``: what a call uses in all threads beside its arrays and the bound weights,
+    algorithm fits, the most accurate one is used, with an AccuracyWarning. ``memory_limit``: the most
+    ``kernel.workspace_bytes``: what a call uses in all threads beside its arrays and the bound weights,
     transformed ones included; None for no limit.
 
     Raises ScheduleError where a schedule does not fit, LoweringError for the rest.
