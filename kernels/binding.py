@@ -109,9 +109,11 @@ class Transform:
         pieces = self._pieces(source, steps)
         for block in blocks(self.extents, sizes):
             sides = [side.stop - side.start for side in block]
-            rounded = _apply(matrices, self._gather(pieces, block, sides)).reshape(*rows, *sides)
-            flush_denormals(rounded)
-            to[(..., *block)] = rounded
+            values = _apply(matrices, self._gather(pieces, block, sides))
+            part = to[(..., *block)]
+            with np.errstate(over="ignore"):
+                part[...] = values.reshape(part.shape)
+            flush_denormals(part)
         return packed
 
     def _largest(self, matrices: Sequence[Doubles]) -> int:
@@ -133,26 +135,34 @@ class Transform:
 
     def _gather(self, pieces: Sequence[tuple[Box, Array]], block: Box, sides: Sequence[int]) -> Doubles:
         """The weights of a block: the columns of all factors, then the block's loops."""
-        gathered = np.zeros((*self.summed, *sides))
         corner = (*(slice(0, extent) for extent in self.summed), *block)
+        parts: list[tuple[Box, Array]] = []
         for box, elements in pieces:
-            common = [slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(box, corner, strict=True)]
+            common = tuple(slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(box, corner, strict=True))
+            if common == corner:
+                return elements[_within(box, common)].astype(np.float64, order="C")
             if all(side.start < side.stop for side in common):
-                to = tuple(slice(side.start - b.start, side.stop - b.start)
-                           for side, b in zip(common, corner, strict=True))
-                gathered[to] = elements[tuple(slice(side.start - b.start, side.stop - b.start)
-                                              for side, b in zip(common, box, strict=True))]
+                parts.append((_within(corner, common), elements[_within(box, common)]))
+        gathered = np.zeros((*self.summed, *sides))
+        for place, elements in parts:
+            gathered[place] = elements
         return gathered
 
 
-def _apply(matrices: Sequence[Doubles], values: Doubles) -> Array:
-    """Each matrix along its columns, for which its rows are put; then rounded to float32."""
+def _within(box: Box, part: Box) -> Box:
+    """A part of a box, counted from the box's start."""
+    return tuple(slice(side.start - whole.start, side.stop - whole.start)
+                 for whole, side in zip(box, part, strict=True))
+
+
+def _apply(matrices: Sequence[Doubles], values: Doubles) -> Doubles:
+    """Each matrix along its columns, for which its rows are put."""
     done = 1
     with np.errstate(all="ignore"):  # weights may be infinite
         for matrix in matrices:
             values = np.matmul(matrix, values.reshape(done, matrix.shape[1], -1))
             done *= matrix.shape[0]
-        return values.astype(np.float32)
+    return values
 
 
 Binding = Copy | Transform
