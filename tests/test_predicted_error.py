@@ -125,7 +125,7 @@ def test_the_next_round_numbers_decide_nothing_wrongly() -> None:
 
 @pytest.mark.parametrize(("name", "accuracy", "message"), [
     ("winograd(2,3)", "strict", "winograd.2,3. makes NaN of finite outputs beside an Inf .*; use accuracy="),
-    ("winograd(6,3)", "normal", 'winograd.6,3. has an expected error of .* the class allows 5e-05; use accuracy="fast"'),
+    ("winograd(6,3)", "normal", 'winograd.6,3. has an expected error of .* class allows 5e-05; use accuracy="fast"'),
     ("winograd(8,3)", "fast", "the class allows 0.0002; no class takes it: use algorithm=None"),
 ])
 def test_a_named_algorithm_that_does_not_fit_is_refused(name: str, accuracy: Any, message: str) -> None:
