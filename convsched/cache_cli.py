@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.core import ParameterSource
 
+from convsched.errors import shortened
 from convsched.names import ACCURACIES, LAYOUTS, MAX_THREADS
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 PATH = click.Path(path_type=Path, dir_okay=False)
 NUMBERS = ("threads", "ms", "cold ms", "default", "speed-up", "tried", "failed", "spread", "KiB", "error")
 SHOWN = 10  # candidates of a key, unless all are asked for
+SIZE_DIGITS = 15  # of a size in bytes
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -34,7 +36,9 @@ def _size(context: click.Context, parameter: click.Parameter, value: str | None)
         return None
     digits, unit = (value[:-1], value[-1].upper()) if value[-1:].isalpha() else (value, "")
     if not (digits.isascii() and digits.isdigit()) or unit not in _UNITS:
-        raise click.BadParameter(f"{value!r} is not a size such as 500K, 100M or 2G")
+        raise click.BadParameter(f"{shortened(value)} is not a size such as 500K, 100M or 2G")
+    if len(digits) > SIZE_DIGITS:
+        raise click.BadParameter(f"{shortened(value)} has more than {SIZE_DIGITS} digits")
     return int(digits) * _UNITS[unit]
 
 

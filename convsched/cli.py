@@ -93,6 +93,8 @@ class _Commands(click.Group):
                 return super().invoke(ctx)
         except ConvschedError as error:
             raise click.ClickException(str(error)) from error
+        except MemoryError as error:
+            raise click.ClickException(f"there is not enough memory: {error}") from error
         except OSError as error:
             if error.errno == errno.EPIPE:  # `| head`: click ends without a word
                 raise

@@ -215,6 +215,12 @@ def test_folding_counts_what_it_makes(tmp_path: Path, monkeypatch: pytest.Monkey
         Graph.load(path).constant("end")
 
 
+def test_a_name_that_is_not_utf_8(tmp_path: Path) -> None:
+    content = make([CONV], [WEIGHT]).SerializeToString().replace(b"conv", b"co\x80v")
+    with pytest.raises(ModelError, match=r"cannot be read as an ONNX model: the name b'co\\x80v' is not UTF-8"):
+        read(tmp_path, content)
+
+
 def seeds() -> dict[str, bytes]:
     """Models with what the reader looks at: layers, what is folded, sizes, subgraphs, functions."""
     values = {"scale": np.ones(8, np.float32), "six": np.array(6, np.float32), "zero": np.array(0, np.float32),

@@ -216,9 +216,26 @@ def test_a_tensor_beyond_all_memory_is_named(make: Callable[[], Problem], messag
                                  "use smaller sizes")  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Linear(2**63, 1), "Linear(in_features=9223372036854775808): must be at most 9223372036854775807"),
+        (lambda: Linear(10**5000, 1), "Linear(in_features=...): must be at most 9223372036854775807"),
+        (lambda: Linear(-(10**5000), 1), "Linear(in_features=...): must be at least 1"),
+        (lambda: Conv2d(1, 1, (10**5000, 1), input_size=1), "Conv2d(kernel_size=...): must be at most 9223372"),
+        (lambda: parse_problem(f"linear c={'9' * 4000} m=1"), "Linear(in_features=999999999999999999999999999999"),
+        (lambda: parse_problem(f"linear c={'9' * 5000} m=1"), "parse_problem(text='linear c=9999999999999999999"),
+    ],
+)
+def test_an_integer_without_measure_is_refused(make: Callable[[], Problem], message: str) -> None:
+    with pytest.raises(ProblemError) as caught:
+        make()
+    assert str(caught.value).startswith(message)
+
+
 def test_the_greatest_tensor_is_a_problem() -> None:
     assert Linear(2**54, 1).bytes == 4 * (2**55 + 2)
-    assert Conv2d(1, 1, 1, 2**70, input_size=2**27).output_shape == (1, 1, 1, 1)
+    assert Conv2d(1, 1, 1, 2**62, input_size=2**27).output_shape == (1, 1, 1, 1)
 
 
 @pytest.mark.parametrize(

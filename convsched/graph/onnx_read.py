@@ -39,7 +39,7 @@ def read_file(path: Path, input_size: tuple[int, int] | None) -> Model:
         raise ModelError(f"{path}: {'is a folder, not a file' if path.is_dir() else 'there is no such file'}")
     try:
         model = onnx.load(path)
-        _decode_names(model)
+        _check_names(model)
     except Exception as error:  # protobuf's errors, and those of the file with the external data
         raise ModelError(f"{path}: cannot be read as an ONNX model: {first_line(error)}") from error
     if not model.graph.node:
@@ -105,15 +105,25 @@ def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _decode_names(model: Model) -> None:
-    """Raises UnicodeDecodeError for a name that is not UTF-8: protobuf decodes a name when it is asked for."""
+def _check_names(model: Model) -> None:
+    """Raises ValueError for a name that is not UTF-8, which protobuf gives as bytes."""
+    for name in _names(model):
+        if not isinstance(name, str):
+            raise ValueError(f"the name {name!r} is not UTF-8")
+
+
+def _names(model: Model) -> Iterator[Any]:
+    """All names in a model that are read here."""
     graphs = (model.graph.node, *(function.node for function in model.functions))
     for node in with_inner(node for nodes in graphs for node in nodes):
-        _ = (node.name, node.op_type, node.domain, node.overload, *node.input, *node.output,
-             *(attribute.name for attribute in node.attribute))  # fmt: skip
+        yield from (node.name, node.op_type, node.domain, node.overload, *node.input, *node.output)
+        yield from (attribute.name for attribute in node.attribute)
     for named in (*model.graph.input, *model.graph.output, *model.graph.initializer, *model.functions):
-        _ = named.name
-    _ = [(item.domain, item.name) for item in model.functions], [item.domain for item in model.opset_import]
+        yield named.name
+    for function in model.functions:
+        yield from (function.domain, function.overload)
+    yield from (item.domain for item in model.opset_import)
+    yield from (tensor.values.name for tensor in model.graph.sparse_initializer)
 
 
 def _inline(path: Path, model: Model) -> Model:
