@@ -26,7 +26,7 @@ from convsched import cli
 from convsched.baseline import gemm_baseline
 from convsched.errors import ScheduleError
 from convsched.explain.bench import Settings, run_layers, total
-from convsched.explain.bench_report import Report
+from convsched.explain.bench_report import Report, table
 from convsched.explain.cases import table_case
 from convsched.names import LAYOUTS
 from convsched.problem import Conv2d, Problem
@@ -151,6 +151,20 @@ def test_the_live_table_fits_a_small_terminal(monkeypatch: pytest.MonkeyPatch) -
     report = cli._run_live(cases, Report("net", Settings(seconds=0.001), 1e11, planned=2), console)
     assert report.complete
     assert "1 of 2 layers so far" in screen.getvalue()
+
+
+@pytest.mark.parametrize("columns", [90, 110, 160])
+def test_the_table_has_a_line_for_each_layer(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    fake(monkeypatch, FakeKernel)
+    grouped = Conv2d(64, 96, (3, 5), 2, 1, groups=32, input_size=(12, 11), activation="hardswish", residual=True)
+    cases = [table_case("layer", layer, 1) for layer in (SMALL, grouped)]
+    rows = tuple(run_layers(cases, convsched.compile, Settings(seconds=0.001)))
+    screen = io.StringIO()
+    Console(file=screen, width=columns).print(table(Report("net", Settings(), 1e11, planned=2, rows=rows), columns))
+    lines = [line.split() for line in screen.getvalue().splitlines()]
+    for row in rows:
+        name = row.problem.text if columns == 160 else row.problem.short
+        assert sum(line[: len(name.split())] == name.split() and "fake" in line for line in lines) == 1
 
 
 @pytest.mark.parametrize(
