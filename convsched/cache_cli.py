@@ -12,17 +12,26 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.core import ParameterSource
 
+from convsched.errors import shortened
 from convsched.names import ACCURACIES, LAYOUTS, MAX_THREADS
+from convsched.problem_text import names_within
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
     from convsched.autotune.cache import Entry, ScheduleCache
     from convsched.autotune.record import Record
+    from convsched.problem import Problem
 
 PATH = click.Path(path_type=Path, dir_okay=False)
 NUMBERS = ("threads", "ms", "cold ms", "default", "speed-up", "tried", "failed", "spread", "KiB", "error")
+LIST_COLUMNS = ("problem", "layout", "threads", "accuracy", "algorithm", "ms", "default", "speed-up", "tried",
+               "failed", "tuning", "machine")  # fmt: skip
+SHOW_COLUMNS = ("", "ms", "cold ms", "spread", "KiB", "error", "status", "flags", "algorithm", "recipe or schedule")
+LOG_COLUMNS = 240  # a log has no width: no line is to be cut
 SHOWN = 10  # candidates of a key, unless all are asked for
+SIZE_DIGITS = 15  # of a size in bytes
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -34,7 +43,9 @@ def _size(context: click.Context, parameter: click.Parameter, value: str | None)
         return None
     digits, unit = (value[:-1], value[-1].upper()) if value[-1:].isalpha() else (value, "")
     if not (digits.isascii() and digits.isdigit()) or unit not in _UNITS:
-        raise click.BadParameter(f"{value!r} is not a size such as 500K, 100M or 2G")
+        raise click.BadParameter(f"{shortened(value)} is not a size such as 500K, 100M or 2G")
+    if len(digits) > SIZE_DIGITS:
+        raise click.BadParameter(f"{shortened(value)} has more than {SIZE_DIGITS} digits")
     return int(digits) * _UNITS[unit]
 
 
@@ -81,7 +92,7 @@ def list_(wanted: str, file: Path | None) -> None:
             click.echo(_none(store.path, wanted))
             return
         click.echo(f"{len(entries)} keys")
-        _print(_list_table(entries))
+        _print_list([_list_row(entry) for entry in entries])
 
 
 @cache.command()
@@ -101,7 +112,7 @@ def show(context: click.Context, wanted: str, everything: bool, file: Path | Non
             shown = _shown(entry, records, everything)
             run = f"; latest run: {entry.run.budget}, {entry.run.tried} tried" if entry.run else ""
             click.echo(f"{entry.key.text}\n{len(shown)} of {len(records)} candidates{run}")
-            _print(_show_table(entry, shown))
+            _print(SHOW_COLUMNS, [_show_row(record, record == entry.winner) for record in shown])
             if entry.winner is not None:
                 recipe = entry.winner.recipe or "no recipe"
                 click.echo(f"best: {entry.winner.algorithm}, {recipe}\n  {entry.winner.schedule}\n")
@@ -208,12 +219,6 @@ def _layers(wanted: str) -> set[str]:
     return {layer.problem.text for name in chosen for layer in NETWORKS[name]().layers}
 
 
-def _list_table(entries: Sequence[Entry]) -> Table:
-    columns = ("problem", "layout", "threads", "accuracy", "algorithm", "ms", "default", "speed-up", "tried",
-               "failed", "tuning", "machine")  # fmt: skip
-    return _table(columns, [_list_row(entry) for entry in entries])
-
-
 def _list_row(entry: Entry) -> tuple[str, ...]:
     from convsched.autotune.record import FORMAT
 
@@ -235,12 +240,6 @@ def _shown(entry: Entry, records: Sequence[Record], everything: bool) -> list[Re
     return ranked if everything else [record for record in ranked if record.status == "ok"][:SHOWN]
 
 
-def _show_table(entry: Entry, records: Sequence[Record]) -> Table:
-    columns = ("", "ms", "cold ms", "spread", "KiB", "error", "status", "flags", "algorithm",
-               "recipe or schedule")  # fmt: skip
-    return _table(columns, [_show_row(record, record == entry.winner) for record in records])
-
-
 def _show_row(record: Record, is_best: bool) -> tuple[str, ...]:
     return (
         "best" if is_best else "default" if record.is_default else "",
@@ -256,24 +255,61 @@ def _milliseconds(seconds: float | None) -> str:
     return "-" if seconds is None else f"{seconds * 1e3:.4g}"
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> Table:
+    """A table for so many columns of a terminal; where it is too wide, layers have their short names."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
+    if columns[0] == "problem":
+        others = _width(columns, rows) - max(len(row[0]) for row in rows)
+        names = names_within([_problem(row[0]) for row in rows], width - others)
+        rows = [(name, *row[1:]) for name, row in zip(names, rows, strict=True)]
     table = Table(box=box.SIMPLE_HEAD, show_edge=False)
-    table.padding, table.pad_edge = (0, 1, 0, 0), False
+    table.padding, table.pad_edge = (0, 1 if _width(columns, rows) <= width else 0, 0, 0), False
     for column in columns:
-        table.add_column(column, justify="right" if column in NUMBERS else "left", overflow="fold")
+        whole = column == "problem" or column in NUMBERS
+        table.add_column(column, justify="right" if column in NUMBERS else "left", overflow="fold", no_wrap=whole)
     for row in rows:
         table.add_row(*map(Text, row))  # brackets are no markup
     return table
 
 
-def _print(table: Table) -> None:
+def _width(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
+    """The columns of a terminal that a table needs: what is in it, and two between its columns."""
+    widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
+    return sum(widths) + 2 * (len(widths) - 1)
+
+
+def _problem(text: str) -> Problem | str:
+    """The problem of a text, or the text itself where another version of convsched wrote it."""
+    from convsched.errors import ProblemError
+    from convsched.problem import parse_problem
+
+    try:
+        return parse_problem(text)
+    except ProblemError:
+        return text
+
+
+def _console() -> Console:
     from rich.console import Console
 
     console = Console()
-    if not console.is_terminal:
-        console = Console(width=240)  # a log has no width: no line is to be cut
-    console.print(table)
+    return console if console.is_terminal else Console(width=LOG_COLUMNS)
+
+
+def _print(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    console = _console()
+    console.print(_table(columns, rows, console.width))
+
+
+def _print_list(rows: Sequence[Sequence[str]]) -> None:
+    """The table of `cache list`; in a narrow terminal one for each machine, whose name stands above it."""
+    console = _console()
+    if _width(LIST_COLUMNS, rows) <= console.width:
+        _print(LIST_COLUMNS, rows)
+        return
+    for machine in dict.fromkeys(row[-1] for row in rows):
+        console.print(machine, markup=False, highlight=False)
+        _print(LIST_COLUMNS[:-1], [row[:-1] for row in rows if row[-1] == machine])

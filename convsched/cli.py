@@ -93,6 +93,8 @@ class _Commands(click.Group):
                 return super().invoke(ctx)
         except ConvschedError as error:
             raise click.ClickException(str(error)) from error
+        except MemoryError as error:
+            raise click.ClickException(f"there is not enough memory: {error}") from error
         except OSError as error:
             if error.errno == errno.EPIPE:  # `| head`: click ends without a word
                 raise
@@ -237,7 +239,7 @@ def _run(cases: list[Case], report: Report) -> Report:
         report = _run_plain(cases, report)
     from convsched.explain.bench_report import table
 
-    console.print(table(report))
+    console.print(table(report, console.width))
     return report
 
 
@@ -257,7 +259,7 @@ def _run_live(cases: list[Case], report: Report, console: Console) -> Report:
     from convsched.explain.bench_report import table
 
     def view(report: Report) -> Any:
-        return table(report, last=max(1, console.height - 12))
+        return table(report, console.width, last=max(1, console.height - 12))
 
     with Live(view(report), console=console, transient=True, auto_refresh=False) as live:
         return _run_rows(cases, report, lambda report: live.update(view(report), refresh=True))

@@ -5,9 +5,24 @@ The arguments of an error are kept in `args`, so that it survives pickling betwe
 
 from __future__ import annotations
 
+SHOWN_CHARACTERS = 300  # of a value in a message; the longest texts of layers have some 150
+
 
 class ConvschedError(Exception):
     """The base of all errors raised on purpose."""
+
+
+def shortened(value: object) -> str:
+    """A value as messages show it: its repr, of which a long one is cut in the middle.
+
+    >>> shortened("9" * 1000)
+    "'999999999999999999999999999999...999999999999999999999999999999'"
+    """
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to print integers of more than 4,300 digits
+        return "..."
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:31]}...{text[-31:]}"
 
 
 class ProblemError(ConvschedError, ValueError):
@@ -25,7 +40,7 @@ class ProblemError(ConvschedError, ValueError):
         self.rule = rule
 
     def __str__(self) -> str:
-        return f"{self.problem}({self.parameter}={self.value!r}): {self.rule}"
+        return f"{self.problem}({self.parameter}={shortened(self.value)}): {self.rule}"
 
 
 class ScheduleError(ConvschedError, ValueError):

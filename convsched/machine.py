@@ -25,7 +25,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
-from convsched.errors import MachineError
+from convsched.errors import MachineError, shortened
 
 Isa: TypeAlias = Literal["avx512", "avx2", "sse", "neon", "generic"]
 Tier: TypeAlias = Literal["exact", "same microarchitecture", "same isa", "none"]
@@ -59,6 +59,8 @@ _IDENTITY = (
     ("{vendor_id} family {cpu family} model {model}", "{stepping}"),
     ("implementer {CPU implementer} part {CPU part}", "{CPU variant}.{CPU revision}"),
 )
+
+SETTING_DIGITS = 9  # of a number in the environment
 
 _KIB = 1024
 _MIB = 1024 * _KIB
@@ -203,8 +205,10 @@ def default_threads() -> int:
     setting = os.environ.get("CONVSCHED_THREADS", "")
     if not setting:
         return cores
-    if not setting.isascii() or not setting.isdigit() or int(setting) == 0:
-        raise MachineError(f"CONVSCHED_THREADS={setting}: must be a positive integer")
+    if not setting.isascii() or not setting.isdigit() or not setting.strip("0"):
+        raise MachineError(f"CONVSCHED_THREADS={shortened(setting)}: must be a positive integer")
+    if len(setting) > SETTING_DIGITS:
+        raise MachineError(f"CONVSCHED_THREADS={shortened(setting)}: must have at most {SETTING_DIGITS} digits")
     return min(int(setting), cores)
 
 
@@ -237,7 +241,7 @@ def detect(root: Path, architecture: str, environment: Mapping[str, str]) -> Mac
         within = [known for known in _WITHIN[isa] if known == wanted]
         if not within:
             rule = f"this CPU ({isa}) can run one of {', '.join(_WITHIN[isa])}"
-            raise MachineError(f"CONVSCHED_ISA={wanted}: {rule}")
+            raise MachineError(f"CONVSCHED_ISA={shortened(wanted)}: {rule}")
         isa = within[0]
     name = fields.get("model name", "") or architecture or "unknown"
     return Machine(name, isa, *_VECTORS[isa], *_caches(root), available_cores(root), *_identity(fields))

@@ -33,6 +33,8 @@ MAX_BYTES = 2**56
 """Of a tensor, its padding included: all that a process can address on a CPU of today (five-level page tables
 leave it 56 bits). Blocks of 16 channels, at most 16 times as much, stay within 64-bit offsets."""
 
+LARGEST_INTEGER = 2**63 - 1  # of a parameter; offsets have 64 bits
+
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
@@ -62,6 +64,8 @@ class Check:
             raise self.fail(parameter, whole, f"must be an integer, not {kind}") from None
         if number < least:
             raise self.fail(parameter, whole, f"must be at least {least}")
+        if number > LARGEST_INTEGER:
+            raise self.fail(parameter, whole, f"must be at most {LARGEST_INTEGER}")
         return number
 
     def positive(self, parameter: str, value: object) -> int:

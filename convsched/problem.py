@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import ClassVar, SupportsIndex, TypeAlias
 
 from convsched.parameters import Activation, Check, Pair
-from convsched.problem_text import conv2d_text, linear_text, parse_words
+from convsched.problem_text import conv2d_short, conv2d_text, linear_short, linear_text, parse_words
 
 _BYTES = 4  # of a float32
 
@@ -208,6 +208,15 @@ class Conv2d:
         """The canonical one-line text; what is at its default is left out, but for the bias."""
         return conv2d_text(self)
 
+    @property
+    def short(self) -> str:
+        """A name for narrow terminals, which leaves out more than the text.
+
+        >>> Conv2d(32, 64, 3, stride=2, padding=1, input_size=56, activation="relu").short
+        '3x3 s2 32>64 56'
+        """
+        return conv2d_short(self)
+
     def __str__(self) -> str:
         return self.text
 
@@ -335,6 +344,11 @@ class Linear:
     def text(self) -> str:
         """The canonical one-line text; what is at its default is left out, but for the bias."""
         return linear_text(self)
+
+    @property
+    def short(self) -> str:
+        """A name for narrow terminals: fc 2048>1000."""
+        return linear_short(self)
 
     def __str__(self) -> str:
         return self.text

@@ -3,12 +3,16 @@
     conv2d c=256 m=256 k=3x3 in=56x56 pad=1,1,1,1 bias act=relu
     linear c=2048 m=1000 bias
 
-What is at its default is left out, but for the bias.
+What is at its default is left out, but for the bias. Narrow terminals get a shorter name, which leaves out more:
+
+    3x3 256>256 56
+    fc 2048>1000
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from convsched.errors import ProblemError
@@ -41,6 +45,39 @@ def conv2d_text(layer: Conv2d) -> str:
 def linear_text(layer: Linear) -> str:
     """The canonical text of a fully connected layer."""
     return " ".join([f"linear c={layer.C} m={layer.M}", *_common_words(layer)])
+
+
+def conv2d_short(layer: Conv2d) -> str:
+    """A convolution's name where its text is too long: kernel, stride, dilation, groups, channels, input size, batch.
+
+    Padding, bias, activation and residual are left out, so that layers which differ in nothing else share a name.
+    """
+    words = [by(layer.kernel_size)]
+    if layer.stride != (1, 1): words.append(f"s{_side(layer.stride)}")
+    if layer.dilation != (1, 1): words.append(f"d{_side(layer.dilation)}")
+    if layer.groups != 1: words.append(f"g{layer.groups}")
+    words += [f"{layer.C}>{layer.M}", _side(layer.input_size)]
+    return " ".join(words if layer.N == 1 else [*words, f"n{layer.N}"])
+
+
+def linear_short(layer: Linear) -> str:
+    """A fully connected layer's name where its text is too long."""
+    return f"fc {layer.C}>{layer.M}" + (f" n{layer.N}" if layer.N != 1 else "")
+
+
+def names_within(layers: Sequence[Problem | str], room: int) -> list[str]:
+    """The layers' texts if each has at most `room` characters, else their short names, which may be longer too.
+
+    A text that is not a problem's (of another version) stands for itself.
+    """
+    if all(len(str(layer)) <= room for layer in layers):
+        return [str(layer) for layer in layers]
+    return [layer if isinstance(layer, str) else layer.short for layer in layers]
+
+
+def _side(pair: tuple[int, int]) -> str:
+    """A pair of sides, equal ones once."""
+    return str(pair[0]) if pair[0] == pair[1] else by(pair)
 
 
 def parse_words(text: str) -> tuple[str, dict[str, object]]:

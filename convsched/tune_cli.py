@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+
+from convsched.problem_text import names_within
 
 if TYPE_CHECKING:
     from convsched.autotune import tune as autotune
@@ -18,6 +22,7 @@ if TYPE_CHECKING:
     from convsched.names import Accuracy
 
 INTERRUPTED = 130
+BAR_COLUMNS = 20  # of the terminal, for the bar of the budget
 
 
 def run(cases: list[Case], budget: str, threads: int, layout: str, file: Path | None,
@@ -30,13 +35,14 @@ def run(cases: list[Case], budget: str, threads: int, layout: str, file: Path | 
     whole = Budget.parse(budget)
     layers = [(case.problem, case.count) for case in cases]
     with Tuner(ScheduleCache(file), threads, layout, accuracy, algorithm) as tuner, _live(tuner, whole):
-        network = tune_network(tuner, layers, whole, lambda layer: click.echo(line(layer)))
+        network = tune_network(tuner, layers, whole, lambda layer: click.echo(line(layer, _columns())))
     for problem, why in network.failures.items():
-        click.echo(f"{problem.text}: {why}")
+        click.echo(wrapped(f"{problem.text}: {why}", _columns()))
     if network.interrupted:
-        click.echo("interrupted; what was measured is kept, and the next run goes on from there")
+        text = "interrupted; what was measured is kept, and the next run goes on from there"
+        click.echo(wrapped(text, _columns()))
     if network.layers:
-        click.echo(total(network))
+        click.echo(wrapped(total(network), _columns()))
     if network.interrupted:
         return INTERRUPTED
     return 1 if network.failures else 0
@@ -52,24 +58,38 @@ def _live(tuner: Tuner, whole: Budget) -> Iterator[None]:
     if not console.is_terminal:
         yield
         return
-    columns = (BarColumn(20), TextColumn("{task.description}", markup=False))
+    columns = (BarColumn(BAR_COLUMNS), TextColumn("{task.description}", markup=False))
     together = sys.stdout.isatty()  # lines are then to appear above the bar; a file gets them as they are
     with Progress(*columns, console=console, transient=True, redirect_stdout=together) as bar:
         task = bar.add_task("measuring the defaults", total=1.0)
 
         def report(progress: autotune.Progress) -> None:
-            bar.update(task, description=status(progress), completed=used(whole, progress.left))
+            text = status(progress, console.width - BAR_COLUMNS - 1)
+            bar.update(task, description=text, completed=used(whole, progress.left))
 
         tuner.report = report
         yield
 
 
-def status(progress: autotune.Progress) -> str:
+def _columns() -> int | None:
+    """The width of the terminal; None where the output is not one."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def wrapped(text: str, columns: int | None) -> str:
+    """A text on as many lines as it needs, broken between words; on one line where there is no width."""
+    if columns is None:
+        return text
+    return textwrap.fill(text, columns, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+
+
+def status(progress: autotune.Progress, columns: int) -> str:
     """Where the search of a layer stands, and what is left of the whole budget."""
     left = progress.left
     rest = f"{max(0.0, left.seconds):.0f} s" if left.candidates == float("inf") else f"{left.candidates:g} candidates"
-    return (f"{rest} left  {progress.problem.text}  {progress.speed:.3f}x the default, "
-            f"{progress.tried} tried, {progress.failed} failed")
+    end = f"{progress.speed:.3f}x the default, {progress.tried} tried, {progress.failed} failed"
+    (name,) = names_within([progress.problem], columns - len(f"{rest} left    {end}"))
+    return f"{rest} left  {name}  {end}"
 
 
 def used(whole: Budget, left: Budget) -> float:
@@ -79,13 +99,16 @@ def used(whole: Budget, left: Budget) -> float:
     return min(1.0, max(0.0, 1.0 - min(shares, default=1.0)))
 
 
-def line(layer: TunedLayer) -> str:
-    """What tuning found for a layer, in one line."""
+def line(layer: TunedLayer, columns: int | None = None) -> str:
+    """What tuning found for a layer, in one line, or in several of a narrow terminal's columns."""
     tuned = layer.tuned
+    rate = tuned.problem.flops / tuned.seconds * 1e-9
+    numbers = (f"x{layer.count}  {tuned.seconds * 1e3:.3f} ms  {rate:.1f} GFLOP/s  {tuned.speed:.3f}x the default  "
+               f"{tuned.tried} tried{'' if tuned.complete else ' (budget spent)'}")  # fmt: skip
+    room = len(tuned.problem.text) if columns is None else columns - len(f"  {numbers}")
+    (name,) = names_within([tuned.problem], room)
     failures = "".join(f"; {count} x {reason}" for reason, count in tuned.failures.items())
-    return (f"{tuned.problem.text}  x{layer.count}  {tuned.seconds * 1e3:.3f} ms  "
-            f"{tuned.problem.flops / tuned.seconds * 1e-9:.1f} GFLOP/s  {tuned.speed:.3f}x the default  "
-            f"{tuned.tried} tried{'' if tuned.complete else ' (budget spent)'}{failures}")
+    return wrapped(f"{name}  {numbers}{failures}", columns)
 
 
 def total(network: TunedNetwork) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from convsched.cache_cli import _file, _opened, _print, _table
+from convsched.cache_cli import _file, _opened, _print
 
 if TYPE_CHECKING:
     from convsched.autotune.recheck import Check
@@ -64,7 +64,7 @@ def _report(checks: Sequence[Check], records: int, why: str) -> None:
     columns = ("problem", "layout", "threads", "accuracy", "algorithm", "speed-up", "now", "spread", "flags",
                "verdict")  # fmt: skip
     if checks:
-        _print(_table(columns, [_row(check) for check in checks]))
+        _print(columns, [_row(check) for check in checks])
     bad = sum(check.is_bad for check in checks)
     done = len({check.record.key for check in checks})
     click.echo(f"{done} of {records} winners checked, {bad} bad{'' if done == records else f'; {why}'}")

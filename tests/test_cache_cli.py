@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from rich.console import Console
 
 from convsched.autotune.cache import ScheduleCache
 from convsched.autotune.record import FORMAT, Key, MachineKey, Record
@@ -164,6 +165,20 @@ def test_warnings_are_lines(file: Path) -> None:
     assert result.exit_code == 0
     assert f"warning: {file} was corrupt" in result.stderr
     assert "has no entries" in result.stdout
+
+
+@pytest.mark.parametrize("columns", [80, 100, 110, 150, 260])
+def test_a_list_has_a_line_for_each_layer(file: Path, monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    """In a terminal too narrow for the machine's name, that stands above its layers, which have short names."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(Console, "is_terminal", property(lambda self: True))
+    lines = [" ".join(line.split()) for line in run("list", file=file).output.splitlines()]
+    name = PROBLEM.short if columns < 150 else PROBLEM.text
+    (tuned,) = [line for line in lines if line.startswith(f"{name} nchw ")]
+    assert tuned.endswith(KEY.machine) == (columns == 260)
+    if columns >= 100:
+        numbers = tuned.removesuffix(KEY.machine).removeprefix(name).split()
+        assert numbers == ["nchw", "1", "normal", "direct", "1", "2", "2.00", "3", "1", "complete"]
 
 
 def test_all_machines_are_listed(file: Path) -> None:

@@ -83,6 +83,10 @@ def test_files_that_are_no_images(tmp_path: Path) -> None:
     (tmp_path / "broken.npy").write_bytes(b"not an array")
     with pytest.raises(ModelError, match="cannot be read as an array"):
         read_image(tmp_path / "broken.npy")
+    header = b"{'descr': '<f8', 'fortran_order': False, 'shape': (100000000, 100000000), }".ljust(117) + b"\n"
+    (tmp_path / "huge.npy").write_bytes(b"\x93NUMPY\x01\x00v\x00" + header)
+    with pytest.raises(ModelError, match=r"huge\.npy: cannot be read as an array: Unable to allocate"):
+        read_image(tmp_path / "huge.npy")
     (tmp_path / "broken.png").write_bytes(b"not an image")
     with pytest.raises(ModelError, match="cannot be read as an image"):
         read_image(tmp_path / "broken.png")

@@ -26,7 +26,7 @@ from convsched import cli
 from convsched.baseline import gemm_baseline
 from convsched.errors import ScheduleError
 from convsched.explain.bench import Settings, run_layers, total
-from convsched.explain.bench_report import Report
+from convsched.explain.bench_report import Report, table
 from convsched.explain.cases import table_case
 from convsched.names import LAYOUTS
 from convsched.problem import Conv2d, Problem
@@ -153,6 +153,20 @@ def test_the_live_table_fits_a_small_terminal(monkeypatch: pytest.MonkeyPatch) -
     assert "1 of 2 layers so far" in screen.getvalue()
 
 
+@pytest.mark.parametrize("columns", [90, 110, 160])
+def test_the_table_has_a_line_for_each_layer(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    fake(monkeypatch, FakeKernel)
+    grouped = Conv2d(64, 96, (3, 5), 2, 1, groups=32, input_size=(12, 11), activation="hardswish", residual=True)
+    cases = [table_case("layer", layer, 1) for layer in (SMALL, grouped)]
+    rows = tuple(run_layers(cases, convsched.compile, Settings(seconds=0.001)))
+    screen = io.StringIO()
+    Console(file=screen, width=columns).print(table(Report("net", Settings(), 1e11, planned=2, rows=rows), columns))
+    lines = [line.split() for line in screen.getvalue().splitlines()]
+    for row in rows:
+        name = row.problem.text if columns == 160 else row.problem.short
+        assert sum(line[: len(name.split())] == name.split() and "fake" in line for line in lines) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -198,6 +212,35 @@ def test_a_folder_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "m.onnx").mkdir()
     result = run("bench", str(tmp_path / "m.onnx"))
     assert (result.exit_code, result.output) == (1, f"Error: {tmp_path / 'm.onnx'}: is a folder, not a file\n")
+
+
+def test_a_layer_without_enough_memory_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    huge = Conv2d(3, 8, 3, input_size=10**6)
+    rows = list(run_layers([table_case("huge", huge, 1), table_case("small", SMALL, 1)],
+                           lambda problem, **options: FakeKernel(problem), Settings(seconds=0.001)))  # fmt: skip
+    assert [row.status for row in rows] == ["FAILED", "ok"]
+    assert rows[0].failure.startswith("there is not enough memory: Unable to allocate 10.9 TiB")
+
+
+def test_a_lack_of_memory_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> Any:
+        raise MemoryError("Unable to allocate 1 TiB")
+
+    monkeypatch.setattr(cli, "_read_cases", refuse)
+    result = run("bench", "lenet5")
+    assert (result.exit_code, result.output) == (1, "Error: there is not enough memory: Unable to allocate 1 TiB\n")
+
+
+@pytest.mark.parametrize("arguments", [
+    ["cache", "explain-miss", "linear c={} m=1"], ["cache", "prune", "--max-size", "{}"], ["cache", "list", "{}"],
+    ["bench", "{}"], ["bench", "lenet5", "--input-size", "{}"], ["bench", "lenet5", "--threads", "{}"],
+    ["bench", "lenet5", "--algorithm", "{}"], ["tune", "lenet5", "--budget", "{}"],
+], ids=lambda words: " ".join(words))  # fmt: skip
+def test_a_word_of_5000_digits_is_no_traceback(arguments: list[str], tmp_path: Path,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.setenv("CONVSCHED_CACHE", str(tmp_path))
+    result = run(*(word.format("9" * 5000) for word in arguments))
+    assert result.exception is None or isinstance(result.exception, SystemExit)
 
 
 def test_json_is_known_to_be_writable_before_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -343,7 +386,7 @@ def test_info_explains_a_wrong_setting() -> None:
     command, setting = [sys.executable, "-c", code], {"CONVSCHED_ISA": "mmx"}
     process = subprocess.run(command, env=setting, capture_output=True, text=True, check=False)
     assert process.returncode == 1
-    assert process.stderr.startswith("Error: CONVSCHED_ISA=mmx")
+    assert process.stderr.startswith("Error: CONVSCHED_ISA='mmx'")
 
 
 def test_help_needs_neither_onnx_nor_rich() -> None:

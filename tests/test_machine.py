@@ -150,9 +150,9 @@ def test_a_lower_instruction_set_can_be_forced(tmp_path: Path, isa: str) -> None
 @pytest.mark.parametrize(
     ("architecture", "isa", "message"),
     [
-        ("x86_64", "avx512", r"CONVSCHED_ISA=avx512: this CPU \(avx2\) can run one of avx2, sse, generic"),
-        ("x86_64", "neon", "CONVSCHED_ISA=neon"),
-        ("x86_64", "AVX2", "CONVSCHED_ISA=AVX2"),
+        ("x86_64", "avx512", r"CONVSCHED_ISA='avx512': this CPU \(avx2\) can run one of avx2, sse, generic"),
+        ("x86_64", "neon", "CONVSCHED_ISA='neon'"),
+        ("x86_64", "AVX2", "CONVSCHED_ISA='AVX2'"),
         ("aarch64", "sse", r"this CPU \(neon\) can run one of neon, generic"),
     ],
 )
@@ -251,10 +251,19 @@ def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_threads() == cores
 
 
+def test_threads_of_5000_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CONVSCHED_THREADS", "9" * 5000)
+    with pytest.raises(MachineError, match=r"CONVSCHED_THREADS=.9+\.\.\.9+.: must have at most 9 digits"):
+        default_threads()
+    monkeypatch.setenv("CONVSCHED_THREADS", "0" * 5000)
+    with pytest.raises(MachineError, match="must be a positive integer"):
+        default_threads()
+
+
 @pytest.mark.parametrize("setting", ["0", "-1", "two", "1.5", "²"])
 def test_bad_threads_are_named(monkeypatch: pytest.MonkeyPatch, setting: str) -> None:
     monkeypatch.setenv("CONVSCHED_THREADS", setting)
-    with pytest.raises(MachineError, match=f"CONVSCHED_THREADS={setting}: must be a positive integer"):
+    with pytest.raises(MachineError, match=f"CONVSCHED_THREADS='{setting}': must be a positive integer"):
         default_threads()
 
 

@@ -240,10 +240,22 @@ def test_a_shape_that_depends_on_values_stays_unknown(tmp_path: Path) -> None:
 
 
 SKIPPED = {
-    "w is computed": ([helper.make_node("Conv", ["x", "other"], ["s"])], "Conv s: 'other' is computed"),
+    "w is an input": (
+        [helper.make_node("Conv", ["x", "other"], ["s"])],
+        "Conv s: 'other' is an input of the model, without a value in the file: store it as an initializer",
+    ),
+    "w is computed": (
+        [helper.make_node("Relu", ["other"], ["r"], name="relu"), helper.make_node("Conv", ["x", "r"], ["s"])],
+        "Conv s: 'r' is computed by Relu relu, not a constant",
+    ),
+    "kernel_shape": (
+        [conv("s", kernel_shape=[3, 2])],
+        "Conv s: its kernel_shape [3, 2] is not that of its weights, [3, 3]: correct the attribute, or leave it out",
+    ),
+    "a kernel_shape of one side": ([conv("s", kernel_shape=[3])], "Conv s: its kernel_shape [3] is not"),
     "3-dimensional": ([helper.make_node("Conv", ["cube", "w3"], ["s"])], "Conv s: it is 3-dimensional"),
     "transposed": ([helper.make_node("ConvTranspose", ["x", "wt"], ["s"])], "ConvTranspose s: transposed"),
-    "two inputs": ([helper.make_node("MatMul", ["x", "x"], ["s"])], "MatMul s: 'x' is computed"),
+    "two inputs": ([helper.make_node("MatMul", ["x", "x"], ["s"])], "MatMul s: 'x' is an input of the model"),
     "a cube of weights": (
         [helper.make_node("MatMul", ["x", "cubes"], ["s"])],
         "MatMul s: its constant has shape (2, 11, 5)",
@@ -251,6 +263,10 @@ SKIPPED = {
     "transA": (
         [helper.make_node("Gemm", ["flat", "m"], ["s"], transA=1)],
         "Gemm s: its input is transposed",
+    ),
+    "Gemm of another size": (
+        [helper.make_node("Gemm", ["flat", "m"], ["s"], transB=1)],
+        "Gemm s: its weights (7, 10) do not fit its 10 input features",
     ),
     "an addend for each row": (
         [helper.make_node("Gemm", ["flat", "m", "rows"], ["s"])],
@@ -277,6 +293,40 @@ def test_what_is_passed_over_is_told(tmp_path: Path, name: str) -> None:
     assert len(model.layers) == 1
     (line,) = model.skipped
     assert line.startswith(reason)
+
+
+def test_weights_that_are_inputs_with_a_default_are_read(tmp_path: Path) -> None:
+    weights = {"w": integers(6, 4, 3, 3), "b": integers(6)}
+    inputs = (INPUT, ("w", (6, 4, 3, 3)), ("b", (6,)))
+    path = save(tmp_path, [conv(bias=True)], weights, inputs=inputs)
+    layer = only(path)
+    np.testing.assert_array_equal(layer.weight, weights["w"])
+    check(path, layer)
+
+
+def test_sparse_weights_are_said_to_be_sparse(tmp_path: Path) -> None:
+    path = save(tmp_path, [conv()], {"w": integers(6, 4, 3, 3)})
+    model = onnx.load(path)
+    values = numpy_helper.from_array(np.ones(1, np.float32), "w")
+    indices = numpy_helper.from_array(np.zeros(1, np.int64))
+    model.graph.sparse_initializer.append(helper.make_sparse_tensor(values, indices, [6, 4, 3, 3]))
+    del model.graph.initializer[:]
+    onnx.save(model, path)
+    with pytest.raises(ModelError, match="'w' is stored as a sparse tensor, which is not supported: store it as an"):
+        read_model(path)
+
+
+def test_why_a_shape_is_not_known_is_told(tmp_path: Path) -> None:
+    nodes = [
+        conv("y"),
+        helper.make_node("Add", ["x", "odd"], ["a"], name="misfit"),
+        helper.make_node("Relu", ["a"], ["b"]),
+        helper.make_node("Conv", ["b", "w"], ["s"]),
+    ]
+    weights = {"w": integers(6, 4, 3, 3), "odd": integers(5)}
+    model = read_model(save(tmp_path, nodes, weights, outputs=("y", "s")))
+    reason = "the shape of its input 'b' is not known (Add misfit: Incompatible dimensions)"
+    assert model.skipped == (f"Conv s: {reason}",)
 
 
 def test_a_layer_that_breaks_a_rule_is_passed_over(tmp_path: Path) -> None:

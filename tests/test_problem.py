@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from convsched.errors import ConvschedError, ProblemError, ScheduleError
 from convsched.parameters import ACTIVATIONS
 from convsched.problem import Conv2d, Linear, Problem, parse_problem
+from convsched.problem_text import names_within
 
 numbers = st.floats(-100, 100, width=32)
 activations = st.one_of(
@@ -192,6 +193,25 @@ def test_a_broken_rule_of_linear_is_named(change: dict[str, Any], message: str) 
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(("text", "short"), [
+    ("conv2d c=32 m=64 k=3x3 in=56x56 stride=2x2 pad=1,1,1,1 bias act=relu", "3x3 s2 32>64 56"),
+    ("conv2d n=8 c=32 m=32 k=1x7 in=48x320 stride=1x2 dil=2x2 g=32", "1x7 s1x2 d2 g32 32>32 48x320 n8"),
+    ("conv2d c=3 m=8 k=1x1 in=7x7 bias residual", "1x1 3>8 7"),
+    ("linear c=2048 m=1000 bias", "fc 2048>1000"), ("linear c=4 m=5 n=16", "fc 4>5 n16")])
+def test_short_names(text: str, short: str) -> None:
+    assert parse_problem(text).short == short
+
+
+def test_names_within_a_width() -> None:
+    """All whole or all short; what is not a layer's text stays as it is."""
+    layers = [parse_problem("linear c=4 m=5"), parse_problem("linear c=40 m=50 bias")]
+    assert names_within(layers, 21) == ["linear c=4 m=5", "linear c=40 m=50 bias"]
+    assert names_within(layers, 20) == ["fc 4>5", "fc 40>50"]
+    assert names_within(layers, -5) == ["fc 4>5", "fc 40>50"]
+    assert names_within([*layers, "conv9d c=1 m=1"], 9) == ["fc 4>5", "fc 40>50", "conv9d c=1 m=1"]
+    assert names_within([], 0) == []
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -216,9 +236,26 @@ def test_a_tensor_beyond_all_memory_is_named(make: Callable[[], Problem], messag
                                  "use smaller sizes")  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Linear(2**63, 1), "Linear(in_features=9223372036854775808): must be at most 9223372036854775807"),
+        (lambda: Linear(10**5000, 1), "Linear(in_features=...): must be at most 9223372036854775807"),
+        (lambda: Linear(-(10**5000), 1), "Linear(in_features=...): must be at least 1"),
+        (lambda: Conv2d(1, 1, (10**5000, 1), input_size=1), "Conv2d(kernel_size=...): must be at most 9223372"),
+        (lambda: parse_problem(f"linear c={'9' * 4000} m=1"), "Linear(in_features=999999999999999999999999999999"),
+        (lambda: parse_problem(f"linear c={'9' * 5000} m=1"), "parse_problem(text='linear c=9999999999999999999"),
+    ],
+)
+def test_an_integer_without_measure_is_refused(make: Callable[[], Problem], message: str) -> None:
+    with pytest.raises(ProblemError) as caught:
+        make()
+    assert str(caught.value).startswith(message)
+
+
 def test_the_greatest_tensor_is_a_problem() -> None:
     assert Linear(2**54, 1).bytes == 4 * (2**55 + 2)
-    assert Conv2d(1, 1, 1, 2**70, input_size=2**27).output_shape == (1, 1, 1, 1)
+    assert Conv2d(1, 1, 1, 2**62, input_size=2**27).output_shape == (1, 1, 1, 1)
 
 
 @pytest.mark.parametrize(

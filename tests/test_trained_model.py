@@ -76,12 +76,12 @@ READER = Network(
     701_701_440,
     "conv2d c=3 m=16 k=3x3 in=48x320 stride=2x2 pad=1,1,1,1 bias",
     tuple(  # the products of attention, of two computed matrices
-        f"MatMul p2o.MatMul.{index}: '{name}' is computed, not a constant"
-        for index, name in (
-            (2, "transpose_45.tmp_0"),
-            (4, "transpose_44.tmp_0_slice_2"),
-            (14, "transpose_48.tmp_0"),
-            (16, "transpose_47.tmp_0_slice_2"),
+        f"MatMul p2o.MatMul.{index}: '{name}' is computed by {node}, not a constant"
+        for index, name, node in (
+            (2, "transpose_45.tmp_0", "Transpose p2o.Transpose.2"),
+            (4, "transpose_44.tmp_0_slice_2", "Squeeze p2o.Squeeze.2"),
+            (14, "transpose_48.tmp_0", "Transpose p2o.Transpose.5"),
+            (16, "transpose_47.tmp_0_slice_2", "Squeeze p2o.Squeeze.5"),
         )
     ),
 )

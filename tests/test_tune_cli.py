@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -88,25 +89,40 @@ def test_a_budget_that_is_none(tune: Callable[..., Result]) -> None:
 def test_a_terminal_sees_where_it_stands(tune: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     status = tune_cli.status
-    monkeypatch.setattr(tune_cli, "status", lambda progress: seen.append(status(progress)) or seen[-1])
+    monkeypatch.setattr(tune_cli, "status", lambda *given: seen.append(status(*given)) or seen[-1])
     monkeypatch.setattr(Console, "is_terminal", property(lambda self: True))
     done = tune()
     assert done.exit_code == 0, done.output
     assert len(seen) == 9
-    assert seen[0].startswith("8 candidates left  linear c=")
-    assert seen[-1].startswith("0 candidates left  linear c=")
+    assert seen[0].startswith("8 candidates left  fc 400>120  ")
+    assert seen[-1].startswith("0 candidates left  fc ")
     assert all(text.endswith("0 failed") for text in seen)
 
 
 def test_status_and_line() -> None:
     progress = Progress(LAYER, Outcome("ok"), 1.0625, 12, 3, Budget(seconds=41.7))
-    assert tune_cli.status(progress) == (
+    assert tune_cli.status(progress, 200) == (
         f"42 s left  {LAYER.text}  1.062x the default, 12 tried, 3 failed")
     assert tune_cli.line(TunedLayer(3, TUNED)) == (
         f"{LAYER.text}  x3  1.600 ms  {LAYER.flops / 1.6e-3 * 1e-9:.1f} GFLOP/s  1.250x the default  "
         "17 tried (budget spent); 2 x crashed: the process ended with 3")
     network = TunedNetwork((TunedLayer(3, TUNED), TunedLayer(1, TUNED)), {}, interrupted=False)
     assert tune_cli.total(network) == "2 layers: 8.000 ms with the defaults, 6.400 ms tuned, 1.250x"
+
+
+@pytest.mark.parametrize("columns", [60, 80, 95, 110, 200])
+def test_lines_of_a_terminal_are_broken_between_words(columns: int) -> None:
+    layer = Conv2d(256, 512, (3, 5), 2, 1, groups=2, input_size=(112, 96), activation="relu")
+    tuned = TunedLayer(3, replace(TUNED, problem=layer))
+    whole, shown = tune_cli.line(tuned), tune_cli.line(tuned, columns).splitlines()
+    assert all(len(line) <= columns for line in shown)
+    name = layer.text if columns == 200 else layer.short
+    assert shown[0].startswith(f"{name}  x3  1.600 ms")
+    assert " ".join(shown).split() == [*name.split(), *whole.removeprefix(layer.text).split()]
+    progress = Progress(layer, Outcome("ok"), 1.0625, 12, 3, Budget(seconds=41.7))
+    status = tune_cli.status(progress, columns)
+    assert f"  {name}  " in status
+    assert len(status) <= max(columns, 75)
 
 
 @pytest.mark.parametrize(("whole", "left", "share"), [

@@ -135,7 +135,7 @@ def total(rows: Iterable[Row]) -> Total:
 
 
 def _run_layer(case: Case, compile_layer: Compile, settings: Settings) -> Row:
-    """One layer. An error raised on purpose becomes a row that tells it; the other layers still run."""
+    """One layer. An error raised on purpose or a lack of memory becomes a row that tells it; the others still run."""
     problem = case.problem
     layout = "nchw" if isinstance(problem, Linear) else settings.layout
     if settings.algorithm is not None:
@@ -144,17 +144,25 @@ def _run_layer(case: Case, compile_layer: Compile, settings: Settings) -> Row:
         except LoweringError as reason:
             return Row(case.name, problem, case.count, inapplicable=str(reason))
     try:
-        kernel, compile_seconds = once(
-            lambda: compile_layer(problem, threads=settings.threads, layout=layout, accuracy=settings.accuracy,
-                                  algorithm=settings.algorithm)
-        )
-        arrays = make_arrays(case, settings.image)
-        call, output = bound_call(kernel, problem, arrays, layout)
-        call()
-        expected = convolve(problem, arrays.x, arrays.weight, arrays.bias, arrays.residual)
-        error = relative_error(from_layout(output, problem.output_shape, layout), expected)
+        return _measure_layer(case, compile_layer, settings, layout)
     except ConvschedError as failure:
         return Row(case.name, problem, case.count, failure=str(failure))
+    except MemoryError as failure:
+        return Row(case.name, problem, case.count, failure=f"there is not enough memory: {failure}")
+
+
+def _measure_layer(case: Case, compile_layer: Compile, settings: Settings, layout: str) -> Row:
+    """One layer, compiled and checked, and timed if its answer is right."""
+    problem = case.problem
+    kernel, compile_seconds = once(
+        lambda: compile_layer(problem, threads=settings.threads, layout=layout, accuracy=settings.accuracy,
+                              algorithm=settings.algorithm)
+    )
+    arrays = make_arrays(case, settings.image)
+    call, output = bound_call(kernel, problem, arrays, layout)
+    call()
+    expected = convolve(problem, arrays.x, arrays.weight, arrays.bias, arrays.residual)
+    error = relative_error(from_layout(output, problem.output_shape, layout), expected)
     row = Row(
         case.name, problem, case.count, str(kernel.algorithm), str(kernel.schedule), kernel.recipe is None,
         error, compile_seconds, bound=BOUNDS[settings.accuracy],

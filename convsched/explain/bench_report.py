@@ -14,7 +14,9 @@ from convsched.autotune.measure import Timing
 from convsched.explain.bench import Row, Settings, Total, total
 from convsched.explain.environment import versions
 from convsched.machine import Machine
+from convsched.problem_text import names_within
 
+GAP = 2  # columns of the terminal between two of the table
 COLUMNS = ("layer", "count", "algorithm", "ms", "GFLOP/s", "% peak", "x NumPy", "error")
 
 
@@ -49,20 +51,28 @@ class Report:
         return 100 * flops_per_second / (self.peak * self.settings.threads)
 
 
-def table(report: Report, last: int | None = None) -> Table:
-    """The table with its line of totals; `last` keeps only as many of the latest rows."""
+def table(report: Report, columns: int, last: int | None = None) -> Table:
+    """The table with its line of totals for a terminal of so many columns; `last` keeps only the latest rows.
+
+    Layers have their short names where not every row fits in its line otherwise.
+    """
     view = Table(title=title(report), title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
     view.padding, view.pad_edge = (0, 1, 0, 0), False  # the table fits a terminal of 80 columns
     view.caption, view.caption_justify = caption(report), "left"
-    view.add_column(COLUMNS[0], overflow="fold", min_width=18)
+    view.add_column(COLUMNS[0], min_width=18)
     for column in COLUMNS[1:]:
         view.add_column(column, justify="left" if column == "algorithm" else "right", no_wrap=True)
     rows = report.rows if last is None else report.rows[-last:] if last > 0 else ()
-    for row in rows:
+    numbers = [cells(report, row) for row in rows]
+    sums = total_cells(report)
+    widths = [max(map(len, column)) for column in zip(COLUMNS[1:], sums[1:], *numbers, strict=True)]
+    names = names_within([row.problem for row in rows], columns - sum(widths) - GAP * len(widths))
+    for row, name, shown in zip(rows, names, numbers, strict=True):
         style = {"ok": None, "WRONG": "bold red", "FAILED": "red", "n/a": "dim"}[row.status]
-        view.add_row(*cells(report, row), style=style)
+        why = row.failure or row.inapplicable
+        view.add_row(f"{name}\n{why}" if why else name, *shown, style=style)
     view.add_section()
-    view.add_row(*total_cells(report), style="bold")
+    view.add_row(*sums, style="bold")
     return view
 
 
@@ -96,13 +106,11 @@ def tuned_line(report: Report) -> str:
 
 
 def cells(report: Report, row: Row) -> tuple[str, ...]:
-    """A row of the table."""
-    text = row.problem.text
+    """A row of the table, without the layer's name."""
     if row.failure or row.inapplicable:
-        return (f"{text}\n{row.failure or row.inapplicable}", str(row.count), row.algorithm, "", "", "", "", row.status)
+        return (str(row.count), row.algorithm, "", "", "", "", row.status)
     rate = row.flops_per_second
     return (
-        text,
         str(row.count),
         f"{row.algorithm}, tuned" if row.tuned else row.algorithm,
         _number(row.kernel.minimum * 1e3 if row.kernel else math.nan, 3),
@@ -133,9 +141,9 @@ def line(report: Report, row: Row) -> str:
     """A row as one line of plain text, for output that is no terminal."""
     if row.failure or row.inapplicable:
         return f"{row.status}  {row.problem.text}: {row.failure or row.inapplicable}"
-    text, count, algorithm, ms, rate, share, speedup, error = cells(report, row)
+    count, algorithm, ms, rate, share, speedup, error = cells(report, row)
     numbers = f"{ms} ms  {rate} GFLOP/s  {share}% of peak  {speedup}x NumPy  error {error}"
-    return f"{text}  x{count}  {algorithm}  {numbers}"
+    return f"{row.problem.text}  x{count}  {algorithm}  {numbers}"
 
 
 def to_json(report: Report) -> dict[str, Any]:

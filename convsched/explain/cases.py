@@ -96,7 +96,7 @@ def read_image(path: Path) -> Array:
     if path.suffix == ".npy":
         try:
             return _rgb(path, np.load(path, allow_pickle=False))
-        except (ValueError, EOFError) as error:
+        except (ValueError, EOFError, MemoryError) as error:
             raise ModelError(f"{path}: cannot be read as an array: {error}") from error
     pixels = _rgb(path, _read_pixels(path))
     return np.asarray((pixels - pixels.mean()) / max(float(pixels.std()), 1e-6), np.float32)

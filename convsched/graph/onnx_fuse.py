@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from convsched.graph.onnx_file import Graph, Node, attributes
+from convsched.graph.onnx_file import Graph, TensorError
+from convsched.graph.onnx_read import Node, attributes, title
 from convsched.parameters import Activation
 
 # Elementwise nodes of which exporters build the two self-gated activations.
@@ -97,6 +98,8 @@ def _batch_norm(graph: Graph, node: Node) -> Affine | None:
     if len(found) < 4:
         return None
     gamma, beta, mean, variance = found
+    if not np.all(variance + values.get("epsilon", 1e-5) > 0):
+        raise ValueError(f"the variance of {title(node)} plus its epsilon is not above 0")
     scale = gamma / np.sqrt(variance + values.get("epsilon", 1e-5))
     return scale, beta - scale * mean
 
@@ -209,7 +212,10 @@ def _by_values(graph: Graph, tensor: str, nodes: list[Node]) -> Activation:
     names = {name for node in nodes for name in node.input if name} - {node.output[0] for node in nodes}
     feeds = {name: _SAMPLES if name == tensor else graph.constant(name) for name in sorted(names)}
     x = _SAMPLES.astype(np.float64)
-    got = graph.run(nodes, feeds, nodes[-1].output[0])
+    try:
+        got = graph.run(nodes, feeds, nodes[-1].output[0])
+    except TensorError:  # operators that the evaluator lacks, or that are malformed
+        return None
     for name, expected in (("silu", x / (1 + np.exp(-x))), ("hardswish", x * np.clip(x / 6 + 0.5, 0, 1))):
         if got.shape == x.shape and np.allclose(got, expected, rtol=0, atol=1e-5):
             return name

@@ -10,6 +10,7 @@ then one activation. A residual addition is not folded: it stays a node of its o
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,8 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convsched.errors import ModelError, ProblemError
-from convsched.graph.onnx_file import Graph, Node, Shape, attributes
+from convsched.graph.onnx_file import Graph, TensorError
 from convsched.graph.onnx_fuse import follow
+from convsched.graph.onnx_read import Node, Shape, attributes, title
 from convsched.problem import Conv2d, Linear, Problem
 
 # Nodes that multiply and add but are no layer read here, with the reason.
@@ -84,10 +86,10 @@ def read_model(path: str | Path, *, input_size: tuple[int, int] | None = None) -
             continue
         try:
             found.append(_read_layer(graph, node))
-        except (_SkipError, ProblemError) as reason:
-            skipped.append(f"{node.op_type} {_name(node)}: {reason}")
+        except (_SkipError, ProblemError, TensorError) as reason:
+            skipped.append(f"{title(node)}: {reason}")
         except (ValueError, TypeError, IndexError, OverflowError) as error:  # sizes that ONNX does not allow
-            skipped.append(f"{node.op_type} {_name(node)}: it or what follows it is malformed: {error}")
+            skipped.append(f"{title(node)}: it or what follows it is malformed: {error}")
     if not found:
         why = "; ".join(skipped) or "it has no convolution or matrix product"
         raise ModelError(f"{path}: no layer to read: {why}")
@@ -120,7 +122,7 @@ def _read_layer(graph: Graph, node: Node) -> ModelLayer:
     bias = core.bias * ending.scale + ending.shift
     problem = _with(core.problem, bool(np.any(bias)) or core.problem.bias, ending.activation)
     return ModelLayer(
-        _name(node),
+        str(node.name or node.output[0]),
         problem,
         np.ascontiguousarray(weight, np.float32),
         bias.astype(np.float32) if problem.bias else None,
@@ -152,6 +154,9 @@ def _conv(graph: Graph, node: Node) -> _Core:
     values = attributes(node)
     stride, dilation = values.get("strides", ones), values.get("dilations", ones)
     kernel = list(weight.shape[2:])
+    if values.get("kernel_shape", kernel) != kernel:
+        raise _SkipError(f"its kernel_shape {values['kernel_shape']} is not that of its weights, {kernel}: "
+                         "correct the attribute, or leave it out")  # fmt: skip
     padding = _padding(values, size, kernel, stride, dilation)
     if len(size) == 1:  # an axis of height 1 in front
         size, kernel, stride, dilation = [1, *size], [1, *kernel], [1, *stride], [1, *dilation]
@@ -176,6 +181,8 @@ def _gemm(graph: Graph, node: Node) -> _Core:
     weight = _weights(graph, node.input[1]) * values.get("alpha", 1.0)
     weight = weight if values.get("transB", 0) else weight.T
     batch, features = _shape(graph, node.input[0], 2)
+    if weight.ndim != 2 or features != weight.shape[1]:
+        raise _SkipError(f"its weights {weight.T.shape} do not fit its {features} input features")
     out_features = weight.shape[0]
     with_bias = len(node.input) > 2 and bool(node.input[2])
     bias = np.zeros(out_features)
@@ -195,7 +202,7 @@ def _matmul(graph: Graph, node: Node) -> _Core:
     *leading, features = _shape(graph, node.input[0], None)
     if features != matrix.shape[0]:
         raise _SkipError(f"its constant {matrix.shape} does not fit its {features} input features")
-    rows = int(np.prod(leading, dtype=np.int64))
+    rows = math.prod(leading)
     problem = Linear(features, matrix.shape[1], False, batch_size=rows)
     return _Core(problem, matrix.T, np.zeros(matrix.shape[1]))
 
@@ -227,7 +234,7 @@ def _padding(
 def _weights(graph: Graph, tensor: str) -> NDArray[np.float64]:
     value = graph.constant(tensor)
     if value is None:
-        raise _SkipError(f"{tensor!r} is computed, not a constant")
+        raise _SkipError(graph.why_computed(tensor))
     if not np.issubdtype(value.dtype, np.floating):
         raise _SkipError(f"{tensor!r} holds {value.dtype}, not floating-point numbers")
     return value.astype(np.float64)
@@ -236,7 +243,8 @@ def _weights(graph: Graph, tensor: str) -> NDArray[np.float64]:
 def _shape(graph: Graph, tensor: str, rank: int | None) -> list[int]:
     shape: Shape | None = graph.shapes.get(tensor)
     if shape is None or any(size is None for size in shape):
-        raise _SkipError(f"the shape of its input {tensor!r} is not known")
+        why = graph.unknown.get(tensor, "")
+        raise _SkipError(f"the shape of its input {tensor!r} is not known{f' ({why})' if why else ''}")
     if rank is not None and len(shape) != rank:
         raise _SkipError(f"its input has {len(shape)} axes, not {rank}")
     return [size for size in shape if size is not None]
@@ -262,7 +270,3 @@ def _distinct(layers: list[ModelLayer]) -> tuple[ModelLayer, ...]:
     for layer in layers:
         first.setdefault(layer.problem, layer)
     return tuple(replace(layer, count=counts[problem]) for problem, layer in first.items())
-
-
-def _name(node: Node) -> str:
-    return str(node.name or node.output[0])
