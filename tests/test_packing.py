@@ -33,7 +33,6 @@ CASES: list[tuple[str, Problem]] = [
     ("winograd", Conv2d(5, 37, 3, padding=1, input_size=9)),
     ("winograd", Conv2d(20, 24, (3, 5), stride=(2, 1), groups=2, padding=2, input_size=12)),
     ("winograd", Conv2d(20, 24, (1, 4), dilation=2, padding=3, input_size=12)),
-    ("nested", Conv2d(6, 34, 3, padding=1, input_size=9)),
     ("fft", Conv2d(5, 17, 5, padding=2, input_size=12)),
     ("fft(16)x(8)", Conv2d(3, 2, (1, 11), input_size=(1, 40))),
     ("strassen", Conv2d(7, 37, 3, padding=1, input_size=9)),
