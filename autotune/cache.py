@@ -23,7 +23,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
-from convsched.autotune.database import Database
+from convsched.autotune.database import PATIENCE, Database
 from convsched.autotune.record import (
     FORMAT,
     KEY,
@@ -102,15 +102,18 @@ class Entry:
 
 
 class ScheduleCache:
-    """The schedules measured so far, in `path` (default: schedules.sqlite in the folder of the caches)."""
+    """The schedules measured so far, in `path` (default: schedules.sqlite in the folder of the caches).
 
-    def __init__(self, path: Path | None = None) -> None:
+    `patience`: the seconds that this process waits for another one's lock, once, until the file is free again.
+    """
+
+    def __init__(self, path: Path | None = None, patience: float = PATIENCE) -> None:
         refused = ""
         try:
             self.path = Path(path or cache_folder() / "schedules.sqlite").absolute()
         except MachineError as error:
             self.path, refused = Path(os.devnull), str(error)
-        self._database = Database(self.path, _CREATE, refused)
+        self._database = Database(self.path, _CREATE, refused, patience)
 
     def put(self, record: Record) -> bool:
         """Keep a record, durably, unless a newer one of its candidate is there; whether the cache could be
@@ -119,8 +122,10 @@ class ScheduleCache:
         return self._keep(lambda db: _store(db, record))
 
     def mark_run(self, key: Key, complete: bool, budget: str, tried: int, time: float) -> bool:
-        """Keep how a key's latest tuning run ended, at Unix second `time`; whether it could be written."""
+        """Keep how a key's latest tuning run ended, at Unix second `time`; whether it could be written. Raises
+        CacheError for a key that would not read back."""
         run = Run(**vars(key), complete=complete, budget=budget, tried=tried, time=time)
+        run.check()
         return self._keep(lambda db: _store(db, run))
 
     def forget(self, records: Iterable[Record]) -> bool:
@@ -186,7 +191,7 @@ class ScheduleCache:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", CacheWarning)
             fresh = copy(self)  # which tells again what this one has told already
-            fresh._database = Database(self.path, _CREATE, self._database.refused)
+            fresh._database = Database(self.path, _CREATE, self._database.refused, self._database.patience)
             hit, entries = fresh.best(key), fresh.entries()
         if hit:
             lines = [f"a hit, from {hit.tier} machine: {hit.record.algorithm}, {hit.record.schedule}"]

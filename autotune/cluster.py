@@ -272,8 +272,10 @@ class _Ledger:
         return True
 
     def mark_run(self, key: Key, complete: bool, budget: str, tried: int, time: float) -> bool:
-        """Send how a run ended."""
-        self.note(Run(**vars(key), complete=complete, budget=budget, tried=tried, time=time).to_json())
+        """Send how a run ended. Raises CacheError for a key that the caller could not read."""
+        run = Run(**vars(key), complete=complete, budget=budget, tried=tried, time=time)
+        run.check()
+        self.note(run.to_json())
         return True
 
     def run_of(self, key: Key) -> None:

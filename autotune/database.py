@@ -23,13 +23,18 @@ from convsched.errors import CacheWarning
 T = TypeVar("T")
 Action = Callable[[sqlite3.Connection], T]
 
-PATIENCE = 10.0  # seconds that one try waits for another process's lock
-TRIES = 3
+PATIENCE = 30.0  # seconds to wait for other processes' locks; what is measured is worth it
+TRIES = 3  # each waits for its part of them
 
 _APPLICATION, _SCHEMA = 0x636F6E76, 1  # SQLite's application_id ("conv") and user_version
 _MARKS = (f"PRAGMA application_id = {_APPLICATION}", f"PRAGMA user_version = {_SCHEMA}")
 _CORRUPT = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+
+# What a damaged file raises: Python's sqlite3 decodes SQLite's messages, which quote names that may not be UTF-8.
+_DAMAGE = (sqlite3.Error, UnicodeError)
+
+_waited: dict[Path, float] = {}  # seconds that this process has waited for a file in vain, since it last got it
 
 
 class _NothingError(Exception):
@@ -37,12 +42,15 @@ class _NothingError(Exception):
 
 
 class Database:
-    """The file at `path`, and the statements that `create` its tables; `refused` says why there can be none."""
+    """The file at `path`, and the statements that `create` its tables; `refused` says why there can be none.
 
-    def __init__(self, path: Path, create: Sequence[str], refused: str = "") -> None:
-        self.path, self.refused = path, refused
+    A file that others have locked is waited for once: for `patience` seconds in all, whatever this process asks of
+    it, until it can be used again.
+    """
+
+    def __init__(self, path: Path, create: Sequence[str], refused: str = "", patience: float = PATIENCE) -> None:
+        self.path, self.refused, self.patience = path, refused, patience
         self._create = create
-        self._patience = PATIENCE
         self._told: set[str] = set()
 
     def read(self, action: Action[T], empty: T) -> T:
@@ -59,7 +67,7 @@ class Database:
 
     def compact(self) -> int:
         """Give back the room of what was deleted; the file's size in bytes."""
-        with suppress(sqlite3.Error), closing(sqlite3.connect(self.path, isolation_level=None)) as db:
+        with suppress(*_DAMAGE), closing(sqlite3.connect(self.path, isolation_level=None)) as db:
             db.execute("VACUUM")  # needs room for a copy: on a full disk, the file keeps its size for now
         return self.path.stat().st_size
 
@@ -73,27 +81,30 @@ class Database:
         if self.refused:
             raise CacheError(self.refused)
         for attempt in range(1, TRIES + 1):
+            wait = max(0.0, self.patience - _waited.get(self.path, 0.0)) / (TRIES + 1 - attempt)
             try:
-                with self._opened(write) as db:
+                with self._opened(write, wait) as db:
                     result = action(db)
-                self._patience = PATIENCE
+                _waited.pop(self.path, None)
                 return result
-            except (sqlite3.Error, OSError) as error:
-                code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+            except (*_DAMAGE, OSError) as error:
+                code = _code(error)
+                if code in _BUSY: _waited[self.path] = _waited.get(self.path, 0.0) + wait
                 if attempt == TRIES:
-                    if code in _BUSY: self._patience = 0.0  # the next call does not wait as long again
                     raise CacheError(f"{self.path}: {error}") from error
                 if code in _CORRUPT: self._move_aside(error)
         raise AssertionError("unreachable")
 
     @contextmanager
-    def _opened(self, write: bool) -> Iterator[sqlite3.Connection]:
+    def _opened(self, write: bool, wait: float) -> Iterator[sqlite3.Connection]:
         if write:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         elif not self.path.exists():
             raise _NothingError
+        if self.path.is_fifo():  # SQLite would wait for what is never written to it
+            raise CacheError(f"{self.path} is a pipe, not a file")
         uri = f"{self.path.as_uri()}?mode={'rwc' if write else 'rw'}"  # to read may mean to roll back first
-        db = sqlite3.connect(uri, uri=True, timeout=self._patience, isolation_level=None)
+        db = sqlite3.connect(uri, uri=True, timeout=wait, isolation_level=None)
         with closing(db):
             db.text_factory = lambda text: text.decode("utf-8", "replace")
             if write:
@@ -118,7 +129,7 @@ class Database:
             folder = os.open(self.path.parent, os.O_RDONLY)
             try:
                 fcntl.flock(folder, fcntl.LOCK_EX)
-                if not _is_corrupt(self.path):
+                if not _is_corrupt(self.path, self.patience):
                     return
                 aside = f"{self.path}.corrupt"
                 for suffix in ("-journal", "-wal", "-shm", ""):  # a journal left here would spoil a new file
@@ -151,13 +162,20 @@ def _check_size(db: sqlite3.Connection, path: Path) -> None:
         raise error
 
 
-def _is_corrupt(path: Path) -> bool:
+def _is_corrupt(path: Path, patience: float) -> bool:
     if not path.is_file():  # gone, or a device: nothing to rename
         return False
     try:
-        with closing(sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True, timeout=PATIENCE)) as db:
+        with closing(sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True, timeout=patience)) as db:
             db.execute("BEGIN")
             if db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]: _check_size(db, path)
             return bool(db.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok")
-    except sqlite3.Error as error:
-        return getattr(error, "sqlite_errorcode", 0) & 0xFF in _CORRUPT
+    except _DAMAGE as error:
+        return _code(error) in _CORRUPT
+
+
+def _code(error: Exception) -> int:
+    """SQLite's primary code of an error, 0 if it is the system's; a text that is not UTF-8 comes of damage."""
+    if isinstance(error, UnicodeError):
+        return sqlite3.SQLITE_CORRUPT
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF

@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple, Self, TypeAlias, get_args
 
+from convsched.algorithms import named
 from convsched.errors import ConvschedError, MachineError
 from convsched.machine import Machine, MachineKey, machine_key
+from convsched.names import ACCURACIES, LAYOUTS
 from convsched.problem import Problem, parse_problem
 from convsched.schedule import parse_schedule
 
@@ -77,6 +79,29 @@ class Key:
         threads = f"{self.threads} thread{'s' * (self.threads != 1)}"
         return f"{self.problem} | {self.layout} | {threads} | {self.accuracy} | {self.machine}"
 
+    def check(self) -> None:
+        """Raises CacheError where this convsched cannot use what the texts say, or would write others."""
+        if (self.format, self.compiler) != (FORMAT, SCHEDULE_FORMAT):
+            raise CacheError(other_version(self.format, self.compiler))
+        try:
+            MachineKey.parse(self.machine)
+        except MachineError as error:
+            raise CacheError(str(error)) from None
+        self._check_text("problem", lambda text: parse_problem(text).text)
+        for name, known in (("layout", tuple(LAYOUTS)), ("accuracy", ACCURACIES)):
+            if (given := getattr(self, name)) not in known:
+                raise CacheError(f"{name} {given!r} is not known: use one of {', '.join(known)}")
+
+    def _check_text(self, name: str, written: Callable[[str], str]) -> None:
+        """`written`: how convsched writes what a text says; raises a ConvschedError for a text that says nothing."""
+        text = getattr(self, name)
+        try:
+            canonical = written(text)
+        except ConvschedError as error:
+            raise CacheError(f"{name} {text!r} cannot be used: {error}") from None
+        if canonical != text:
+            raise CacheError(f"{name} {text!r} is not as convsched writes it: {canonical!r}")
+
     def to_json(self) -> str:
         """One line of JSON."""
         own = {name: "inf" if given == math.inf else given for name, given in vars(self).items()}
@@ -123,21 +148,11 @@ class Record(Key):
         return self.status not in ("crashed", "timed out") or self.tries >= TRIES
 
     def check(self) -> None:
-        """Raises CacheError where this convsched cannot read the record's texts, or would write others."""
-        if (self.format, self.compiler) != (FORMAT, SCHEDULE_FORMAT):
-            raise CacheError(other_version(self.format, self.compiler))
-        try:
-            MachineKey.parse(self.machine)
-        except MachineError as error:
-            raise CacheError(str(error)) from None
-        for name, parse in (("problem", parse_problem), ("schedule", parse_schedule)):
-            text = getattr(self, name)
-            try:
-                canonical = parse(text).text
-            except ConvschedError as error:
-                raise CacheError(f"{name} {text!r} is none: {error}") from None
-            if canonical != text:
-                raise CacheError(f"{name} {text!r} is not as convsched writes it: {canonical!r}")
+        """As `Key.check`, and of algorithm and schedule."""
+        super().check()
+        problem = parse_problem(self.problem)
+        self._check_text("algorithm", lambda text: named(text, problem).name)
+        self._check_text("schedule", lambda text: parse_schedule(text).text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,11 +176,9 @@ def other_version(format: object, compiler: object) -> str:
 
 def parse_line(line: str) -> Record | Run:
     """The record or run of an exported line, which this convsched can use. Raises CacheError."""
-    if line.startswith('{"kind": "run"'):
-        return Run.from_json(line)
-    record = Record.from_json(line)
-    record.check()
-    return record
+    item = Run.from_json(line) if line.startswith('{"kind": "run"') else Record.from_json(line)
+    item.check()
+    return item
 
 
 class Contender(NamedTuple):

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from convsched.kernels.kernel import Kernel
     from convsched.recipes import Recipe
 
+PATIENCE = 0.3  # seconds to wait, once, for the lock of a schedule cache: without a record there is still the default
+
 
 def compile(layer: Problem, *, algorithm: str | None = None, schedule: Schedule | str | None = None,
             threads: SupportsIndex | None = None, accuracy: Accuracy = "normal", layout: Layout = "nchw",
@@ -151,7 +153,7 @@ def _remembered(request: _Request, algorithm: Algorithm | None, cache: ScheduleC
         if not has_schedules():  # without one, the tuner's modules need not be imported
             return None
         from convsched.autotune.cache import ScheduleCache
-        cache = ScheduleCache()
+        cache = ScheduleCache(patience=PATIENCE)
     from convsched.autotune.record import Key, Record, choose
     kernels: dict[Record, Kernel] = {}
 

@@ -93,7 +93,7 @@ def test_another_key_finds_nothing(cache: ScheduleCache, change: dict[str, Any])
 
 
 def test_a_record_that_would_not_read_back_is_refused(cache: ScheduleCache) -> None:
-    with pytest.raises(CacheError, match="schedule 'hurry' is none"):
+    with pytest.raises(CacheError, match="schedule 'hurry' cannot be used"):
         cache.put(make("hurry"))
 
 
@@ -264,7 +264,7 @@ FOREIGN: dict[str, tuple[str, tuple[object, ...], str]] = {
     "a number": ("UPDATE candidates SET record = 7", (), "is no JSON"),
     "other columns": ("UPDATE candidates SET schedule = 'unroll s'", (), "its columns are not its record's"),
     "a bad schedule": ("UPDATE candidates SET schedule = 'x', record = replace(record, 'unroll c', 'x')", (),
-                       "schedule 'x' is none"),
+                       "schedule 'x' cannot be used"),
     "a bad time": ("UPDATE candidates SET record = replace(record, '1.0', '-1')", (), "must not be negative"),
     "a bad machine": ("UPDATE candidates SET machine = 'mine', record = replace(record, ?, 'mine')",
                       (KEY.machine,), "machine 'mine' is none"),

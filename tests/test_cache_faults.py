@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import re
 import shutil
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 
+import convsched as cs
 from convsched.autotune import cache as cache_module
 from convsched.autotune import database
 from convsched.autotune.cache import ScheduleCache
@@ -107,6 +109,42 @@ def test_a_corrupt_file_is_moved_aside(
     assert "unroll m" in {record.schedule for record in full.records(KEY)}
     assert Path(f"{full.path}.corrupt").read_bytes() == spoiled
     assert integrity(full.path) == "ok"
+
+
+def any_bit(path: Path, positions: Iterator[int]) -> None:
+    """With a bit of any byte flipped, a cache is used, or is moved aside, or is none: nothing else is raised."""
+    good = path.read_bytes()
+    for position in positions:
+        bit = 1 << position % 8 if position % 3 else 0x80  # the highest makes text that is not UTF-8
+        path.write_bytes(good[:position] + bytes([good[position] ^ bit]) + good[position + 1:])
+        cache = ScheduleCache(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", CacheWarning)
+            for use in USES.values(): use(cache)
+            with contextlib.suppress(CacheError): cache.prune()
+        for file in path.parent.glob(f"{path.name}*"): file.unlink()
+
+
+def test_a_flipped_bit_in_the_text_of_the_schema(path: Path) -> None:
+    """Python's sqlite3 cannot decode what SQLite says of a name that is not UTF-8."""
+    ScheduleCache(path).put(make())
+    data = path.read_bytes()
+    at = data.index(b"PRIMARY KEY (") + len(b"PRIMARY KEY (problem, layout, t")
+    path.write_bytes(data[:at] + bytes([data[at] ^ 0x80]) + data[at + 1:])
+    cache = ScheduleCache(path)
+    assert told_once("was corrupt", partial(cache.best, KEY), partial(cache.put, make())) == [None, True]
+    assert Path(f"{path}.corrupt").exists()
+
+
+def test_a_flipped_bit_anywhere(path: Path) -> None:
+    ScheduleCache(path).put(make())
+    any_bit(path, iter(random.Random(0).sample(range(path.stat().st_size), 20)))
+
+
+@pytest.mark.slow
+def test_a_flipped_bit_in_any_byte(path: Path) -> None:
+    ScheduleCache(path).put(make())
+    any_bit(path, iter(range(path.stat().st_size)))
 
 
 def test_an_empty_file_is_a_new_cache(path: Path) -> None:
@@ -267,15 +305,58 @@ def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "set CONVSCHED_CACHE" in cache.explain_miss(KEY)
 
 
-def test_a_lock_that_is_never_given_back(full: ScheduleCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(database, "PATIENCE", 0.05)
-    cache = ScheduleCache(full.path)
-    with contextlib.closing(sqlite3.connect(full.path, isolation_level=None)) as holder:
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds that each try would wait for a lock; none does."""
+    found, real = list[float](), sqlite3.connect
+
+    def connect(file: str, *, timeout: float, **options: Any) -> sqlite3.Connection:
+        found.append(timeout)
+        return real(file, timeout=0.0, **options)
+
+    monkeypatch.setattr(database.sqlite3, "connect", connect)
+    return found
+
+
+def test_a_lock_is_waited_for_once_a_process(full: ScheduleCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever object asks; who has more patience waits for the rest of it; then anew for the next lock."""
+    holder = sqlite3.connect(full.path, isolation_level=None)
+    with contextlib.closing(holder):
+        found = waits(monkeypatch)
+        for lock in (1, 2):
+            holder.execute("BEGIN EXCLUSIVE")
+            found.clear()
+            for expected in (0.3, 0.0, 0.0):
+                fresh = ScheduleCache(full.path, patience=0.3)
+                assert told_once("database is locked", partial(fresh.best, KEY), partial(fresh.records, KEY))
+                assert sum(found) == pytest.approx(expected)
+                found.clear()
+            patient = ScheduleCache(full.path)
+            assert told_once("database is locked", partial(patient.put, make()), partial(patient.put, make()))
+            assert sum(found) == pytest.approx(database.PATIENCE - 0.3)
+            holder.execute("ROLLBACK")
+            assert ScheduleCache(full.path, patience=0.3).best(KEY) is not None, lock
+
+
+def test_compile_waits_for_a_lock_less_than_a_second_in_all(
+    monkeypatch: pytest.MonkeyPatch, path: Path
+) -> None:
+    monkeypatch.setenv("CONVSCHED_CACHE", str(path.parent))
+    ScheduleCache().put(make())
+    layers = [Conv2d(1, 1 + i, 1, input_size=2) for i in range(5)]
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as holder:
         holder.execute("BEGIN EXCLUSIVE")
-        put, find = partial(cache.put, make()), partial(cache.best, KEY)
-        assert told_once("database is locked", put, find) == [False, None]
-    assert cache.put(make())
-    assert cache._database._patience == 0.05
+        found = waits(monkeypatch)
+        for layer in layers:
+            with pytest.warns(CacheWarning, match="database is locked"):
+                cs.compile(layer, threads=1)
+    assert 0 < sum(found) < 1
+
+
+def test_a_pipe_in_the_files_place(path: Path) -> None:
+    """To read it would wait for ever."""
+    os.mkfifo(path)
+    cache = ScheduleCache(path)
+    assert told_once("is a pipe, not a file", partial(cache.best, KEY), partial(cache.put, make())) == [None, False]
 
 
 def test_a_write_that_is_interrupted_leaves_nothing(full: ScheduleCache, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,11 +149,11 @@ def test_a_cache_that_cannot_forget_ends_it(cache: ScheduleCache, monkeypatch: p
 
 
 def test_a_record_whose_default_cannot_be_made_is_bad(cache: ScheduleCache) -> None:
-    cache.put(make("unroll c", 1.0, replace(KEY, layout="nchw7c")))
-    found = {check.record.layout: check for check in checks(cache, 2.0)}
-    assert found["nchw7c"].verdict == "failed"
-    assert "nchw7c" in found["nchw7c"].outcome.message
-    assert found["nchw"].verdict == "good"
+    records = [make("unroll c", 1.0, replace(KEY, layout="nchw7c")), make("unroll c", 1.0)]
+    bad, good = recheck(cache, records, FakeWorker({"unroll c": [2.0], DEFAULT: [1.0]}).run)
+    assert bad.verdict == "failed"
+    assert "nchw7c" in bad.outcome.message
+    assert good.verdict == "good"
 
 
 def test_winners_are_those_of_the_machine_and_layers(cache: ScheduleCache) -> None:
