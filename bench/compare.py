@@ -32,15 +32,14 @@ from results import AUTO, Result, Settings
 from rich.console import Console
 
 import convsched
-from convsched.algorithms import named, parse_name
-from convsched.autotune.measure import Timing, interleave, peak_call
+from convsched.autotune.measure.measure import Timing, interleave, peak_call
+from convsched.benchmark.cases import Arrays, Case, make_arrays, relative_error
+from convsched.benchmark.run import bound_call
 from convsched.errors import ConvschedError, LoweringError
-from convsched.explain.bench import bound_call
-from convsched.explain.cases import Arrays, Case, make_arrays, relative_error
-from convsched.kernels.arrays import from_layout
-from convsched.names import LAYOUTS, Layout
+from convsched.plan.families import named, parse_name
 from convsched.problem import Conv2d
-from convsched.reference import convolve
+from convsched.problem.layout import LAYOUTS, Layout, from_layout
+from convsched.problem.reference import convolve
 
 ALL = ",".join(peer.name for peer in peers.PEERS)
 SETTLE = 0.025  # seconds after which other libraries' threads no longer spin: 20 ms in ncnn, less elsewhere

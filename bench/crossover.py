@@ -21,19 +21,19 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from convsched.algorithms import named
-from convsched.analytic import default_recipe
-from convsched.autotune.measure import CLOCK, Timing, interleave, peak_call
+from convsched.autotune.measure.measure import CLOCK, Timing, interleave, peak_call
+from convsched.benchmark.cases import Arrays, Case, make_arrays, relative_error
+from convsched.benchmark.run import bound_call
 from convsched.errors import ConvschedError
-from convsched.explain.bench import bound_call
-from convsched.explain.cases import Arrays, Case, make_arrays, relative_error
-from convsched.kernels.arrays import from_layout
-from convsched.kernels.kernel import Kernel
-from convsched.machine import Machine
-from convsched.names import LAYOUTS
+from convsched.kernels.run.kernel import Kernel
+from convsched.machine import Machine, host
+from convsched.plan.defaults import default_recipe
+from convsched.plan.families import named
 from convsched.problem import Conv2d, Linear, Problem
-from convsched.recipes import Channels, Recipe
-from convsched.reference import convolve
+from convsched.problem.layout import LAYOUTS, from_layout
+from convsched.problem.reference import convolve
+from convsched.recipes.direct import Channels
+from convsched.recipes.recipe import Recipe
 
 SIZES = "128,192,256,384,512,768,1024,1536,2048"
 STRASSEN = ("strassen(1)", "strassen(2)")
@@ -124,7 +124,7 @@ def direct_recipes(problem: Problem, machine: Machine, layout: str) -> Iterator[
 
 def measured(kind: str, n: int, layout: str, repeats: int, sample: float, clock: Callable[[], int]) -> Row:
     """All recipes of one product, checked and timed in turn. One that makes no legal schedule is left out."""
-    problem, machine = problem_of(kind, n), Machine.host()
+    problem, machine = problem_of(kind, n), host.machine()
     arrays = make_arrays(Case("", problem))
     expected = convolve(problem, arrays.x, arrays.weight, arrays.bias)
     recipes = [(name, "direct", recipe) for name, recipe in direct_recipes(problem, machine, layout)]

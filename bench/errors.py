@@ -30,17 +30,15 @@ from rich.console import Console
 from rich.table import Table
 
 import convsched
-from convsched.accuracy import Prediction
-from convsched.algorithms import parse_name
+from convsched.algebra.accuracy import Prediction
 from convsched.errors import LoweringError
-from convsched.kernels.arrays import from_layout, to_layout
-from convsched.lower.fft_layers import fft
 from convsched.lower.plane import Fold
-from convsched.machine import Machine
-from convsched.names import LAYOUTS, Layout
-from convsched.parameters import Pair
+from convsched.machine import host
+from convsched.plan.families import fft, parse_name
 from convsched.problem import Conv2d
-from convsched.reference import convolve
+from convsched.problem.layout import LAYOUTS, Layout, from_layout, to_layout
+from convsched.problem.reference import convolve
+from convsched.problem.rules import Pair
 
 Array: TypeAlias = NDArray[np.float32]
 
@@ -240,7 +238,7 @@ def table(rows: Sequence[Row]) -> Table:
 def to_json(rows: Sequence[Row], layout: str, seed: int) -> dict[str, Any]:
     """Everything in plain types."""
     plain = [{name: None if value != value else value for name, value in asdict(row).items()} for row in rows]
-    return {"machine": Machine.host().text, "layout": layout, "seed": seed,
+    return {"machine": host.machine().text, "layout": layout, "seed": seed,
             "rows": [{**values, "holds": row.holds} for values, row in zip(plain, rows, strict=True)]}
 
 

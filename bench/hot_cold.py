@@ -30,18 +30,20 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from convsched.accuracy import BOUNDS
-from convsched.autotune.cache import ScheduleCache
-from convsched.autotune.candidate import Prepared, prepared
-from convsched.autotune.evict import evict
-from convsched.autotune.measure import interleave
-from convsched.autotune.record import Key, Record, choose
-from convsched.autotune.tune import Budget, Tuner
+from convsched.algebra.accuracy import BOUNDS
+from convsched.autotune.measure.evict import evict
+from convsched.autotune.measure.measure import interleave
+from convsched.autotune.search.budget import Budget
+from convsched.autotune.search.tuner import Tuner
+from convsched.autotune.store.cache import ScheduleCache
+from convsched.autotune.store.record import Key, Record
+from convsched.autotune.store.winner import choose
+from convsched.autotune.workers.candidate import Prepared, prepared
 from convsched.errors import ConvschedError, ModelError
-from convsched.machine import Machine
-from convsched.names import LAYOUTS, Layout
-from convsched.networks import network
+from convsched.machine import host
+from convsched.networks.known import network
 from convsched.problem import Problem
+from convsched.problem.layout import LAYOUTS, Layout
 
 PATH = click.Path(path_type=Path, dir_okay=False)
 
@@ -117,7 +119,7 @@ class Timer:
         return [found[name].minimum for name in calls]
 
     def _cool(self, kernel: Prepared) -> None:
-        evict(Machine.host(), self.threads)
+        evict(host.machine(), self.threads)
         np.max(kernel.x)  # the layer before has just written it
 
 
@@ -168,7 +170,7 @@ def layers_of(name: str, wanted: str) -> list[Problem]:
 
 def records_of(cache: ScheduleCache, problem: Problem, timer: Timer, algorithm: str | None) -> list[Record]:
     """What the cache has of a problem for this machine, of one algorithm or of all."""
-    key = Key.of(problem, Machine.host(), layout=timer.layout, threads=timer.threads)
+    key = Key.of(problem, host.machine(), layout=timer.layout, threads=timer.threads)
     return [record for record in cache.records(key) if algorithm in (None, record.algorithm)]
 
 
@@ -238,7 +240,7 @@ def _cells(winner: Winner, timed: str, loss: float) -> Iterable[str]:
 
 def to_json(choices: Sequence[Choice], timer: Timer) -> dict[str, Any]:
     """Everything in plain types; times are in seconds a call."""
-    return {"machine": Machine.host().text, **asdict(timer),
+    return {"machine": host.machine().text, **asdict(timer),
             "layers": [{**asdict(choice), "is_same": choice.is_same, "hot_loss": choice.hot_loss,
                         "cold_loss": choice.cold_loss} for choice in choices]}
 

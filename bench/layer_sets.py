@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from convsched.networks import Network, network
+from convsched.networks.known import Network, network
 from convsched.problem import Conv2d
 
 USUAL = "resnet50,vgg16,mobilenet_v1"

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from convsched.explain.cases import Arrays
+from convsched.benchmark.cases import Arrays
 from convsched.problem import Conv2d
 
 

@@ -20,15 +20,16 @@ from rich.console import Console
 from rich.table import Table
 
 from convsched import compile
-from convsched.algorithms import choose
-from convsched.autotune.cache import ScheduleCache
-from convsched.autotune.measure import interleave
-from convsched.autotune.network import tune_network
-from convsched.autotune.tune import Budget, Tuner
-from convsched.explain.bench import bound_call
-from convsched.explain.cases import make_arrays, table_case
-from convsched.machine import Machine
-from convsched.networks import Layer, network
+from convsched.autotune.measure.measure import interleave
+from convsched.autotune.search.budget import Budget
+from convsched.autotune.search.network import tune_network
+from convsched.autotune.search.tuner import Tuner
+from convsched.autotune.store.cache import ScheduleCache
+from convsched.benchmark.cases import make_arrays, table_case
+from convsched.benchmark.run import bound_call
+from convsched.machine import host
+from convsched.networks.known import Layer, network
+from convsched.plan.choice import choose
 
 PATH = click.Path(path_type=Path, dir_okay=False)
 DEFAULT = "default"
@@ -97,7 +98,7 @@ def timed(layer: Layer, caches: Mapping[str, ScheduleCache], seconds: float,
     schedules are timed once."""
     case = table_case(layer.name, layer.problem, layer.count)
     arrays = make_arrays(case, None)
-    chosen = algorithm or choose(layer.problem, Machine.host(), "nchw", 1, "normal").name
+    chosen = algorithm or choose(layer.problem, host.machine(), "nchw", 1, "normal").name
     kernels = {DEFAULT: compile(layer.problem, threads=1, cache=False, algorithm=chosen)}
     kernels |= {budget: compile(layer.problem, threads=1, cache=cache, algorithm=algorithm)
                 for budget, cache in caches.items()}

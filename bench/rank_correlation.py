@@ -29,15 +29,16 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from convsched.autotune.calibrate import calibration
-from convsched.autotune.candidate import Job
-from convsched.autotune.model import Cost, Rates, cost
-from convsched.autotune.search import RACERS
-from convsched.autotune.space import Target, candidates
-from convsched.autotune.worker import Worker
+from convsched.autotune.measure.calibrate import calibration
+from convsched.autotune.search.search import RACERS
+from convsched.autotune.search.space import candidates
+from convsched.autotune.workers.candidate import Job
+from convsched.autotune.workers.worker import Worker
 from convsched.errors import ConvschedError
 from convsched.lower.direct import lower_direct
-from convsched.machine import Machine
+from convsched.machine import host
+from convsched.model.cost import Cost, Rates, cost
+from convsched.plan.plan import Target
 from convsched.problem import parse_problem
 from convsched.schedule import apply, parse_schedule
 
@@ -118,7 +119,7 @@ def main(count: int, repeats: int, threads: int, layout: str, kinds: tuple[str, 
         console.print(f"{ranking.rho:6.2f}  {ranking.kind}: {ranking.problem}", highlight=False)
     Console().print(table(rankings))
     if output:
-        figures = {"machine": Machine.host().text, "threads": threads, "layout": layout,
+        figures = {"machine": host.machine().text, "threads": threads, "layout": layout,
                    "classes": by_class(rankings),
                    "layers": [{**asdict(r), "rho": r.rho, "race": r.race} for r in rankings]}
         output.write_text(json.dumps(figures, indent=1) + "\n")
@@ -134,7 +135,7 @@ class Model:
     def estimate(self, problem: str, schedule: str) -> Cost:
         """The bound; raises ScheduleError for a schedule that is not legal."""
         program = apply(lower_direct(parse_problem(problem), self.layout), parse_schedule(schedule))
-        return cost(program, Machine.host(), self.rates, self.threads)
+        return cost(program, host.machine(), self.rates, self.threads)
 
 
 def measured_rankings(model: Model, kinds: Sequence[str], count: int, seed: int,
@@ -159,7 +160,7 @@ def measured_rankings(model: Model, kinds: Sequence[str], count: int, seed: int,
 def schedules(problem: str, model: Model, count: int, seed: int) -> list[str]:
     """The default and so many random candidates of the space that make a legal schedule."""
     parsed = parse_problem(problem)
-    default, *others = candidates(Target(parsed, Machine.host(), model.layout, model.threads, algorithm="direct"))
+    default, *others = candidates(Target(parsed, host.machine(), model.layout, model.threads, algorithm="direct"))
     random.Random(seed).shuffle(others)
     found = [default.schedule(parsed, model.layout).text]
     for choice in others:

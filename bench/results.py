@@ -11,11 +11,11 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from convsched.autotune.measure import Timing
-from convsched.explain.environment import versions
-from convsched.machine import Machine
-from convsched.names import Layout
+from convsched.autotune.measure.measure import Timing
+from convsched.benchmark.environment import versions
+from convsched.machine import host
 from convsched.problem import Conv2d
+from convsched.problem.layout import Layout
 
 OURS = "convsched"
 AUTO = "auto"  # the algorithm that `compile` picks
@@ -207,7 +207,7 @@ def to_json(results: Sequence[Result], found: Sequence[Total], settings: Setting
             peers: Mapping[str, str]) -> dict[str, Any]:
     """Everything in plain types; times are in seconds a call. `peers`: the libraries' versions."""
     return {
-        "machine": Machine.host().text,
+        "machine": host.machine().text,
         "versions": {**versions(), **peers},
         **asdict(settings),
         "layers": [

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 import convsched as cs
-from convsched.accuracy import BOUNDS
-from convsched.autotune.blas import blas_threads
-from convsched.baseline import gemm_baseline
-from convsched.explain.bench import bound_call
-from convsched.explain.cases import Case, make_arrays, relative_error
+from convsched.algebra.accuracy import BOUNDS
+from convsched.benchmark.baseline import gemm_baseline
+from convsched.benchmark.blas import blas_threads
+from convsched.benchmark.cases import Case, make_arrays, relative_error
+from convsched.benchmark.run import bound_call
 from convsched.problem import Conv2d
-from convsched.reference import convolve
+from convsched.problem.reference import convolve
 
 LAYERS = {
     "ResNet stem 7x7 s2": Conv2d(3, 64, 7, 2, 3, input_size=224, activation="relu"),

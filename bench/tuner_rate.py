@@ -20,11 +20,13 @@ from typing import Any
 
 import click
 
-from convsched.autotune import candidate, worker
-from convsched.autotune.cache import ScheduleCache
-from convsched.autotune.tune import Budget, LayerSearch, Progress, Tuner
-from convsched.kernels import jit, kernel
-from convsched.networks import network
+from convsched.autotune.search.budget import Budget, Progress
+from convsched.autotune.search.tuner import LayerSearch, Tuner
+from convsched.autotune.store.cache import ScheduleCache
+from convsched.autotune.workers import candidate, worker
+from convsched.kernels import jit, objects
+from convsched.kernels.run import kernel
+from convsched.networks.known import network
 from convsched.problem import Problem
 
 # The parts of a job in the worker's process: what does each, and those that contain others.
@@ -100,8 +102,8 @@ def main(descriptor: int) -> None:
     spent = defaultdict[str, float](float)
     for part, (owner, name) in PARTS.items():
         time_part(owner, name, part, spent)
-    jit.read_entry = lambda key: None
-    jit.write_entry = lambda key, header, code: None
+    objects.read_entry = lambda key: None
+    objects.write_entry = lambda key, header, code: None
     run = candidate.run_job
 
     def run_job(job: candidate.Job, compiled: Callable[[], object] = lambda: None) -> candidate.Outcome:

@@ -17,9 +17,9 @@ __all__ = ["Conv2d", "ConvschedError", "Linear", "Machine", "Schedule", "call", 
 def __getattr__(name: str) -> Any:
     """``call`` needs Numba, which takes longer to import than everything else together; ``tune`` the tuner."""
     if name == "call":
-        from convsched.kernels.call import call
+        from convsched.kernels.source.call import call
         return call
     if name == "tune":
-        from convsched.autotune.tune import tune
+        from convsched.autotune.search.tune import tune
         return tune
     raise AttributeError(f"module 'convsched' has no attribute {name!r}")

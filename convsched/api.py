@@ -7,28 +7,22 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from convsched.algorithms import Algorithm, choices, named
 from convsched.errors import ConvschedError, LoweringError, ScheduleError
-from convsched.machine import Machine, default_threads, has_schedules
-from convsched.names import (
-    ACCURACIES,
-    BACKENDS,
-    LAYOUTS,
-    MAX_THREADS,
-    Accuracy,
-    Backend,
-    Layout,
-)
+from convsched.machine import Machine, default_threads, has_schedules, host
+from convsched.options import ACCURACIES, BACKENDS, MAX_THREADS, Accuracy, Backend
+from convsched.plan.choice import choices
+from convsched.plan.families import Algorithm, named
 from convsched.problem import Conv2d, Linear, Problem
+from convsched.problem.layout import LAYOUTS, Layout
 from convsched.schedule import Schedule, parse_schedule
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
     from typing import SupportsIndex
 
-    from convsched.autotune.cache import ScheduleCache
-    from convsched.kernels.kernel import Kernel
-    from convsched.recipes import Recipe
+    from convsched.autotune.store.cache import ScheduleCache
+    from convsched.kernels.run.kernel import Kernel
+    from convsched.recipes.recipe import Recipe
 
 PATIENCE = 0.3  # seconds to wait, once, for the lock of a schedule cache: without a record there is still the default
 
@@ -92,7 +86,7 @@ class _Request:
 
     @property
     def machine(self) -> Machine:
-        return Machine.host()
+        return host.machine()
 
     def choices(self) -> Iterator[Algorithm]:
         """The algorithms that may be used without measuring; the most accurate one where none fits the class."""
@@ -140,9 +134,9 @@ class _Request:
 def _kernel_type(backend: Backend) -> type[Kernel]:
     """The class of a backend's kernels; only the second one needs Numba, which is slow to import."""
     if backend == "numba":
-        from convsched.kernels.numba_kernel import NumbaKernel
+        from convsched.kernels.source.kernel import NumbaKernel
         return NumbaKernel
-    from convsched.kernels.kernel import Kernel
+    from convsched.kernels.run.kernel import Kernel
     return Kernel
 
 
@@ -152,9 +146,10 @@ def _remembered(request: _Request, algorithm: Algorithm | None, cache: ScheduleC
     if cache is None or isinstance(cache, bool):
         if not has_schedules():  # without one, the tuner's modules need not be imported
             return None
-        from convsched.autotune.cache import ScheduleCache
+        from convsched.autotune.store.cache import ScheduleCache
         cache = ScheduleCache(patience=PATIENCE)
-    from convsched.autotune.record import Key, Record, choose
+    from convsched.autotune.store.record import Key, Record
+    from convsched.autotune.store.winner import choose
     kernels: dict[Record, Kernel] = {}
 
     def check(record: Record) -> None:
@@ -194,10 +189,10 @@ def _schedule(schedule: object) -> Schedule:
 def _check_cache(cache: object) -> None:
     if cache is None or isinstance(cache, bool):
         return
-    from convsched.autotune.cache import ScheduleCache
+    from convsched.autotune.store.cache import ScheduleCache
     if not isinstance(cache, ScheduleCache):
-        raise LoweringError(f"cache={cache!r}: use a convsched.autotune.cache.ScheduleCache, None or True for the one "
-                            "in the cache folder, or False for none")
+        raise LoweringError(f"cache={cache!r}: use a convsched.autotune.store.cache.ScheduleCache, None or True for the "
+                            "one in the cache folder, or False for none")
 
 
 def _thread_count(threads: object) -> int:

@@ -18,30 +18,21 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import hashlib
-import json
 import os
 import stat
-import tempfile
 import threading
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakSet
 
-import llvmlite
 import llvmlite.binding as llvm
 
-import convsched.errors
-from convsched.errors import CacheWarning, MachineError
-from convsched.machine import Machine, cache_folder
+from convsched.errors import CacheWarning
+from convsched.machine import Machine, host
 
-FORMAT = 2  # of a cache entry
-LIMIT = 256 << 20  # bytes of all entries: some 20,000 kernels
-CHECKED = "00"  # an entry whose key ends so has the folder's size checked: one in 256, whoever writes it
 LIBRARIES = 16  # that one linker links; to make a linker takes 1 ms, to link 0.1 ms
 
 _told: set[Path] = set()  # folders that were warned of
@@ -72,7 +63,7 @@ def target(machine: Machine) -> tuple[str, str]:
     """The LLVM CPU name and features for a machine: an x86-64 level's, or the host's with AVX-512 and on
     other processors. Code for an instruction set that the host lacks can be read, not run."""
     _initialize()
-    if machine.isa in _CPU_OF_ISA and (machine.isa != "avx512" or Machine.host().isa != "avx512"):
+    if machine.isa in _CPU_OF_ISA and (machine.isa != "avx512" or host.machine().isa != "avx512"):
         return _CPU_OF_ISA[machine.isa]
     return str(llvm.get_host_cpu_name()), str(llvm.get_host_cpu_features().flatten())
 
@@ -207,34 +198,7 @@ def link(code: bytes, symbols: tuple[str, ...]) -> Loaded:
 
 def load(text: str, symbols: tuple[str, ...], machine: Machine | None = None) -> Loaded:
     """Compile and link an LLVM module's text."""
-    return link(compile_object(text, machine or Machine.host()), symbols)
-
-
-@cache
-def compiler_digest() -> str:
-    """A digest of the compiler's own sources and of LLVM's version: code made by another is not reused."""
-    digest = hashlib.sha256(f"{llvmlite.__version__} {llvm.llvm_version_info}".encode())
-    package = Path(__file__).parent
-    roots = [package, Path(convsched.errors.__file__).parent]
-    for path in sorted(p for root in roots for pattern in ("*.py", "lower/*.py") for p in root.glob(pattern)):
-        digest.update(path.name.encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-def object_key(parts: tuple[str, ...], machine: Machine) -> str:
-    """The name of the cache entry of a kernel: all that its code depends on."""
-    everything = json.dumps([FORMAT, compiler_digest(), *target(machine), repr(machine), *parts])
-    return hashlib.sha256(everything.encode()).hexdigest()
-
-
-def _digest(key: str, payload: bytes) -> bytes:
-    return hashlib.sha256(key.encode() + payload).digest()
-
-
-def _folder() -> Path:
-    """Where the entries are; it may not exist. Raises MachineError where there is no place for caches."""
-    return cache_folder() / "objects"
+    return link(compile_object(text, machine or host.machine()), symbols)
 
 
 def _why_open(status: os.stat_result, writers: int = stat.S_IWGRP | stat.S_IWOTH) -> str:
@@ -273,98 +237,3 @@ def _read(path: Path) -> bytes:
         if not stat.S_ISREG(status.st_mode) or _why_open(status):
             raise OSError(f"{path} is not a file of this user's alone")
         return file.read()
-
-
-def read_entry(key: str) -> tuple[dict[str, Any], bytes] | None:
-    """The header and object code of a cache entry; None if there is none that verifies, or if another user could
-    have written it. Warns of a folder that others can write."""
-    try:
-        folder = _folder()
-        if not _is_ours(folder):
-            return None
-        path = folder / key
-        data = _read(path)
-        if _digest(key, data[32:]) != data[:32]:
-            return None
-        size = int.from_bytes(data[32:40], "little")
-        header = json.loads(data[40:40 + size])
-    except (OSError, MachineError, ValueError):
-        return None
-    with contextlib.suppress(OSError):  # it is used now; a disk that cannot be written keeps the old time
-        os.utime(path)
-    return (header, data[40 + size:]) if isinstance(header, dict) else None
-
-
-def write_entry(key: str, header: dict[str, Any], code: bytes) -> None:
-    """Write a cache entry; no folder, or one that cannot be written or that others can write, is no error."""
-    head = json.dumps(header).encode()
-    payload = len(head).to_bytes(8, "little") + head + code
-    with contextlib.suppress(OSError, MachineError):
-        folder = _folder()
-        for place in (folder.parent, folder):
-            place.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not _is_ours(folder):
-            return
-        handle, temporary = tempfile.mkstemp(dir=folder)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(_digest(key, payload) + payload)
-            os.replace(temporary, folder / key)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
-    if key.endswith(CHECKED):
-        prune_entries(LIMIT)
-
-
-class Entries(NamedTuple):
-    """How many entries of the object cache were removed and are kept, and the bytes of those kept."""
-
-    removed: int
-    kept: int
-    bytes: int
-
-
-def prune_entries(limit: int) -> Entries:
-    """Remove the entries that were not used for longest, until the rest have fewer than ``limit`` bytes.
-
-    What cannot be removed is kept; another process that prunes or writes at the same time does no harm.
-    """
-    entries = sorted(_entries(), reverse=True)
-    newer = kept = left = 0
-    for _, size, path in entries:
-        newer += size
-        if newer < limit or not _remove(path):
-            kept, left = kept + 1, left + size
-    return Entries(len(entries) - kept, kept, left)
-
-
-def usage() -> tuple[int, int]:
-    """How many entries the object cache has, and their bytes."""
-    sizes = [size for _, size, _ in _entries()]
-    return len(sizes), sum(sizes)
-
-
-def _entries() -> Iterator[tuple[int, int, str]]:
-    """(last use in ns, bytes, path) of each file of the folder, those that a dead writer left included."""
-    try:
-        with os.scandir(_folder()) as files:
-            for file in files:
-                with contextlib.suppress(OSError):  # another process has just removed it
-                    status = file.stat(follow_symlinks=False)
-                    if file.is_file(follow_symlinks=False):
-                        yield status.st_mtime_ns, status.st_size, file.path
-    except (OSError, MachineError):
-        return
-
-
-def _remove(path: str) -> bool:
-    """Whether a file is gone now."""
-    try:
-        os.unlink(path)
-    except FileNotFoundError:
-        return True
-    except OSError:
-        return False
-    return True

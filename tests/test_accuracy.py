@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from convsched.accuracy import BOUNDS, Prediction, predict, predict_direct
-from convsched.bilinear import Bilinear, Transform, direct, kronecker
+from convsched.algebra.accuracy import BOUNDS, Prediction, predict, predict_direct
+from convsched.algebra.bilinear import Bilinear, Transform, direct, kronecker
+from convsched.algebra.fft import fft_tile
+from convsched.algebra.strassen import strassen
+from convsched.algebra.sums import shared_sums
+from convsched.algebra.winograd import winograd
 from convsched.errors import ProblemError
-from convsched.lower.fft import fft_tile
-from convsched.lower.strassen import strassen
-from convsched.lower.winograd import winograd
-from convsched.sums import shared_sums
 
 Floats = NDArray[np.floating[Any]]
 USUAL = tuple(map(Fraction, (0, 1, -1, 2, -2)))

@@ -15,15 +15,14 @@ import pytest
 from numpy.typing import NDArray
 
 import convsched as cs
-from convsched.interp import interpret
 from convsched.ir import Affine, Load, Loop, Program, Stage, Store, Tensor, storage_of
-from convsched.kernels.arrays import from_layout, to_layout
-from convsched.kernels.source import run_source
+from convsched.ir.interp import interpret
+from convsched.kernels.source.printer import run_source
 from convsched.lower.epilogue import activation
-from convsched.names import LAYOUTS
-from convsched.parameters import ACTIVATIONS, Activation
 from convsched.problem import Conv2d
-from convsched.reference import activate, activate_as_is
+from convsched.problem.layout import LAYOUTS, from_layout, to_layout
+from convsched.problem.reference import activate, activate_as_is
+from convsched.problem.rules import ACTIVATIONS, Activation
 
 LIMITS: list[tuple[Activation, float, float]] = [
     (None, -np.inf, np.inf), ("relu", 0, np.inf), ("relu6", 0, 6), ("sigmoid", 0, 1), ("tanh", -1, 1),

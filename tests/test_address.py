@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convsched.address import Digit, floor_divide, modulo, offset, storage_index
 from convsched.ir import Affine, Index, Tensor, storage_of
+from convsched.ir.address import Digit, floor_divide, modulo, offset, storage_index
 
 ORDERS = [("m", "c"), ("c", "m"), ("m/4", "c", "m%4"), ("m/8", "c", "m%8"), ("c/4", "m/4", "c%4", "m%4")]
 

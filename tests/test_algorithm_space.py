@@ -8,14 +8,17 @@ from pathlib import Path
 import pytest
 
 import convsched as cs
-from convsched.algorithms import members, named
-from convsched.autotune.cache import ScheduleCache
-from convsched.autotune.model import Rates, cost
-from convsched.autotune.record import Key
-from convsched.autotune.space import Target, candidates, domains, neighbours, seeds
-from convsched.autotune.tune import Budget, TuneError, Tuner
+from convsched.autotune.search.budget import Budget, TuneError
+from convsched.autotune.search.space import candidates, domains, neighbours, seeds
+from convsched.autotune.search.tuner import Tuner
+from convsched.autotune.store.cache import ScheduleCache
+from convsched.autotune.store.record import Key
 from convsched.errors import LoweringError
-from convsched.machine import Machine
+from convsched.machine import Machine, host
+from convsched.model.cost import Rates, cost
+from convsched.plan.choice import members
+from convsched.plan.families import named
+from convsched.plan.plan import Target
 from convsched.problem import Conv2d, Linear
 from convsched.schedule import apply
 
@@ -77,7 +80,7 @@ def test_tuning_measures_every_algorithm_and_compile_takes_the_best(tmp_path: Pa
     cache = ScheduleCache(tmp_path / "schedules.sqlite")
     with Tuner(cache, threads=1) as tuner:
         found = tuner.tune(layer, Budget(candidates=8))
-    records = cache.records(Key.of(layer, Machine.host(), layout="nchw", threads=1))
+    records = cache.records(Key.of(layer, host.machine(), layout="nchw", threads=1))
     assert {"direct", "im2col", "winograd(2,3)", "winograd(4,3)"} <= {record.algorithm for record in records}
     assert all(record.status == "ok" for record in records)
     kernel = cs.compile(layer, threads=1, cache=cache)

@@ -11,22 +11,22 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import convsched as cs
-from convsched.algorithms import FAMILIES, Algorithm, applicable, named
-from convsched.analytic import default_recipe
 from convsched.errors import LoweringError, ScheduleError
-from convsched.interp import interpret
 from convsched.ir import Program
-from convsched.kernels.arrays import from_layout, to_layout
-from convsched.kernels.kernel import Kernel
-from convsched.kernels.source import run_source
+from convsched.ir.interp import interpret
+from convsched.kernels.run.kernel import Kernel
+from convsched.kernels.source.printer import run_source
 from convsched.lower.plane import Plane
-from convsched.machine import Machine
+from convsched.machine import host
+from convsched.plan.defaults import default_recipe
+from convsched.plan.families import FAMILIES, Algorithm, applicable, named
 from convsched.problem import Conv2d, Linear, Problem
-from convsched.recipes import is_flat
-from convsched.reference import convolve
+from convsched.problem.layout import from_layout, to_layout
+from convsched.problem.problem import is_flat
+from convsched.problem.reference import convolve
+from convsched.recipes.im2col import Toeplitz
+from convsched.recipes.tiles import Tiles
 from convsched.schedule import Schedule, apply, parse_schedule
-from convsched.tiles import Tiles
-from convsched.toeplitz import Toeplitz
 
 QUICK = settings(deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))
 LAYOUTS = ("nchw", "nhwc", "nchw16c")
@@ -84,7 +84,7 @@ def test_winograd_with_any_recipe(name: str, layout: str, data: st.DataObject) -
     sides = data.draw(st.sampled_from([(taps[0], taps[-1]), *([(1, taps[0]), (taps[0], 1)] * (len(taps) == 1))]))
     problem = data.draw(dense(sides))
     algorithm = named(name, problem)
-    default = algorithm.default(Machine.host(), layout, 1)
+    default = algorithm.default(host.machine(), layout, 1)
     assert isinstance(default, Tiles)
     rows = Plane(problem, default.shape.outputs).tiles[0]
     check(problem, algorithm, Tiles(
@@ -112,7 +112,7 @@ def split_layers(draw: st.DrawFn) -> Conv2d:
 @given(problem=split_layers(), layout=st.sampled_from(LAYOUTS), by_lines=st.booleans())
 def test_winograd_of_strides_dilations_and_groups(problem: Conv2d, layout: Any, by_lines: bool) -> None:
     algorithm = named("winograd", problem)
-    default = algorithm.default(Machine.host(), layout, 1)
+    default = algorithm.default(host.machine(), layout, 1)
     assert isinstance(default, Tiles)
     check(problem, algorithm, replace(default, by_lines=by_lines), layout)
 
@@ -224,8 +224,8 @@ def test_the_usual_members_of_the_families() -> None:
 
 def test_kernels_of_different_algorithms_do_not_share_code() -> None:
     problem = Conv2d(8, 8, 3, input_size=9)
-    schedule = default_recipe(problem, Machine.host()).schedule(problem)
-    kernel = Kernel(problem, schedule, layout="nchw", threads=1, machine=Machine.host())
+    schedule = default_recipe(problem, host.machine()).schedule(problem)
+    kernel = Kernel(problem, schedule, layout="nchw", threads=1, machine=host.machine())
     assert kernel.algorithm == "direct"
     with pytest.raises(ScheduleError):
-        Kernel(problem, schedule, layout="nchw", threads=1, machine=Machine.host(), algorithm="winograd(2,3)")
+        Kernel(problem, schedule, layout="nchw", threads=1, machine=host.machine(), algorithm="winograd(2,3)")

@@ -12,16 +12,19 @@ import numpy as np
 import pytest
 
 import convsched as cs
-from convsched.algorithms import AccuracyWarning, named
-from convsched.autotune.cache import ScheduleCache
-from convsched.autotune.record import Key, Record
+from convsched.autotune.store.cache import ScheduleCache
+from convsched.autotune.store.record import Key, Record
 from convsched.errors import ArrayError, CacheWarning, LoweringError, ScheduleError
-from convsched.kernels.kernel import BoundKernel, Kernel
-from convsched.kernels.numba_kernel import NumbaKernel
-from convsched.machine import Machine
-from convsched.names import ACCURACIES, BACKENDS, LAYOUTS, MAX_THREADS, Layout
+from convsched.kernels.run.bound import BoundKernel
+from convsched.kernels.run.kernel import Kernel
+from convsched.kernels.source.kernel import NumbaKernel
+from convsched.machine import host
+from convsched.options import ACCURACIES, BACKENDS, MAX_THREADS
+from convsched.plan.choice import AccuracyWarning
+from convsched.plan.families import named
 from convsched.problem import Problem
-from convsched.reference import convolve
+from convsched.problem.layout import LAYOUTS, Layout
+from convsched.problem.reference import convolve
 
 LAYER = cs.Conv2d(5, 20, 3, padding=1, input_size=(6, 9), activation="relu")
 
@@ -75,7 +78,7 @@ def run_python(code: str, *arguments: str) -> str:
         ({"layout": ["nchw"]}, r"layout=\['nchw'\]: use one of nchw"),
         ({"layout": np.array(["nchw", "nhwc"])}, "use one of nchw, nhwc, nchw16c"),
         ({"backend": "cuda"}, "backend='cuda': use one of llvm, numba"),
-        ({"cache": "x.sqlite"}, "cache=.x.sqlite.: use a convsched.autotune.cache.ScheduleCache, None or True"),
+        ({"cache": "x.sqlite"}, "cache=.x.sqlite.: use a convsched.autotune.store.cache.ScheduleCache, None or True"),
         ({"cache": 0}, "cache=0: use a .*ScheduleCache"),
         ({"cache": ScheduleCache}, "cache=<class .*: use a .*ScheduleCache"),
         ({"cache": "x", "schedule": ""}, "cache='x': use a .*ScheduleCache"),
@@ -126,14 +129,14 @@ def test_the_greatest_number_of_threads_compiles() -> None:
 def tuned(cache: ScheduleCache, algorithm: str = "direct", schedule: str = "unroll s", hot: float = 1e-6,
           accuracy: str = "normal", recipe: str = "by hand", layer: Problem = LAYER) -> str:  # fmt: skip
     """The schedule of a record that is put into a cache, as tuning on one thread would leave it."""
-    assert cache.put(Record(**vars(Key.of(layer, Machine.host(), accuracy=accuracy)), algorithm=algorithm,
+    assert cache.put(Record(**vars(Key.of(layer, host.machine(), accuracy=accuracy)), algorithm=algorithm,
                             recipe=recipe, schedule=schedule, hot=hot, status="ok", time=1.0))  # fmt: skip
     return schedule
 
 
 def default_of(algorithm: str) -> str:
     """An algorithm's default schedule for the layer."""
-    return named(algorithm, LAYER).default(Machine.host(), "nchw", 1).schedule(LAYER).text
+    return named(algorithm, LAYER).default(host.machine(), "nchw", 1).schedule(LAYER).text
 
 
 def test_none_and_true_are_the_cache_in_the_cache_folder(

@@ -10,9 +10,9 @@ import pytest
 
 import convsched as cs
 from convsched.errors import ArrayError
-from convsched.kernels.arrays import from_layout, to_layout
 from convsched.problem import Conv2d, Linear, Problem
-from convsched.reference import convolve
+from convsched.problem.layout import from_layout, to_layout
+from convsched.problem.reference import convolve
 
 LAYER = Conv2d(5, 7, 3, padding=1, input_size=(6, 9), residual=True)
 X, Y = LAYER.input_shape, LAYER.output_shape

@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from convsched.analytic import default_recipe
 from convsched.ir import Reduce, leaves
 from convsched.kernels import jit
-from convsched.kernels.llvm import emit
+from convsched.kernels.emit.llvm import emit
 from convsched.lower.direct import lower_direct
-from convsched.machine import Isa, Machine
-from convsched.names import LAYOUTS
+from convsched.machine import Isa, Machine, host
+from convsched.plan.defaults import default_recipe
 from convsched.problem import Conv2d
-from convsched.recipes import Channels
+from convsched.problem.layout import LAYOUTS
+from convsched.recipes.direct import Channels
 from convsched.schedule import apply
 
 LAYERS = {
@@ -26,7 +26,7 @@ LAYERS = {
 }
 REGISTER: dict[str, str] = {"avx512": "%zmm", "avx2": "%ymm"}
 
-pytestmark = pytest.mark.skipif(Machine.host().isa not in ("avx512", "avx2", "sse"), reason="not an x86-64")
+pytestmark = pytest.mark.skipif(host.machine().isa not in ("avx512", "avx2", "sse"), reason="not an x86-64")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from convsched.bilinear import (
+from convsched.algebra.bilinear import (
     Bilinear,
     Matrix,
     Transform,
@@ -25,10 +25,10 @@ from convsched.bilinear import (
     split_taps,
     verify,
 )
+from convsched.algebra.fft import fft_tile
+from convsched.algebra.strassen import matrix_product, strassen
+from convsched.algebra.winograd import winograd
 from convsched.errors import LoweringError
-from convsched.lower.fft import fft_tile
-from convsched.lower.strassen import matrix_product, strassen
-from convsched.lower.winograd import winograd
 
 LEFT = Matrix.of([[1, 0, -2], [0, Fraction(3, 4), 0]])
 RIGHT = Matrix.of([[0, 5], [1, 0], [2, 2]])

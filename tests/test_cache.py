@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from convsched.autotune.cache import ScheduleCache
-from convsched.autotune.record import CacheError, Key, Record
+from convsched.autotune.store.cache import ScheduleCache
+from convsched.autotune.store.record import CacheError, Key, Record
 from convsched.errors import CacheWarning, ScheduleError
 from convsched.machine import Machine, MachineKey
 from convsched.problem import Conv2d

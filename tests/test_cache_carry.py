@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from convsched.autotune.cache import Counts, ScheduleCache
-from convsched.autotune.record import CacheError, Key, Record
-from convsched.machine import Machine, MachineKey
+from convsched.autotune.store.cache import Counts, ScheduleCache
+from convsched.autotune.store.record import CacheError, Key, Record
+from convsched.machine import Machine, MachineKey, host
 from convsched.problem import Conv2d
 
 PROBLEM = Conv2d(8, 16, 3, padding=1, input_size=14)
@@ -84,15 +84,15 @@ COMPILES = """
 import sys
 from pathlib import Path
 import convsched as cs
-from convsched.autotune.cache import ScheduleCache
+from convsched.autotune.store.cache import ScheduleCache
 layer = cs.Conv2d(8, 16, 3, padding=1, input_size=14)
 kernel = cs.compile(layer, threads=1, cache=ScheduleCache(Path(sys.argv[1])))
-print(kernel.schedule.text, "convsched.autotune.measure" in sys.modules)
+print(kernel.schedule.text, "convsched.autotune.measure.measure" in sys.modules)
 """
 
 
 def test_a_carried_cache_compiles_without_a_measurement(cache: ScheduleCache, tmp_path: Path) -> None:
-    there = replace(MachineKey.of(Machine.host()), cores=96).text
+    there = replace(MachineKey.of(host.machine()), cores=96).text
     cache.put(make("unroll s", key=replace(KEY, machine=there)))
     cache.export(tmp_path / "schedules.jsonl")
     other = ScheduleCache(tmp_path / "other.sqlite")

@@ -13,15 +13,15 @@ import pytest
 from click.testing import CliRunner, Result
 from rich.console import Console
 
-from convsched.autotune.cache import ScheduleCache
-from convsched.autotune.record import FORMAT, Key, MachineKey, Record
-from convsched.cache_cli import cache
-from convsched.machine import Machine
-from convsched.networks import network
+from convsched.autotune.store.cache import ScheduleCache
+from convsched.autotune.store.record import FORMAT, Key, MachineKey, Record
+from convsched.cli.cache import cache
+from convsched.machine import host
+from convsched.networks.known import network
 from convsched.problem import Conv2d
 
 PROBLEM = Conv2d(8, 16, 3, padding=1, input_size=14)
-HOST = Machine.host()
+HOST = host.machine()
 KEY = Key.of(PROBLEM, HOST)
 
 
@@ -191,7 +191,7 @@ def test_all_machines_are_listed(file: Path) -> None:
 
 
 def test_help_needs_no_compiler() -> None:
-    code = ("import sys, convsched.cache_cli, convsched.autotune.cache; "
+    code = ("import sys, convsched.cli.cache, convsched.autotune.store.cache; "
             "print([m for m in ('numba', 'llvmlite', 'rich', 'onnx') if m in sys.modules])")  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60)
     assert done.stdout == "[]\n"

@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 
 import convsched as cs
-from convsched.autotune import cache as cache_module
-from convsched.autotune import database
-from convsched.autotune.cache import ScheduleCache
-from convsched.autotune.record import CacheError, Key, Record
+from convsched.autotune.store import cache as cache_module
+from convsched.autotune.store import database
+from convsched.autotune.store.cache import ScheduleCache
+from convsched.autotune.store.record import CacheError, Key, Record
 from convsched.errors import CacheWarning
 from convsched.machine import Machine
 from convsched.problem import Conv2d

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from convsched.autotune.cache import ScheduleCache
-from convsched.autotune.record import Key, Record
+from convsched.autotune.store.cache import ScheduleCache
+from convsched.autotune.store.record import Key, Record
 from convsched.errors import CacheWarning
 from convsched.machine import Machine
 from convsched.problem import Conv2d
@@ -29,8 +29,8 @@ WRITER = """
 import sys
 from itertools import count, islice
 from pathlib import Path
-from convsched.autotune.cache import ScheduleCache
-from convsched.autotune.record import Key, Record
+from convsched.autotune.store.cache import ScheduleCache
+from convsched.autotune.store.record import Key, Record
 cache, key = ScheduleCache(Path(sys.argv[1])), Key.from_json(sys.argv[2])
 for i in islice(count(), int(sys.argv[4]) or None):
     record = Record(**vars(key), algorithm="direct", schedule=f"unroll c{sys.argv[3]}_{i}", status="ok",
@@ -114,8 +114,8 @@ def test_kill_in_mid_write_loses_nothing_that_was_kept(path: Path) -> None:
 TUNER = """
 import sys
 from pathlib import Path
-from convsched.autotune.cache import ScheduleCache
-from convsched.autotune.tune import tune
+from convsched.autotune.store.cache import ScheduleCache
+from convsched.autotune.search.tune import tune
 from convsched.problem import Conv2d
 layer = Conv2d(8, 16, 1, input_size=6)
 print(tune(layer, budget="5 candidates", threads=1, cache=ScheduleCache(Path(sys.argv[1]))).tried)
@@ -139,8 +139,8 @@ def test_two_tuners_share_a_cache(path: Path) -> None:
 DIES = """
 import os, signal, sys
 from pathlib import Path
-from convsched.autotune.cache import ScheduleCache
-from convsched.autotune.record import Key, Record
+from convsched.autotune.store.cache import ScheduleCache
+from convsched.autotune.store.record import Key, Record
 cache, key = ScheduleCache(Path(sys.argv[1])), Key.from_json(sys.argv[2])
 def die(db):
     db.execute("PRAGMA cache_size = 1")
@@ -179,8 +179,8 @@ def test_many_find_the_file_corrupt_at_once(path: Path) -> None:
 UNPRIVILEGED = """
 import os, sys, warnings
 from pathlib import Path
-from convsched.autotune.cache import ScheduleCache
-from convsched.autotune.record import Key, Record
+from convsched.autotune.store.cache import ScheduleCache
+from convsched.autotune.store.record import Key, Record
 cache, key = ScheduleCache(Path(sys.argv[1])), Key.from_json(sys.argv[2])
 cache.entries()  # all imports are done
 if os.geteuid() == 0: os.setuid(65534)

@@ -15,9 +15,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from convsched import cli
-from convsched.autotune import calibrate as module
-from convsched.autotune.calibrate import (
+from convsched.autotune.measure import calibrate as module
+from convsched.autotune.measure.calibrate import (
     LEVELS,
     Calibration,
     Work,
@@ -27,8 +26,9 @@ from convsched.autotune.calibrate import (
     rates,
     working_sets,
 )
+from convsched.cli import main as cli
 from convsched.kernels.jit import load
-from convsched.kernels.stream import (
+from convsched.kernels.probes.stream import (
     COPY,
     READ,
     StreamKernel,
@@ -37,10 +37,10 @@ from convsched.kernels.stream import (
     stream_buffer,
     stream_kernel,
 )
-from convsched.machine import Machine, machine_key
+from convsched.machine import Machine, host, machine_key
 
 RATES = dict(zip(LEVELS, (200e9, 100e9, 50e9, 20e9), strict=True))
-KEY = machine_key(Machine.host())
+KEY = machine_key(host.machine())
 KNOWN = Calibration(KEY, 1e11, RATES, RATES, 2e-5, 1.7e9, ("the load average is 9.0 on 4 available cores",))
 
 
@@ -220,7 +220,7 @@ def test_the_stream_kernels_read_and_copy_everything(lanes: int, sums: int) -> N
 
 @pytest.mark.parametrize("extra", [0, 1, 100])
 def test_only_whole_iterations_are_streamed(extra: int) -> None:
-    kernel = stream_kernel(Machine.host())
+    kernel = stream_kernel(host.machine())
     buffer = stream_buffer(4 * (3 * kernel.step + extra))
     assert kernel.read(buffer) == 3 * kernel.step
     buffer[:] = np.arange(buffer.size)
@@ -232,7 +232,7 @@ def test_only_whole_iterations_are_streamed(extra: int) -> None:
 
 
 def test_a_buffer_below_one_iteration_is_left_alone() -> None:
-    kernel = stream_kernel(Machine.host())
+    kernel = stream_kernel(host.machine())
     assert kernel.read(stream_buffer(64)) == 0
     kernel.copy(stream_buffer(64))
     assert kernel.read(stream_buffer(1 << 16), passes=0) == 0

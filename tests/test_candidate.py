@@ -8,19 +8,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from convsched.algorithms import named
-from convsched.analytic import default_recipe
-from convsched.autotune import candidate as module
-from convsched.autotune.candidate import Data, Job, Outcome, Prepared, data_of, prepared, run_job
-from convsched.autotune.measure import Timing
-from convsched.machine import CpuCounters, Machine
+from convsched.autotune.measure.measure import Timing
+from convsched.autotune.workers import candidate as module
+from convsched.autotune.workers.candidate import Data, Job, Outcome, Prepared, data_of, prepared, run_job
+from convsched.machine import CpuCounters, host
+from convsched.plan.defaults import default_recipe
+from convsched.plan.families import named
 from convsched.problem import Conv2d, Linear, Problem
 
 PROBLEM = Conv2d(4, 8, 3, padding=1, input_size=6)
 
 
 def job_of(problem: Problem, layout: str = "nchw", threads: int = 1) -> Job:
-    recipe = default_recipe(problem, Machine.host(), layout, threads)
+    recipe = default_recipe(problem, host.machine(), layout, threads)
     return Job(problem.text, layout, threads, recipe.schedule(problem, layout).text)
 
 
@@ -87,7 +87,7 @@ SMALLEST = "the smallest step of one float"
 def judged(problem: Problem, algorithm: str, error: float | str, patch: pytest.MonkeyPatch) -> Outcome:
     """What becomes of a candidate whose kernel makes an error, over rms(output), in one element of small value."""
     method = named(algorithm, problem)
-    job = Job(problem.text, "nchw", 1, method.default(Machine.host(), "nchw", 1).schedule(problem, "nchw").text,
+    job = Job(problem.text, "nchw", 1, method.default(host.machine(), "nchw", 1).schedule(problem, "nchw").text,
               algorithm=algorithm)
     call, scale = Prepared.call, data_of(problem.text).scale
 

@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from convsched.benchmark.cases import Case, fit_image, make_arrays, read_image, relative_error, table_case
 from convsched.errors import ModelError
-from convsched.explain.cases import Case, fit_image, make_arrays, read_image, relative_error, table_case
-from convsched.kernels.arrays import from_layout, to_layout
-from convsched.names import LAYOUTS
 from convsched.problem import Conv2d
+from convsched.problem.layout import LAYOUTS, from_layout, to_layout
 
 SMALL = Conv2d(3, 20, 3, padding=1, input_size=(5, 6), activation="relu")
 

@@ -22,14 +22,15 @@ from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
 
 import convsched
-from convsched import cli
-from convsched.baseline import gemm_baseline
+from convsched.benchmark.baseline import gemm_baseline
+from convsched.benchmark.cases import table_case
+from convsched.benchmark.report import Report, table
+from convsched.benchmark.run import Settings, run_layers, total
+from convsched.cli import main as cli
 from convsched.errors import ScheduleError
-from convsched.explain.bench import Settings, run_layers, total
-from convsched.explain.bench_report import Report, table
-from convsched.explain.cases import table_case
-from convsched.names import LAYOUTS
+from convsched.machine import host
 from convsched.problem import Conv2d, Problem
+from convsched.problem.layout import LAYOUTS
 
 QUICK = ["--seconds", "0.001"]
 SMALL = Conv2d(3, 20, 3, padding=1, input_size=(5, 6), activation="relu")
@@ -282,7 +283,7 @@ def test_a_disk_that_fills_during_the_run(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert not list(tmp_path.iterdir())
 
 
-MAIN = [sys.executable, "-c", "from convsched.cli import main; main()"]
+MAIN = [sys.executable, "-c", "from convsched.cli.main import main; main()"]
 
 
 @pytest.mark.parametrize("arguments", [["bench", "lenet5", *QUICK], ["info"], ["bench", "--help"]], ids=str)
@@ -315,17 +316,16 @@ def test_ctrl_c_between_layers_ends_a_process() -> None:
 
 def test_tuned_schedules_are_used_without_a_search(tmp_path: Path) -> None:
     """In a process of its own, to see what it imports: nothing that searches or measures candidates."""
-    from convsched.autotune.cache import ScheduleCache
-    from convsched.autotune.record import Key, Record
-    from convsched.machine import Machine
-    from convsched.networks import network
+    from convsched.autotune.store.cache import ScheduleCache
+    from convsched.autotune.store.record import Key, Record
+    from convsched.networks.known import network
 
     problem = network("lenet5").layers[1].problem
-    key = Key.of(problem, Machine.host(), threads=1)
+    key = Key.of(problem, host.machine(), threads=1)
     schedule = "unroll s"
     cache = ScheduleCache(tmp_path / "schedules.sqlite")
     cache.put(Record(**vars(key), algorithm="direct", schedule=schedule, status="ok", hot=1e-3, time=1.0))
-    code = ("import sys, convsched.cli; convsched.cli.main(sys.argv[1:], standalone_mode=False); "
+    code = ("import sys, convsched.cli.main; convsched.cli.main.main(sys.argv[1:], standalone_mode=False); "
             "print([n for n in ('tune', 'search', 'space', 'worker') if f'convsched.autotune.{n}' in sys.modules])")
     file = tmp_path / "result.json"
     command = [sys.executable, "-c", code, "bench", "lenet5", "--json", str(file), *QUICK]
@@ -382,7 +382,7 @@ def test_info() -> None:
 
 
 def test_info_explains_a_wrong_setting() -> None:
-    code = "from convsched.cli import main; main(['info'])"
+    code = "from convsched.cli.main import main; main(['info'])"
     command, setting = [sys.executable, "-c", code], {"CONVSCHED_ISA": "mmx"}
     process = subprocess.run(command, env=setting, capture_output=True, text=True, check=False)
     assert process.returncode == 1
@@ -390,8 +390,8 @@ def test_info_explains_a_wrong_setting() -> None:
 
 
 def test_help_needs_neither_onnx_nor_rich() -> None:
-    heavy = ("onnx", "rich", "skimage", "numba", "convsched.autotune.measure")
-    code = f"import sys, convsched.cli; print([name for name in {heavy} if name in sys.modules])"
+    heavy = ("onnx", "rich", "skimage", "numba", "convsched.autotune.measure.measure")
+    code = f"import sys, convsched.cli.main; print([name for name in {heavy} if name in sys.modules])"
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert process.stdout.strip() == "[]"
     assert "bench" in run("--help").output

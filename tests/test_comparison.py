@@ -17,9 +17,9 @@ import compare
 import layer_sets
 import results
 
-from convsched.autotune.measure import Timing
+from convsched.autotune.measure.measure import Timing
 from convsched.errors import ModelError
-from convsched.networks import network
+from convsched.networks.known import network
 from convsched.problem import Conv2d
 
 SMALL, LARGE = (Conv2d(8, 8, 1, input_size=size, activation="relu") for size in (4, 8))

@@ -7,15 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from convsched.conditions import timing_conditions, timing_flags
-from convsched.machine import (
-    CpuCounters,
-    affinity_cores,
-    cpu_counters,
-    governors,
-    load_average,
-    quota_cores,
-)
+from convsched.machine import CpuCounters, affinity_cores, cpu_counters, governors, load_average, quota_cores
+from convsched.machine.conditions import timing_conditions, timing_flags
 
 STAT = "cpu  400 0 100 9000 700 0 0 {steal} 50 0\ncpu0 200 0 50 4500 350 0 0 1 0 0\n"
 

@@ -18,9 +18,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 import errors
 
 import convsched as cs
-from convsched.algorithms import named
 from convsched.ir import Affine
 from convsched.lower.plane import Plane
+from convsched.plan.families import named
 from convsched.problem import Conv2d
 
 GOOD = errors.Row("conv2d a", "direct", "normal", "strict", 1e-6, 1e-4, 1e-3, 1e-5, 1.0, 1.0)

@@ -8,10 +8,10 @@ from math import cos, pi, sin
 import numpy as np
 import pytest
 
-from convsched.bilinear import correlate, verify
+from convsched.algebra import fft
+from convsched.algebra.bilinear import correlate, verify
+from convsched.algebra.fft import Cosines, cosine, fft_tile, real_fft, sine
 from convsched.errors import LoweringError
-from convsched.lower import fft
-from convsched.lower.fft import Cosines, cosine, fft_tile, real_fft, sine
 
 
 @pytest.mark.parametrize("n", [4, 8, 16, 64])

@@ -11,21 +11,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import convsched as cs
-from convsched.algorithms import named
+from convsched.algebra.fft import part_of_tile
 from convsched.errors import LoweringError
-from convsched.interp import interpret
 from convsched.ir import Program
-from convsched.kernels import binding
-from convsched.kernels.arrays import from_layout, to_layout
-from convsched.kernels.llvm import emit
-from convsched.kernels.source import run_source
-from convsched.lower.fft import part_of_tile
-from convsched.lower.fft_layers import fft
-from convsched.machine import Machine
+from convsched.ir.interp import interpret
+from convsched.kernels.emit.llvm import emit
+from convsched.kernels.run import binding
+from convsched.kernels.source.printer import run_source
+from convsched.machine import host
+from convsched.plan.families import fft, named
 from convsched.problem import Conv2d
-from convsched.reference import convolve
+from convsched.problem.layout import from_layout, to_layout
+from convsched.problem.reference import convolve
+from convsched.recipes.tiles import Tiles
 from convsched.schedule import Schedule, Unroll, apply, parse_schedule
-from convsched.tiles import Tiles
 
 QUICK = settings(deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))
 LAYOUTS = ("nchw", "nhwc", "nchw16c")
@@ -110,7 +109,7 @@ def test_any_recipe(data: st.DataObject, case: tuple[str, Conv2d], layout: str) 
 def test_source(name: str, problem: Conv2d) -> None:
     """The second backend reads constants from tables of its own."""
     algorithm = named(name, problem)
-    schedule = algorithm.default(Machine.host(), "nchw", 1).schedule(problem)
+    schedule = algorithm.default(host.machine(), "nchw", 1).schedule(problem)
     program = apply(algorithm.lower("nchw"), schedule)
     data = data_of(program)
     wanted = expected(problem, data)
@@ -168,7 +167,7 @@ def test_large_filters(problem: Conv2d, member: str, threads: int) -> None:
 
 def test_constants_come_from_a_table_where_loops_run() -> None:
     """An element of a constant that only run time knows is loaded; one of an unrolled loop is a literal."""
-    machine, problem = Machine.host(), Conv2d(16, 16, 5, input_size=(12, 12))
+    machine, problem = host.machine(), Conv2d(16, 16, 5, input_size=(12, 12))
     algorithm = named("fft(8)", problem)
     steps = algorithm.default(machine, "nchw", 1).schedule(problem).steps
     looped = Schedule(tuple(replace(step, loops=tuple(loop for loop in step.loops if loop not in ("px1", "k1")))

@@ -16,13 +16,13 @@ from typing import Any
 
 import pytest
 
-from convsched.algorithms import FAMILIES, named
 from convsched.ir import Program
-from convsched.kernels.llvm import emit
+from convsched.ir.text import print_nest
+from convsched.kernels.emit.llvm import emit
 from convsched.machine import Isa, Machine
+from convsched.plan.families import FAMILIES, named
 from convsched.problem import Conv2d, Linear, Problem
 from convsched.schedule import Schedule, apply
-from convsched.text import print_nest
 
 FOLDER = Path(__file__).parent / "goldens"
 DIGESTS = FOLDER / "digests.json"

@@ -20,12 +20,13 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from convsched.algorithms import named
-from convsched.kernels.arrays import from_layout, to_layout
-from convsched.kernels.kernel import BoundKernel, Kernel
-from convsched.machine import Isa, Machine
+from convsched.kernels.run.bound import BoundKernel
+from convsched.kernels.run.kernel import Kernel
+from convsched.machine import Isa, Machine, host
+from convsched.plan.families import named
 from convsched.problem import Conv2d, Linear, Problem
-from convsched.reference import convolve
+from convsched.problem.layout import from_layout, to_layout
+from convsched.problem.reference import convolve
 from convsched.schedule import Schedule
 
 LAYOUTS = ("nchw", "nhwc", "nchw16c")
@@ -130,7 +131,7 @@ def call(name: str, layout: str, side: Side) -> str:
     x, w, b, z = (rng.integers(-3, 4, shape).astype(np.float32) for shape in (
         problem.input_shape, problem.weight_shape, problem.bias_shape, problem.output_shape))
     bias, residual = b if problem.bias else None, z if problem.residual else None
-    kernel = Kernel(problem, case.schedule(layout), layout=layout, threads=1, machine=Machine.host(),
+    kernel = Kernel(problem, case.schedule(layout), layout=layout, threads=1, machine=host.machine(),
                     algorithm=case.algorithm)
     bound = kernel.bind(w, bias)
     conv = BoundKernel(kernel, {tensor: guarded(array, side) for tensor, array in bound.weights.items()})

@@ -17,16 +17,16 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 
 import hot_cold
 
-from convsched.autotune.cache import ScheduleCache
-from convsched.autotune.record import Key, Record
-from convsched.machine import Machine
+from convsched.autotune.store.cache import ScheduleCache
+from convsched.autotune.store.record import Key, Record
+from convsched.machine import host
 from convsched.problem import Conv2d
 
 LAYER = Conv2d(8, 8, 3, padding=1, input_size=8)
 
 
 def record(schedule: str, hot: float | None, cold: float | None, **fields: Any) -> Record:
-    key = Key.of(LAYER, Machine.host())
+    key = Key.of(LAYER, host.machine())
     return Record(**{**vars(key), "algorithm": "direct", "schedule": schedule, "status": "ok", "hot": hot, "cold": cold,
                      "time": 1.0, **fields})
 

@@ -1,4 +1,4 @@
-"""The order of imports, and who may read the clock, the environment and the CPU.
+"""The house: which package may see which, no circles, and who may read the clock, the environment and the CPU.
 
 Read from the source, so that an import inside a function counts too; one under ``TYPE_CHECKING`` does not.
 """
@@ -8,26 +8,26 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ORDER = (  # left may not see right
-    "errors lazy names parameters problem problem_text machine conditions layers networks classic_networks "
-    "mobile_networks bilinear sums accuracy",
-    "ir",
-    "text verify interp reference address baseline examples",
-    "schedule steps placement legality checks peeling skipping prefetching fusing inlining footprint",
-    "recipes tiles toeplitz strassen_recipe analytic algorithms lower",
+FLOORS = (  # a package or top file sees those on lower floors, and of its own floor those that do not see it
+    "errors lazy options",
+    "problem ir algebra",
+    "machine schedule lower networks",
+    "recipes model",
+    "plan",
     "kernels",
     "autotune",
-    "graph explain",
-    "api __init__ cli cache_cli tune_cli verify_cli",
+    "api benchmark graph",
+    "__init__ cli",
     "bench",
 )
-RANK = {name: rank for rank, names in enumerate(ORDER) for name in names.split()}
+FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
+ROOMS = 21  # packages and top files, at most
 FOLDERS = {"convsched": "convsched", "kernels": "convsched.kernels", "autotune": "convsched.autotune",
            "bench": "bench"}
 CLOCKS = {f"{name}{ending}" for name in ("perf_counter", "time", "monotonic", "process_time", "thread_time")
@@ -49,8 +49,8 @@ MODULES = modules()
 IDS = [name for name in MODULES if not name.startswith("bench.conftest")]
 
 
-def top(module: str) -> str:
-    """The word of ``ORDER`` for a module."""
+def room(module: str) -> str:
+    """The package or top file of a module, as ``FLOORS`` names it."""
     parts = module.split(".")
     return parts[0] if parts[0] == "bench" else [*parts, "__init__"][1]
 
@@ -67,35 +67,98 @@ def nodes(tree: ast.AST) -> Iterator[ast.AST]:
         yield from nodes(child)
 
 
+def known(name: str) -> str | None:
+    """The project's module of a dotted name, or None."""
+    return next((found for found in (name, f"{name}.__init__") if found in MODULES), None)
+
+
 def imports(path: Path) -> Iterator[tuple[int, str]]:
     """(line, dotted name) of what a file imports; ``from a import b`` gives ``a.b`` if that is a module."""
     for node in nodes(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name) for alias in node.names)
+            yield from ((node.lineno, known(alias.name) or alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: a relative import"
             assert node.module is not None
             for alias in node.names:
-                inner = f"{node.module}.{alias.name}"
-                known = inner in MODULES or f"{inner}.__init__" in MODULES
-                yield node.lineno, inner if known else node.module
+                yield node.lineno, known(f"{node.module}.{alias.name}") or known(node.module) or node.module
 
 
-def test_every_module_has_a_place_in_the_order() -> None:
-    assert {top(name) for name in MODULES} == set(RANK)
+def graph() -> dict[str, set[str]]:
+    """The modules of the project that each module imports."""
+    return {name: {found for _, found in imports(path) if found in MODULES and found != name}
+            for name, path in MODULES.items()}
+
+
+def between(rooms: Mapping[str, str]) -> dict[str, set[str]]:
+    """The arrows between rooms, given the room of each module."""
+    arrows: dict[str, set[str]] = {name: set() for name in rooms.values()}
+    for name, found in graph().items():
+        if name in rooms:
+            arrows[rooms[name]] |= {rooms[other] for other in found if other in rooms} - {rooms[name]}
+    return arrows
+
+
+def circle(arrows: Mapping[str, Iterable[str]]) -> list[str]:
+    """Some names that lead back to the first, or none.
+
+    >>> circle({"a": "b", "b": "c", "c": "b"}), circle({"a": "bc", "b": "c"})
+    (['b', 'c', 'b'], [])
+    """
+    done: set[str] = set()
+
+    def walk(name: str, path: list[str]) -> list[str]:
+        if name in path:
+            return [*path[path.index(name):], name]
+        if name in done:
+            return []
+        found = next((inner for other in sorted(arrows.get(name, ())) if (inner := walk(other, [*path, name]))), [])
+        done.add(name)
+        return found
+
+    return next((found for name in sorted(arrows) if (found := walk(name, []))), [])
+
+
+def test_every_module_has_a_floor_and_the_house_is_small() -> None:
+    assert {room(name) for name in MODULES} == set(FLOOR)
+    assert len(set(FLOOR) - {"__init__", "bench"}) <= ROOMS
+    assert len(FLOORS) <= 10
 
 
 @pytest.mark.parametrize("module", IDS)
-def test_left_does_not_see_right(module: str) -> None:
-    own, path = RANK[top(module)], MODULES[module]
+def test_imports_point_down(module: str) -> None:
+    own, path = FLOOR[room(module)], MODULES[module]
     wrong = [f"{path.relative_to(ROOT)}:{line} imports {name}" for line, name in imports(path)
-             if name.split(".")[0] in ("convsched", "bench") and RANK[top(name)] > own]
-    assert not wrong, f"{top(module)} may not see it: {wrong}"
+             if name in MODULES and FLOOR[room(name)] > own]
+    assert not wrong, f"{room(module)} may not see it: {wrong}"
+
+
+def test_rooms_make_no_circle() -> None:
+    assert circle(between({name: room(name) for name in MODULES})) == []
+
+
+def test_modules_make_no_circle() -> None:
+    faces = {name for name in MODULES if name.endswith(".__init__")}
+    assert circle({name: found - faces for name, found in graph().items() if name not in faces}) == []
+
+
+@pytest.mark.parametrize("face", ["ir", "problem", "schedule", "machine"])
+def test_inside_a_package_its_face_is_not_used(face: str) -> None:
+    """The face imports all of the package: who is inside and asks the face makes a circle."""
+    inside = [name for name in MODULES if name.startswith(f"convsched.{face}.") and not name.endswith("__init__")]
+    assert [name for name in inside if f"convsched.{face}.__init__" in graph()[name]] == []
+    assert len(MODULES[f"convsched.{face}.__init__"].read_text().splitlines()) < 40
+
+
+def test_every_package_is_installed() -> None:
+    packages = {name.removesuffix(".__init__") for name in MODULES if name.endswith("__init__")}
+    text = (ROOT / "pyproject.toml").read_text()
+    assert {name for name in packages if f'"{name}"' not in text} == set()
 
 
 @pytest.mark.parametrize("module", IDS)
 def test_only_kernels_use_numba_and_llvmlite(module: str) -> None:
-    if top(module) == "kernels" or module.startswith("bench."):
+    if room(module) == "kernels" or module.startswith("bench."):
         return
     wrong = [(line, name) for line, name in imports(MODULES[module])
              if name.split(".")[0] in ("numba", "llvmlite")]
@@ -119,23 +182,23 @@ def uses(path: Path, owners: set[str], names: set[str]) -> list[str]:
 
 @pytest.mark.parametrize("module", IDS)
 def test_only_measure_and_bench_read_clocks(module: str) -> None:
-    if module == "convsched.autotune.measure" or module.startswith("bench."):
+    if module == "convsched.autotune.measure.measure" or module.startswith("bench."):
         return
     assert uses(MODULES[module], {"time", "datetime", "date"}, CLOCKS) == []
 
 
 @pytest.mark.parametrize("module", IDS)
 def test_only_machine_reads_the_environment(module: str) -> None:
-    if module == "convsched.machine":
+    if room(module) == "machine":
         return
     assert uses(MODULES[module], {"os", "multiprocessing"}, ENVIRONMENT) == []
 
 
 def test_the_checks_see_what_they_look_for() -> None:
-    assert uses(MODULES["convsched.machine"], {"os", "multiprocessing"}, ENVIRONMENT)
-    assert uses(MODULES["convsched.autotune.measure"], {"time", "datetime", "date"}, CLOCKS)
-    assert any(name == "convsched.ir" for _, name in imports(MODULES["convsched.steps"]))
-    assert any(name == "convsched.peeling" for _, name in imports(MODULES["convsched.schedule"]))
+    assert uses(MODULES["convsched.machine.host"], {"os", "multiprocessing"}, ENVIRONMENT)
+    assert uses(MODULES["convsched.autotune.measure.measure"], {"time", "datetime", "date"}, CLOCKS)
+    assert "convsched.ir.__init__" in graph()["convsched.schedule.split"]
+    assert "convsched.schedule.peel" in graph()["convsched.schedule.schedule"]
 
 
 def test_tests_refuse_to_run_against_another_checkout(tmp_path: Path) -> None:

@@ -11,9 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convsched import interp
 from convsched.errors import ArrayError
-from convsched.interp import evaluate_bind, from_storage, interpret, to_storage
 from convsched.ir import (
     Affine,
     Body,
@@ -30,9 +28,11 @@ from convsched.ir import (
     Store,
     Tensor,
     Value,
+    interp,
     storage_of,
     substitute,
 )
+from convsched.ir.interp import evaluate_bind, from_storage, interpret, to_storage
 
 Floats = npt.NDArray[np.float32]
 

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 import convsched as cs
-from convsched.kernels import jit
-from convsched.kernels.kernel import Kernel
-from convsched.machine import Machine
+from convsched.kernels import jit, objects
+from convsched.kernels.run.kernel import Kernel
+from convsched.machine import Machine, host
 from convsched.problem import Conv2d
-from convsched.reference import convolve
+from convsched.problem.reference import convolve
 
 LAYER = Conv2d(5, 20, 3, padding=1, input_size=(6, 9), activation="relu")
 
@@ -69,7 +69,7 @@ def test_a_hit_compiles_nothing_and_gives_the_same(folder: Path, monkeypatch: py
         raise AssertionError("compiled in spite of the cache")
 
     monkeypatch.setattr(jit, "compile_object", refuse)
-    monkeypatch.setattr("convsched.kernels.kernel.apply", refuse)
+    monkeypatch.setattr("convsched.kernels.run.kernel.apply", refuse)
     for threads in (1, 2):
         second = cs.compile(LAYER, schedule=first.schedule, threads=threads)
         check(second)
@@ -129,7 +129,7 @@ def test_a_senseless_header_with_a_valid_digest_is_a_miss(
 ) -> None:
     cs.compile(LAYER, threads=1)
     path = only(folder)
-    _, code = jit.read_entry(path.name) or ({}, b"")
+    _, code = objects.read_entry(path.name) or ({}, b"")
     path.write_bytes(sealed(path.name, header, code))
     check(cs.compile(LAYER, threads=1))
     assert len(compiled) == 2
@@ -138,7 +138,7 @@ def test_a_senseless_header_with_a_valid_digest_is_a_miss(
 @pytest.mark.parametrize("code", [b"", b"\x7fELF", b"no object code" * 99])
 def test_senseless_code_with_a_valid_digest_is_a_miss(code: bytes, folder: Path, compiled: list[str]) -> None:
     kernel = cs.compile(LAYER, threads=1)
-    jit.write_entry(only(folder).name, kernel.interface.to_json(), code)
+    objects.write_entry(only(folder).name, kernel.interface.to_json(), code)
     check(cs.compile(LAYER, threads=1))
     assert len(compiled) == 2
 
@@ -146,7 +146,7 @@ def test_senseless_code_with_a_valid_digest_is_a_miss(code: bytes, folder: Path,
 def test_code_without_the_stages_is_a_miss(folder: Path, compiled: list[str]) -> None:
     kernel = cs.compile(LAYER, threads=1)
     other = jit.compile_object("define void @other() {\n  ret void\n}\n", kernel.machine)
-    jit.write_entry(only(folder).name, kernel.interface.to_json(), other)
+    objects.write_entry(only(folder).name, kernel.interface.to_json(), other)
     check(cs.compile(LAYER, threads=1))
     assert len(compiled) == 3
 
@@ -155,11 +155,11 @@ def test_code_without_the_stages_is_a_miss(folder: Path, compiled: list[str]) ->
 
 def test_the_key_depends_on_all_that_the_code_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
     keys: list[str] = []
-    monkeypatch.setattr(jit, "read_entry", keys.append)
-    monkeypatch.setattr(jit, "write_entry", lambda *_: None)
-    host = Machine.host()
+    monkeypatch.setattr(objects, "read_entry", keys.append)
+    monkeypatch.setattr(objects, "write_entry", lambda *_: None)
+    here = host.machine()
 
-    def key(layer: Conv2d = LAYER, schedule: str = "", layout: Any = "nchw", machine: Machine = host) -> str:
+    def key(layer: Conv2d = LAYER, schedule: str = "", layout: Any = "nchw", machine: Machine = here) -> str:
         Kernel(layer, cs.parse_schedule(schedule), layout=layout, threads=1, machine=machine)
         return keys.pop()
 
@@ -172,32 +172,32 @@ def test_the_key_depends_on_all_that_the_code_depends_on(monkeypatch: pytest.Mon
         key(schedule="unroll s"),
         key(schedule="unroll r"),
         key(layout="nhwc"),
-        key(machine=replace(host, vector_bytes=host.vector_bytes * 2)),
-        key(machine=replace(host, name=f"{host.name} II")),
-        key(machine=replace(host, isa="sse" if host.isa != "sse" else "avx2")),
+        key(machine=replace(here, vector_bytes=here.vector_bytes * 2)),
+        key(machine=replace(here, name=f"{here.name} II")),
+        key(machine=replace(here, isa="sse" if here.isa != "sse" else "avx2")),
     ]
-    monkeypatch.setattr(jit, "compiler_digest", lambda: "another compiler")
+    monkeypatch.setattr(objects, "compiler_digest", lambda: "another compiler")
     others.append(key())
     monkeypatch.undo()
-    monkeypatch.setattr(jit, "read_entry", keys.append)
+    monkeypatch.setattr(objects, "read_entry", keys.append)
     monkeypatch.setattr(jit, "target", lambda machine: ("another-cpu", ""))
-    others.append(jit.object_key((repr(LAYER), "", "nchw"), host))
+    others.append(objects.object_key((repr(LAYER), "", "nchw"), here))
     assert len({first, *others}) == 1 + len(others)
 
 
 def test_the_compiler_digest_changes_with_the_sources(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = jit.compiler_digest.__wrapped__()
-    assert jit.compiler_digest() == original
-    monkeypatch.setattr(jit.llvmlite, "__version__", "0.0")
-    assert jit.compiler_digest.__wrapped__() != original
+    original = objects.compiler_digest.__wrapped__()
+    assert objects.compiler_digest() == original
+    monkeypatch.setattr(objects.llvmlite, "__version__", "0.0")
+    assert objects.compiler_digest.__wrapped__() != original
     monkeypatch.undo()
-    monkeypatch.setattr(jit, "__file__", str(tmp_path / "jit.py"))
-    (tmp_path / "jit.py").write_text("one")
-    one = jit.compiler_digest.__wrapped__()
-    (tmp_path / "jit.py").write_text("two")
-    assert len({original, one, jit.compiler_digest.__wrapped__()}) == 3
+    monkeypatch.setattr(objects, "__file__", str(tmp_path / "objects.py"))
+    (tmp_path / "objects.py").write_text("one")
+    one = objects.compiler_digest.__wrapped__()
+    (tmp_path / "objects.py").write_text("two")
+    assert len({original, one, objects.compiler_digest.__wrapped__()}) == 3
 
 
 def test_the_entry_of_another_machine_is_not_used(folder: Path, compiled: list[str]) -> None:
@@ -255,7 +255,7 @@ def test_a_read_only_folder_means_no_cache(
 
     folder.mkdir(parents=True)
     folder.chmod(0o500)  # which does not hold back root
-    monkeypatch.setattr(jit.tempfile, "mkstemp", refuse)
+    monkeypatch.setattr(objects.tempfile, "mkstemp", refuse)
     for _ in range(2):
         check(cs.compile(LAYER, threads=1))
     folder.chmod(0o700)
@@ -324,7 +324,7 @@ def test_processes_share_a_folder(folder: Path) -> None:
     results = [(*process.communicate(timeout=120), process.returncode) for process in processes]
     assert results == [("done\n", "", 0)] * 4
     assert len(list(folder.iterdir())) == 40
-    assert all(jit.read_entry(path.name) is not None for path in folder.iterdir())
+    assert all(objects.read_entry(path.name) is not None for path in folder.iterdir())
 
 
 def grown(count: int) -> float:

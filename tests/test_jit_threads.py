@@ -19,12 +19,12 @@ import pytest
 import convsched as cs
 from convsched.kernels import jit
 from convsched.lazy import cached_property
-from convsched.machine import Machine
+from convsched.machine import host
 from convsched.problem import Conv2d
 
 WAIT = 60  # seconds until a test that hangs fails
 TEXT = "define i64 @answer() {\n  ret i64 42\n}\n"
-HOST = Machine.host()
+HOST = host.machine()
 
 
 @pytest.fixture(autouse=True)
@@ -127,7 +127,8 @@ def test_a_lazy_property_is_computed_once_and_without_a_lock() -> None:
 FORK = """
 import os, signal, threading, time
 import convsched as cs
-from convsched.kernels import jit, kernel
+from convsched.kernels import jit
+from convsched.kernels.run import kernel
 import llvmlite.binding as llvm
 layer = cs.Conv2d(1, 2, 1, input_size=3)
 inside, entered = [], threading.Event()
@@ -221,7 +222,7 @@ def test_kernels_that_are_gone_leave_no_memory_taken() -> None:
 import gc
 from convsched.kernels import jit
 from convsched.machine import Machine
-code = jit.compile_object({TEXT!r}, Machine.host())
+code = jit.compile_object({TEXT!r}, host.machine())
 def resident():
     gc.collect()
     return 4096 * int(open("/proc/self/statm").read().split()[1])

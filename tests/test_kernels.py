@@ -13,18 +13,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import convsched as cs
-from convsched import names
-from convsched.algorithms import applicable
-from convsched.analytic import default_recipe
-from convsched.interp import interpret
-from convsched.kernels.arrays import activation_shape, from_layout, to_layout
-from convsched.kernels.kernel import Kernel
-from convsched.machine import Isa, Machine
-from convsched.parameters import Activation
-from convsched.problem import Conv2d, Linear, Problem
-from convsched.reference import convolve
+from convsched.ir.interp import interpret
+from convsched.kernels.run.kernel import Kernel
+from convsched.machine import Isa, Machine, host
+from convsched.plan.defaults import default_recipe
+from convsched.plan.families import applicable
+from convsched.problem import Conv2d, Linear, Problem, layout
+from convsched.problem.layout import activation_shape, from_layout, to_layout
+from convsched.problem.reference import convolve
+from convsched.problem.rules import Activation
 
-LAYOUTS = tuple(names.LAYOUTS)
+LAYOUTS = tuple(layout.LAYOUTS)
 EXACT: list[Activation] = [None, "relu", "relu6", ("clip", -9.0, 20.0), ("leaky_relu", 0.5)]
 SMOOTH: list[Activation] = ["sigmoid", "tanh", "silu", "hardswish", "hardsigmoid", ("elu", 1.5)]
 STRICT = 1e-5  # max |error| / rms(output)
@@ -173,7 +172,7 @@ def test_unscheduled_kernels_equal_the_oracle(problem: Problem, layout: Any, see
 def test_kernels_for_each_instruction_set_equal_the_oracle(
     isa: Isa, problem: Problem, layout: Any, seed: int
 ) -> None:
-    if isa not in RUNS[Machine.host().isa]:
+    if isa not in RUNS[host.machine().isa]:
         pytest.skip(f"this host cannot run {isa}")
     check_exact(for_machine(problem, layout, Machine.example(isa)), seed)
 

@@ -16,6 +16,7 @@ from convsched.machine import (
     cache_folder,
     default_threads,
     detect,
+    host,
     machine_key,
 )
 
@@ -164,11 +165,11 @@ def test_an_instruction_set_the_host_lacks_is_refused(
 
 
 def test_host_is_cached_and_sane() -> None:
-    host = Machine.host()
-    assert Machine.host() is host
-    assert 0 < host.line <= host.l1 <= host.l2 <= host.l3
-    assert 1 <= host.cores <= (os.cpu_count() or 1)
-    assert host.isa in host.text
+    here = host.machine()
+    assert host.machine() is here
+    assert 0 < here.line <= here.l1 <= here.l2 <= here.l3
+    assert 1 <= here.cores <= (os.cpu_count() or 1)
+    assert here.isa in here.text
 
 
 def test_examples() -> None:

@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 
-from convsched.autotune import evict as evict_module
-from convsched.autotune.blas import blas_threads
-from convsched.autotune.evict import evict, eviction_bytes
-from convsched.autotune.measure import (
+from convsched.autotune.measure import evict as evict_module
+from convsched.autotune.measure.evict import evict, eviction_bytes
+from convsched.autotune.measure.measure import (
     RACE_ROUNDS,
     Timing,
     cold,
@@ -23,10 +22,11 @@ from convsched.autotune.measure import (
     once,
     race,
 )
+from convsched.benchmark.blas import blas_threads
 from convsched.kernels.jit import load
-from convsched.kernels.peak import SYMBOL, PeakKernel, fma_loop, peak_kernel
-from convsched.kernels.stream import stream_kernel
-from convsched.machine import Machine
+from convsched.kernels.probes.peak import SYMBOL, PeakKernel, fma_loop, peak_kernel
+from convsched.kernels.probes.stream import stream_kernel
+from convsched.machine import Machine, host
 
 
 class FakeClock:
@@ -215,9 +215,9 @@ def test_arrays_to_keep_are_read_after_the_flush() -> None:
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_eviction_reads_twice_the_last_level(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    for machine in (Machine.example("avx512"), Machine.example("neon"), Machine.host()):
+    for machine in (Machine.example("avx512"), Machine.example("neon"), host.machine()):
         assert eviction_bytes(machine) >= 2 * machine.l3
-    small = dataclasses.replace(Machine.host(), l1=1 << 12, l2=1 << 14, l3=1 << 16)
+    small = dataclasses.replace(host.machine(), l1=1 << 12, l2=1 << 14, l3=1 << 16)
     kernel, sums = stream_kernel(small), []
 
     class Watched:
@@ -261,7 +261,7 @@ def test_the_peak_kernel_multiplies_and_adds(lanes: int, accumulators: int) -> N
 
 
 def test_the_peak_kernel_of_this_machine() -> None:
-    machine = Machine.host()
+    machine = host.machine()
     kernel = peak_kernel(machine)
     assert (kernel.lanes, kernel.accumulators) == (machine.lanes, machine.registers - 4)
 

@@ -8,21 +8,23 @@ from dataclasses import replace
 
 import pytest
 
-from convsched.algorithms import named
-from convsched.analytic import default_recipe
-from convsched.autotune import issue
-from convsched.autotune.issue import ENTRY, LATENCY, STEP, STORE, Issue
-from convsched.autotune.model import Cost, Rates, cost
-from convsched.autotune.space import Target, candidates
-from convsched.autotune.traffic import Traffic
-from convsched.examples import at, filtered, nest, product, scaled, tensor
+from convsched.autotune.search.space import candidates
 from convsched.ir import Affine, Body, Load, Loop, Op, Program, Reduce, Stage, Store
+from convsched.ir.examples import at, filtered, nest, product, scaled, tensor
+from convsched.ir.text import print_nest
 from convsched.lower.direct import lower_direct
 from convsched.machine import Machine
+from convsched.model import issue
+from convsched.model.cost import Cost, Rates, cost
+from convsched.model.issue import ENTRY, LATENCY, STEP, STORE, Issue
+from convsched.model.traffic import Traffic
+from convsched.plan.defaults import default_recipe
+from convsched.plan.families import named
+from convsched.plan.plan import Target
 from convsched.problem import Conv2d, Linear, Problem
-from convsched.recipes import Channels, Depthwise, Pixels, Recipe
+from convsched.recipes.direct import Channels, Depthwise, Pixels
+from convsched.recipes.recipe import Recipe
 from convsched.schedule import apply, parse_schedule
-from convsched.text import print_nest
 
 MACHINE = Machine.example("avx512")
 RATES = Rates(100e9, 100e9, 50e9, 20e9)

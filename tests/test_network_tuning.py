@@ -8,16 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from convsched.analytic import default_recipe
-from convsched.autotune import tune as tuning
-from convsched.autotune.cache import ScheduleCache
-from convsched.autotune.calibrate import LEVELS, Calibration
-from convsched.autotune.candidate import Job, Outcome
-from convsched.autotune.model import Cost
-from convsched.autotune.network import TunedLayer, TunedNetwork, part, tune_network
-from convsched.autotune.record import Key
-from convsched.autotune.tune import Budget, Progress, Tuner
-from convsched.machine import Machine
+from convsched.autotune.measure.calibrate import LEVELS, Calibration
+from convsched.autotune.search import tuner as tuning
+from convsched.autotune.search.budget import Budget, Progress
+from convsched.autotune.search.network import TunedLayer, TunedNetwork, part, tune_network
+from convsched.autotune.search.tuner import Tuner
+from convsched.autotune.store.cache import ScheduleCache
+from convsched.autotune.store.record import Key
+from convsched.autotune.workers.candidate import Job, Outcome
+from convsched.machine import host
+from convsched.model.cost import Cost
+from convsched.plan.defaults import default_recipe
 from convsched.problem import Conv2d, Problem, parse_problem
 
 LIGHT, MIDDLE, HEAVY = (Conv2d(16, m, 1, input_size=6) for m in (16, 32, 48))
@@ -46,7 +47,7 @@ class Lab:
 
     def seconds(self, problem: str, schedule: str) -> float:
         """The layer's, or 5% less for half of the candidates."""
-        default = default_recipe(parse_problem(problem), Machine.host()).schedule(parse_problem(problem)).text
+        default = default_recipe(parse_problem(problem), host.machine()).schedule(parse_problem(problem)).text
         is_faster = schedule != default and sum(map(ord, schedule)) % 2
         return SECONDS[problem] * (0.95 if is_faster else 1.0)
 
@@ -132,7 +133,7 @@ def test_ctrl_c_keeps_everything(cache: ScheduleCache, monkeypatch: pytest.Monke
     lab = Lab(press)
     network = run(lab, cache, monkeypatch, Budget(candidates=60))
     assert network.interrupted
-    keys = [Key.of(problem, Machine.host()) for problem in (LIGHT, MIDDLE, HEAVY)]
+    keys = [Key.of(problem, host.machine()) for problem in (LIGHT, MIDDLE, HEAVY)]
     kept = Counter({key.problem: len(cache.records(key)) for key in keys})
     measured = {(job.problem, job.schedule) for job in lab.jobs[:after]}
     assert kept.total() == len(measured)

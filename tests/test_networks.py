@@ -5,7 +5,7 @@ from decimal import ROUND_HALF_UP, Decimal
 import pytest
 
 from convsched.errors import ModelError
-from convsched.networks import NETWORKS, Network, network
+from convsched.networks.known import NETWORKS, Network, network
 from convsched.problem import Conv2d, Linear
 
 # Convolution MACs and weights and how many convolutions: Sze et al., "Efficient Processing of Deep Neural

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 import convsched as cs
-from convsched.kernels.arrays import from_layout, to_layout
 from convsched.problem import Conv2d, Linear, Problem
-from convsched.reference import convolve
+from convsched.problem.layout import from_layout, to_layout
+from convsched.problem.reference import convolve
 
 LAYERS: list[Problem] = [
     Conv2d(5, 20, 3, padding=1, input_size=(6, 9), activation="relu", batch_size=2),

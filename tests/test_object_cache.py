@@ -14,7 +14,7 @@ import pytest
 
 import convsched as cs
 from convsched.errors import CacheWarning
-from convsched.kernels import jit
+from convsched.kernels import objects
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +33,7 @@ def fill(folder: Path, count: int) -> list[Path]:
     """So many small entries, the first of them not used for longest."""
     paths = []
     for number in range(count):
-        jit.write_entry(f"{number:064d}", {}, b"code" * 100)
+        objects.write_entry(f"{number:064d}", {}, b"code" * 100)
         paths.append(folder / f"{number:064d}")
         age(paths[-1], 1000 + number)
     return paths
@@ -42,23 +42,23 @@ def fill(folder: Path, count: int) -> list[Path]:
 def test_entries_used_last_are_kept(folder: Path) -> None:
     paths = fill(folder, 4)
     size = paths[0].stat().st_size
-    assert jit.usage() == (4, 4 * size)
-    assert jit.read_entry(paths[0].name) is not None  # it is used
-    assert jit.prune_entries(3 * size) == (2, 2, 2 * size)
+    assert objects.usage() == (4, 4 * size)
+    assert objects.read_entry(paths[0].name) is not None  # it is used
+    assert objects.prune_entries(3 * size) == (2, 2, 2 * size)
     assert {path.name for path in folder.iterdir()} == {paths[0].name, paths[3].name}
-    assert jit.prune_entries(3 * size) == (0, 2, 2 * size)
-    assert jit.prune_entries(0) == (2, 0, 0)
-    assert jit.usage() == (0, 0)
+    assert objects.prune_entries(3 * size) == (0, 2, 2 * size)
+    assert objects.prune_entries(0) == (2, 0, 0)
+    assert objects.usage() == (0, 0)
 
 
 def test_writing_keeps_the_folder_within_its_limit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = fill(folder, 100)
     limit = 10 * paths[0].stat().st_size
-    monkeypatch.setattr(jit, "LIMIT", limit)
-    jit.write_entry("1" * 64, {}, b"code")
-    assert jit.usage()[0] == 101  # most writes do not look
-    jit.write_entry("1" * 62 + jit.CHECKED, {}, b"code")
-    assert jit.usage()[1] < limit
+    monkeypatch.setattr(objects, "LIMIT", limit)
+    objects.write_entry("1" * 64, {}, b"code")
+    assert objects.usage()[0] == 101  # most writes do not look
+    objects.write_entry("1" * 62 + objects.CHECKED, {}, b"code")
+    assert objects.usage()[1] < limit
     assert (folder / ("1" * 64)).exists()
     assert not paths[0].exists()
 
@@ -67,7 +67,7 @@ def test_what_a_dead_writer_left_goes_too(folder: Path) -> None:
     fill(folder, 1)
     (folder / "tmpdead").write_bytes(b"half an entry")
     (folder / "a folder").mkdir()
-    assert jit.prune_entries(0) == (2, 0, 0)
+    assert objects.prune_entries(0) == (2, 0, 0)
     assert [path.name for path in folder.iterdir()] == ["a folder"]
 
 
@@ -77,8 +77,8 @@ def test_entries_that_cannot_be_removed_are_kept(folder: Path, monkeypatch: pyte
     def refuse(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(jit.os, "unlink", refuse)
-    assert jit.prune_entries(0) == (0, 3, 3 * size)
+    monkeypatch.setattr(objects.os, "unlink", refuse)
+    assert objects.prune_entries(0) == (0, 3, 3 * size)
 
 
 def test_entries_that_another_process_removes_first(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,24 +89,24 @@ def test_entries_that_another_process_removes_first(folder: Path, monkeypatch: p
         unlink(path)
         unlink(path)
 
-    monkeypatch.setattr(jit.os, "unlink", unlink_twice)
-    assert jit.prune_entries(0) == (3, 0, 0)
+    monkeypatch.setattr(objects.os, "unlink", unlink_twice)
+    assert objects.prune_entries(0) == (3, 0, 0)
 
 
 def test_no_folder_has_nothing_to_prune(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert jit.prune_entries(0) == (0, 0, 0)
+    assert objects.prune_entries(0) == (0, 0, 0)
     monkeypatch.setenv("CONVSCHED_CACHE", "/dev/null/cache")
-    assert jit.prune_entries(0) == (0, 0, 0)
+    assert objects.prune_entries(0) == (0, 0, 0)
 
 
 PRUNE = """
 import os
-from convsched.kernels import jit
+from convsched.kernels import objects
 for number in range(300):
     key = f"{number:064d}"
-    jit.write_entry(key, {}, os.urandom(100))
-    jit.read_entry(key)
-    jit.prune_entries(number % 3 * 1000)
+    objects.write_entry(key, {}, os.urandom(100))
+    objects.read_entry(key)
+    objects.prune_entries(number % 3 * 1000)
 print("done")
 """
 
@@ -116,7 +116,7 @@ def test_processes_prune_a_folder_that_others_use(folder: Path) -> None:
                                   text=True) for _ in range(3)]  # fmt: skip
     results = [(*process.communicate(timeout=120), process.returncode) for process in processes]
     assert results == [("done\n", "", 0)] * 3
-    assert all(jit.read_entry(path.name) is not None for path in folder.iterdir())
+    assert all(objects.read_entry(path.name) is not None for path in folder.iterdir())
 
 
 # Who may have written an entry
@@ -129,8 +129,8 @@ as_root = pytest.mark.skipif(getattr(os, "geteuid", lambda: 1)() != 0, reason="o
 
 def written(folder: Path) -> Path:
     """An entry that is used."""
-    jit.write_entry(KEY, {"a": 1}, b"code")
-    assert jit.read_entry(KEY) == ({"a": 1}, b"code")
+    objects.write_entry(KEY, {"a": 1}, b"code")
+    assert objects.read_entry(KEY) == ({"a": 1}, b"code")
     return folder / KEY
 
 
@@ -139,8 +139,8 @@ def told_once(times: int) -> str:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(times):
-            assert jit.read_entry(KEY) is None
-            jit.write_entry("2" * 64, {}, b"code")
+            assert objects.read_entry(KEY) is None
+            objects.write_entry("2" * 64, {}, b"code")
     (told,) = caught
     assert told.category is CacheWarning
     return str(told.message)
@@ -167,7 +167,7 @@ def test_a_folder_that_others_can_write_is_not_used(folder: Path, mode: int) -> 
                            f"(mode {mode:o}): chmod go-w"
     assert list(folder.iterdir()) == [entry]
     folder.chmod(0o755)
-    assert jit.read_entry(KEY) is not None
+    assert objects.read_entry(KEY) is not None
 
 
 @on_unix
@@ -194,7 +194,7 @@ def test_the_folder_of_another_user_is_not_used(folder: Path) -> None:
 @pytest.mark.parametrize("mode", [0o666, 0o620, 0o602])
 def test_an_entry_that_others_can_write_is_a_miss_and_is_replaced(folder: Path, mode: int) -> None:
     written(folder).chmod(mode)
-    assert jit.read_entry(KEY) is None
+    assert objects.read_entry(KEY) is None
     written(folder)
 
 
@@ -202,7 +202,7 @@ def test_an_entry_that_others_can_write_is_a_miss_and_is_replaced(folder: Path, 
 @as_root
 def test_an_entry_of_another_user_is_a_miss_and_is_replaced(folder: Path) -> None:
     os.chown(written(folder), NOBODY, NOBODY)
-    assert jit.read_entry(KEY) is None
+    assert objects.read_entry(KEY) is None
     written(folder)
 
 
@@ -220,7 +220,7 @@ def test_an_entry_that_is_not_a_file_is_a_miss_and_is_replaced(folder: Path, kin
             bound.bind(KEY)
     else:
         entry.symlink_to(moved if kind == "link" else "/dev/zero")
-    assert jit.read_entry(KEY) is None
+    assert objects.read_entry(KEY) is None
     written(folder)
 
 

@@ -11,9 +11,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from convsched.graph.onnx_layers import ModelLayer, read_model
-from convsched.parameters import Activation
-from convsched.reference import convolve
+from convsched.graph.onnx.layers import ModelLayer, read_model
+from convsched.problem.reference import convolve
+from convsched.problem.rules import Activation
 
 INPUT = (1, 4, 9, 11)
 

@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from convsched.errors import ModelError
-from convsched.graph import onnx_file, onnx_read
-from convsched.graph.onnx_file import Graph
-from convsched.graph.onnx_layers import ModelLayer, ModelLayers, read_model
+from convsched.graph.onnx import file as onnx_file
+from convsched.graph.onnx import read as onnx_read
+from convsched.graph.onnx.file import Graph
+from convsched.graph.onnx.layers import ModelLayer, ModelLayers, read_model
 
 OPSETS = [helper.make_opsetid("", 17), helper.make_opsetid("d", 1)]
 CONV = helper.make_node("Conv", ["x", "w"], ["y"], name="conv")

@@ -13,9 +13,9 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from convsched.errors import ModelError
-from convsched.graph.onnx_layers import ModelLayer, read_model
+from convsched.graph.onnx.layers import ModelLayer, read_model
 from convsched.problem import Conv2d, Linear
-from convsched.reference import convolve
+from convsched.problem.reference import convolve
 
 INPUT = ("x", (1, 4, 9, 11))
 

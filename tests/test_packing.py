@@ -11,15 +11,15 @@ import pytest
 from numpy.typing import NDArray
 
 import convsched as cs
-from convsched.algorithms import named
-from convsched.interp import evaluate_bind
 from convsched.ir import Program
-from convsched.kernels import binding
-from convsched.kernels.kernel import Kernel
-from convsched.kernels.packing import ALIGNMENT, BLOCK, Copy, blocks, inside, plain
-from convsched.machine import Machine
-from convsched.names import LAYOUTS
+from convsched.ir.interp import evaluate_bind
+from convsched.kernels.run import binding
+from convsched.kernels.run.kernel import Kernel
+from convsched.kernels.run.packing import ALIGNMENT, BLOCK, Copy, blocks, inside, plain
+from convsched.machine import Machine, host
+from convsched.plan.families import named
 from convsched.problem import Conv2d, Linear, Problem
+from convsched.problem.layout import LAYOUTS
 from convsched.schedule import apply
 
 TINY = np.finfo(np.float32).tiny
@@ -55,8 +55,8 @@ def test_what_is_bound_is_what_the_bind_stages_mean(
     algorithm: str, problem: Problem, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With denormals among the weights, and blocks so small that every loop is cut."""
-    monkeypatch.setattr("convsched.kernels.packing.BLOCK", 200)
-    monkeypatch.setattr("convsched.kernels.binding.BLOCK", 2000)
+    monkeypatch.setattr("convsched.kernels.run.packing.BLOCK", 200)
+    monkeypatch.setattr("convsched.kernels.run.binding.BLOCK", 2000)
     program = scheduled(algorithm, problem, layout)
     rng = np.random.default_rng(0)
     weight = rng.standard_normal(problem.weight_shape).astype(np.float32)
@@ -79,8 +79,8 @@ def test_what_is_bound_is_what_the_bind_stages_mean(
 ], ids=str)
 def test_binding_takes_few_bytes_beside_its_result(algorithm: str, problem: Problem) -> None:
     """Some blocks, of 4 bytes an element when copied and of 8 when transformed."""
-    kernel = Kernel(problem, named(algorithm, problem).default(Machine.host(), "nchw", 1).schedule(problem, "nchw"),
-                    layout="nchw", threads=1, machine=Machine.host(), algorithm=algorithm)
+    kernel = Kernel(problem, named(algorithm, problem).default(host.machine(), "nchw", 1).schedule(problem, "nchw"),
+                    layout="nchw", threads=1, machine=host.machine(), algorithm=algorithm)
     weight, bias = np.ones(problem.weight_shape, np.float32), np.zeros(problem.M, np.float32)
     kernel.bind(weight, bias)
     tracemalloc.start()

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from convsched.errors import ScheduleError
-from convsched.examples import filtered, nests, product
-from convsched.interp import interpret
 from convsched.ir import Loop, Program, Stage
+from convsched.ir.examples import filtered, nests, product
+from convsched.ir.interp import interpret
 from convsched.lower.direct import lower_direct
-from convsched.placement import layout, stage
 from convsched.problem import Conv2d
 from convsched.schedule import apply, apply_step, parse_schedule
+from convsched.schedule.layout import layout
+from convsched.schedule.stage import stage
 
 LAYER = lower_direct(Conv2d(4, 6, 3, padding=1, input_size=(5, 7), activation="relu"))
 INNER = "attach init at e; attach epilogue at e"

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from convsched.kernels import pool
+from convsched.kernels.run import pool
 
 WAIT = 60  # seconds until a test that hangs fails
 
@@ -140,7 +140,7 @@ def test_an_interrupt_at_any_bytecode_leaves_nothing_running() -> None:
 SIGNALS = """
 import random, signal, threading, time
 from functools import partial
-from convsched.kernels import pool
+from convsched.kernels.run import pool
 signal.signal(signal.SIGALRM, signal.default_int_handler)
 chance, caught = random.Random(0), 0
 for trial in range(TRIALS):
@@ -208,7 +208,7 @@ def test_a_system_with_too_few_threads_uses_those(monkeypatch: pytest.MonkeyPatc
 
 USE = """
 import atexit, sys, threading, time
-from convsched.kernels import pool
+from convsched.kernels.run import pool
 def use(end="", tasks=3, run_all=pool.run_all, sleep=time.sleep):
     ran = []
     run_all([lambda: (sleep(0.001), ran.append(1))] * tasks)

@@ -9,16 +9,17 @@ import numpy as np
 import pytest
 
 import convsched as cs
-from convsched.accuracy import BOUNDS, Prediction
-from convsched.algorithms import FAMILIES, AccuracyWarning, applicable, choices, choose, named
+from convsched.algebra.accuracy import BOUNDS, Prediction
 from convsched.errors import ArrayError, LoweringError
-from convsched.kernels.arrays import to_layout
-from convsched.kernels.kernel import BoundKernel
+from convsched.kernels.run.bound import BoundKernel
 from convsched.machine import Machine
-from convsched.names import ACCURACIES, LAYOUTS
-from convsched.networks import NETWORKS, network
+from convsched.networks.known import NETWORKS, network
+from convsched.options import ACCURACIES
+from convsched.plan.choice import AccuracyWarning, choices, choose
+from convsched.plan.families import FAMILIES, applicable, named
 from convsched.problem import Conv2d, Linear, Problem
-from convsched.reference import convolve
+from convsched.problem.layout import LAYOUTS, to_layout
+from convsched.problem.reference import convolve
 
 LAYER = Conv2d(64, 32, 3, padding=1, input_size=(14, 18))
 KINDS = ("normal", "relu", "mean", "huge")

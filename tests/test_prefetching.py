@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 import convsched as cs
-from convsched.algorithms import named
 from convsched.errors import ScheduleError
-from convsched.kernels.llvm import emit
+from convsched.kernels.emit.llvm import emit
 from convsched.lower.direct import lower_direct
 from convsched.machine import Machine
+from convsched.plan.families import named
 from convsched.problem import Conv2d, Linear, Problem
 from convsched.schedule import Prefetch, apply, parse_schedule
 

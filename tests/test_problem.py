@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from convsched.errors import ConvschedError, ProblemError, ScheduleError
-from convsched.parameters import ACTIVATIONS
 from convsched.problem import Conv2d, Linear, Problem, parse_problem
-from convsched.problem_text import names_within
+from convsched.problem.parse import names_within
+from convsched.problem.rules import ACTIVATIONS
 
 numbers = st.floats(-100, 100, width=32)
 activations = st.one_of(

@@ -15,9 +15,7 @@ import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from convsched.algorithms import named
 from convsched.errors import ScheduleError
-from convsched.interp import interpret
 from convsched.ir import (
     Affine,
     Body,
@@ -33,12 +31,15 @@ from convsched.ir import (
     map_value,
     substitute,
 )
-from convsched.kernels.arrays import from_layout, to_layout
-from convsched.kernels.kernel import Kernel
-from convsched.kernels.source import run_source
-from convsched.machine import Machine
+from convsched.ir.interp import interpret
+from convsched.ir.verify import verify
+from convsched.kernels.run.kernel import Kernel
+from convsched.kernels.source.printer import run_source
+from convsched.machine import host
+from convsched.plan.families import named
 from convsched.problem import Conv2d, Linear, Problem
-from convsched.recipes import is_flat
+from convsched.problem.layout import from_layout, to_layout
+from convsched.problem.problem import is_flat
 from convsched.schedule import (
     Attach,
     Fuse,
@@ -57,7 +58,6 @@ from convsched.schedule import (
     apply_step,
     parse_schedule,
 )
-from convsched.verify import verify
 
 Draw: TypeAlias = Callable[..., Any]
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -308,6 +308,6 @@ def test_random_schedule_as_machine_code(data: st.DataObject) -> None:
     given = [to_layout(arrays["x"].reshape(problem.input_shape), layout), arrays["w"].reshape(problem.weight_shape)]
     residual = to_layout(arrays["z"].reshape(problem.output_shape), layout) if "z" in arrays else None
     for threads in (1, 3):
-        kernel = Kernel(problem, schedule, layout=layout, threads=threads, machine=Machine.host(), algorithm=name)
+        kernel = Kernel(problem, schedule, layout=layout, threads=threads, machine=host.machine(), algorithm=name)
         y = kernel(*given, arrays.get("b"), residual=residual)
         np.testing.assert_array_equal(from_layout(y, problem.output_shape, layout), expected)

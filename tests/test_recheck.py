@@ -11,20 +11,20 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from convsched.analytic import default_recipe
-from convsched.autotune import worker as worker_module
-from convsched.autotune.cache import ScheduleCache
-from convsched.autotune.candidate import Job, Outcome
-from convsched.autotune.recheck import Check, recheck, winners
-from convsched.autotune.record import Key, Record
-from convsched.autotune.worker import Worker
-from convsched.machine import Machine
+from convsched.autotune.store.cache import ScheduleCache
+from convsched.autotune.store.recheck import Check, recheck, winners
+from convsched.autotune.store.record import Key, Record
+from convsched.autotune.workers import worker as worker_module
+from convsched.autotune.workers.candidate import Job, Outcome
+from convsched.autotune.workers.worker import Worker
+from convsched.cli.verify import verify
+from convsched.machine import host
+from convsched.plan.defaults import default_recipe
 from convsched.problem import Conv2d
-from convsched.verify_cli import verify
 
 PROBLEM = Conv2d(4, 8, 3, padding=1, input_size=6)
-KEY = Key.of(PROBLEM, Machine.host())
-DEFAULT = default_recipe(PROBLEM, Machine.host(), "nchw", 1).schedule(PROBLEM, "nchw").text
+KEY = Key.of(PROBLEM, host.machine())
+DEFAULT = default_recipe(PROBLEM, host.machine(), "nchw", 1).schedule(PROBLEM, "nchw").text
 
 
 def make(schedule: str, hot: float, key: Key = KEY, **values: Any) -> Record:
@@ -65,7 +65,7 @@ def cache(tmp_path: Path) -> ScheduleCache:
 
 def checks(cache: ScheduleCache, *outcomes: float | Outcome, **options: Any) -> list[Check]:
     run = FakeWorker({"unroll c": [*outcomes], "unroll m": [1.5], DEFAULT: [1.0]}).run
-    return list(recheck(cache, winners(cache, Machine.host()), run, **options))
+    return list(recheck(cache, winners(cache, host.machine()), run, **options))
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_verdicts(cache: ScheduleCache, outcome: float | Outcome, verdict: str, 
 
 def test_the_winner_is_run_in_turn_with_the_default(cache: ScheduleCache) -> None:
     worker = FakeWorker({"unroll c": [2.0]})
-    list(recheck(cache, winners(cache, Machine.host()), worker.run))
+    list(recheck(cache, winners(cache, host.machine()), worker.run))
     assert worker.jobs == [Job(PROBLEM.text, "nchw", 1, "unroll c", DEFAULT)]
 
 
@@ -104,7 +104,7 @@ def test_a_bad_verdict_needs_a_second_run(cache: ScheduleCache) -> None:
     assert [check.verdict for check in checks(cache, crashed, 2.0)] == ["good"]
     assert [check.verdict for check in checks(cache, 0.5, crashed)] == ["crashed"]
     worker = FakeWorker({"unroll c": [crashed]})
-    list(recheck(cache, winners(cache, Machine.host()), worker.run))
+    list(recheck(cache, winners(cache, host.machine()), worker.run))
     assert [job.incumbent for job in worker.jobs] == [DEFAULT, ""]
 
 
@@ -115,7 +115,7 @@ def test_a_default_that_fails_is_not_the_winners_fault(cache: ScheduleCache) -> 
 
 
 def test_a_default_that_wins_is_checked_alone(cache: ScheduleCache) -> None:
-    cache.forget(winners(cache, Machine.host()))
+    cache.forget(winners(cache, host.machine()))
     (check,) = checks(cache)
     assert (check.record.schedule, check.then, check.verdict) == (DEFAULT, 1.0, "good")
     assert isnan(check.now)
@@ -139,7 +139,7 @@ def test_forgetting_goes_on_to_what_is_good(cache: ScheduleCache) -> None:
 def test_what_is_all_bad_becomes_a_miss(cache: ScheduleCache) -> None:
     wrong = Outcome("wrong", "max |error| / rms is 1")
     run = FakeWorker({"unroll c": [wrong], DEFAULT: [wrong]}).run
-    assert len(list(recheck(cache, winners(cache, Machine.host()), run, forget=True))) == 2
+    assert len(list(recheck(cache, winners(cache, host.machine()), run, forget=True))) == 2
     assert cache.best(KEY) is None
 
 
@@ -157,7 +157,7 @@ def test_a_record_whose_default_cannot_be_made_is_bad(cache: ScheduleCache) -> N
 
 
 def test_winners_are_those_of_the_machine_and_layers(cache: ScheduleCache) -> None:
-    here = Machine.host()
+    here = host.machine()
     cache.put(make("unroll m", 1.0, replace(KEY, machine=Key.of(PROBLEM, replace(here, cores=999)).machine)))
     cache.put(replace(make("unroll c", 1.0, replace(KEY, threads=2)), status="crashed", hot=None))
     assert winners(cache, here) == [make("unroll c", 1.0)]
@@ -172,10 +172,10 @@ def test_the_budget(cache: ScheduleCache) -> None:
 
 
 def test_a_real_worker(cache: ScheduleCache) -> None:
-    cache.forget(winners(cache, Machine.host()))
+    cache.forget(winners(cache, host.machine()))
     cache.put(make("unroll nowhere", 0.5))
     with Worker() as worker:
-        first, second = recheck(cache, winners(cache, Machine.host()), worker.run, forget=True)
+        first, second = recheck(cache, winners(cache, host.machine()), worker.run, forget=True)
     assert (first.record.schedule, first.verdict) == ("unroll nowhere", "failed")
     assert "ScheduleError" in first.outcome.message
     assert (second.record.schedule, second.verdict, second.outcome.error) == (DEFAULT, "good", 0.0)

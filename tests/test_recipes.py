@@ -10,15 +10,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from convsched.analytic import default_recipe, meets_input
-from convsched.interp import interpret
 from convsched.ir import Program
+from convsched.ir.interp import interpret
+from convsched.ir.text import print_nest
 from convsched.lower.direct import LAYOUTS, lower_direct
 from convsched.machine import Isa, Machine
+from convsched.plan.defaults import default_recipe
 from convsched.problem import Conv2d, Linear, Problem
-from convsched.recipes import Channels, Depthwise, Pixels, Recipe, copy_stride, is_flat
+from convsched.problem.problem import is_flat, meets_input
+from convsched.recipes.direct import Channels, Depthwise, Pixels, copy_stride
+from convsched.recipes.recipe import Recipe
 from convsched.schedule import Schedule, apply, parse_schedule
-from convsched.text import print_nest
 
 QUICK = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 ISAS: tuple[Isa, ...] = ("avx512", "avx2", "sse", "neon")

@@ -12,19 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convsched.autotune.record import (
-    FORMAT,
-    SCHEDULE_FORMAT,
-    CacheError,
-    Contender,
-    Key,
-    Record,
-    Run,
-    Status,
-    choose,
-    parse_line,
-    winner,
-)
+from convsched.autotune.store.record import FORMAT, SCHEDULE_FORMAT, CacheError, Key, Record, Run, Status, parse_line
+from convsched.autotune.store.winner import Contender, choose, winner
 from convsched.machine import Machine
 from convsched.problem import Conv2d
 

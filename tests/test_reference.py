@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convsched.baseline import gemm_baseline
+from convsched.benchmark.baseline import gemm_baseline
 from convsched.errors import ArrayError
-from convsched.problem import Activation, Conv2d, Linear, Problem
-from convsched.reference import activate, convolve
+from convsched.problem import Conv2d, Linear, Problem
+from convsched.problem.conv2d import Activation
+from convsched.problem.reference import activate, convolve
 
 two = st.tuples(st.integers(1, 3), st.integers(1, 3))
 

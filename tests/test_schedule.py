@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from convsched.errors import ScheduleError
-from convsched.examples import nests, product
+from convsched.ir.examples import nests, product
 from convsched.schedule import (
     Attach,
     Fuse,

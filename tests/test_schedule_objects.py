@@ -10,14 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import convsched as cs
-from convsched import checks
 from convsched.errors import ScheduleError
-from convsched.examples import product
 from convsched.ir import Affine, Const, Loop, Store
-from convsched.kernels.source import run_source
+from convsched.ir.examples import product
+from convsched.ir.simplify import prune
+from convsched.kernels.source.printer import run_source
 from convsched.lower.direct import lower_direct
-from convsched.peeling import prune
-from convsched.reference import convolve
+from convsched.problem.reference import convolve
 from convsched.schedule import (
     MOST,
     STEPS,
@@ -33,6 +32,7 @@ from convsched.schedule import (
     Unroll,
     Vectorize,
     apply,
+    checks,
     parse_schedule,
 )
 

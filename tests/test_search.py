@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 
-from convsched.autotune.candidate import Outcome
-from convsched.autotune.record import Contender, winner
-from convsched.autotune.search import FIRST_LOOKS, RACERS, Measured, Search, better, distance
-from convsched.autotune.space import Choice
-from convsched.autotune.tune import Budget, TuneError
-from convsched.recipes import Pixels
+from convsched.autotune.search.budget import Budget, TuneError
+from convsched.autotune.search.domain import Choice
+from convsched.autotune.search.search import FIRST_LOOKS, RACERS, Measured, Search, better, distance
+from convsched.autotune.store.winner import Contender, winner
+from convsched.autotune.workers.candidate import Outcome
+from convsched.recipes.direct import Pixels
 
 DEFAULT = Choice("direct", Pixels(16, 1, 1, 1, False, False))
 SPACE = tuple(Choice("direct", Pixels(16, maps, rows, 1, False, False)) for maps in range(1, 6) for rows in range(1, 6))

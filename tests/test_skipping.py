@@ -11,15 +11,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import convsched as cs
-from convsched.analytic import meets_input
 from convsched.errors import ScheduleError
 from convsched.ir import Program, Reduce, leaves
-from convsched.kernels.kernel import Kernel
+from convsched.kernels.run.kernel import Kernel
 from convsched.lower.direct import lower_direct
-from convsched.machine import Machine
+from convsched.machine import host
 from convsched.problem import Conv2d
-from convsched.recipes import Channels
-from convsched.reference import convolve
+from convsched.problem.problem import meets_input
+from convsched.problem.reference import convolve
+from convsched.recipes.direct import Channels
 from convsched.schedule import Schedule, apply, parse_schedule
 
 LAYER = Conv2d(5, 7, 3, padding=1, bias=False, input_size=(6, 9))
@@ -55,7 +55,7 @@ def padded(draw: st.DrawFn) -> Conv2d:
 @given(problem=padded().filter(meets_input), data=st.data(), layout=st.sampled_from(["nchw", "nhwc"]))
 def test_kernels_that_skip_equal_the_oracle(problem: Conv2d, data: st.DataObject, layout: str) -> None:
     small = st.integers(1, 3)
-    machine = Machine.host()
+    machine = host.machine()
     recipe = Channels(
         lanes=machine.lanes, vectors=data.draw(small), rows=data.draw(small), pixels=data.draw(st.integers(1, 9)),
         block=data.draw(small), depth=data.draw(st.integers(1, 9)), unroll=data.draw(small),

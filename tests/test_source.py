@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from convsched.interp import interpret
 from convsched.ir import (
     Affine,
     Body,
@@ -31,8 +30,9 @@ from convsched.ir import (
     Value,
     storage_of,
 )
-from convsched.kernels.source import load_source, run_source, source
-from convsched.verify import verify
+from convsched.ir.interp import interpret
+from convsched.ir.verify import verify
+from convsched.kernels.source.printer import load_source, run_source, source
 
 Floats = npt.NDArray[np.float32]
 Loops = list[tuple[str, int, Kind]]

@@ -6,14 +6,16 @@ from dataclasses import dataclass, fields, replace
 
 import pytest
 
-from convsched.analytic import default_recipe
-from convsched.autotune import space
-from convsched.autotune.model import Rates, cost
-from convsched.autotune.space import Choice, Domain, Target
+from convsched.autotune.search import parameters, space
+from convsched.autotune.search.domain import Choice, Domain
 from convsched.lower.direct import lower_direct
 from convsched.machine import Machine
+from convsched.model.cost import Rates, cost
+from convsched.plan.defaults import default_recipe
+from convsched.plan.plan import Target
 from convsched.problem import Conv2d, Linear, Problem
-from convsched.recipes import Channels, Depthwise, Pixels, Recipe
+from convsched.recipes.direct import Channels, Depthwise, Pixels
+from convsched.recipes.recipe import Recipe
 from convsched.schedule import Schedule, apply, parse_schedule
 
 MACHINE = Machine.example("avx512")
@@ -85,15 +87,14 @@ class Rows:
 @pytest.fixture
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     """``Rows`` as the only recipe of the space."""
-    monkeypatch.setattr(space, "_MAKERS", [])
-
-    @space.register
     def rows(target: Target) -> Domain | None:
         if not isinstance(target.problem, Conv2d) or target.problem.groups > 1:
             return None
         columns = target.problem.F
         return Domain(Rows, {"lanes": (4, 8, 16), "unrolled": (1, 2, 4, 7, 14)},
                       lambda recipe: columns % recipe.unrolled == 0)
+
+    monkeypatch.setattr(space, "MAKERS", (rows,))
 
 
 @pytest.mark.usefixtures("registered")
@@ -148,7 +149,7 @@ def test_finer_parameters_are_varied_where_they_change_the_schedule() -> None:
     assert near(ragged, "tail") == {"overlap", "mask"}
     assert near(replace(ragged, pixels=6), "tail") == set()
     assert near(replace(ragged, pack="none", skip="hw"), "tail") == {"mask"}
-    assert near(ragged, "align") == {space.APART}
+    assert near(ragged, "align") == {parameters.APART}
     assert near(replace(ragged, pack="none", skip="hw"), "align") == set()
     assert near(ragged, "prefetch") == {8}
     for recipe in domain.neighbours(ragged):

@@ -25,7 +25,7 @@ CALL = (f"{COMPILE}; import numpy as np; "
     ("code", "absent"),
     [
         ("import convsched", {"numba", "llvmlite", "onnx", "click", "rich"}),
-        ("import convsched.cli", {"numba", "llvmlite", "onnx"}),
+        ("import convsched.cli.main", {"numba", "llvmlite", "onnx"}),
         ("import convsched as cs; print(cs.Conv2d(4, 8, 3, input_size=6).text, file=sys.stderr)"
          .replace("import ", "import sys; import ", 1), {"numba", "llvmlite"}),
         (COMPILE, {"numba", "onnx"}),

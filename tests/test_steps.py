@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 
 from convsched.errors import ScheduleError
-from convsched.examples import at, filtered, nest, nests, product, scaled, unfolded
-from convsched.inlining import inline
-from convsched.interp import interpret
 from convsched.ir import Affine, Load, Program, Stage, Store, find_loops
-from convsched.kernels.source import run_source
+from convsched.ir.examples import at, filtered, nest, nests, product, scaled, unfolded
+from convsched.ir.interp import interpret
+from convsched.ir.simplify import simplify
+from convsched.kernels.source.printer import run_source
 from convsched.lower.direct import lower_direct
 from convsched.lower.im2col import lower_im2col
-from convsched.peeling import simplify
 from convsched.problem import Conv2d, Linear
 from convsched.schedule import Schedule, apply, apply_step, parse_schedule
-from convsched.steps import split
+from convsched.schedule.inline import inline
+from convsched.schedule.split import split
 
 LAYER = lower_direct(Conv2d(4, 6, 3, padding=1, input_size=(5, 7), activation="relu"))
 GROUPED = lower_direct(Conv2d(4, 6, 1, groups=2, input_size=(5, 7), batch_size=2))
@@ -60,12 +60,14 @@ def refused(program: Program, text: str, step: str, why: str, fix: str, marked: 
         assert all(f" {marked} < " in line for line in arrows)
 
 
-@pytest.mark.parametrize("module", ["checks", "examples", "fusing", "inlining", "legality", "peeling", "placement",
-                                    "schedule", "steps"])
+@pytest.mark.parametrize("module", ["ir.examples", "schedule.attach", "schedule.checks", "schedule.fuse",
+                                    "schedule.inline", "schedule.kinds", "schedule.layout", "schedule.legality",
+                                    "schedule.peel", "schedule.reorder", "schedule.schedule", "schedule.split",
+                                    "schedule.stage"])
 def test_rewrites_in_docstrings(module: str) -> None:
     found = doctest.testmod(importlib.import_module(f"convsched.{module}"), optionflags=doctest.REPORT_UDIFF)
     assert found.failed == 0
-    assert found.attempted > 0 or module == "checks"
+    assert found.attempted > 0 or module == "schedule.checks"
 
 
 # split

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from convsched.bilinear import verify
+from convsched.algebra.bilinear import verify
+from convsched.algebra.strassen import matrix_product, strassen
 from convsched.errors import LoweringError
-from convsched.lower.strassen import matrix_product, strassen
 
 
 def blocks(matrix: np.ndarray, levels: int) -> list[np.ndarray]:

@@ -13,19 +13,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import convsched as cs
-from convsched.algorithms import named
 from convsched.errors import LoweringError
-from convsched.interp import interpret
-from convsched.kernels.arrays import from_layout, to_layout
-from convsched.kernels.kernel import Kernel
-from convsched.kernels.source import run_source
-from convsched.lower.blocks import blocks_of, lower_strassen
-from convsched.machine import Machine
+from convsched.ir.interp import interpret
+from convsched.kernels.run.kernel import Kernel
+from convsched.kernels.source.printer import run_source
+from convsched.lower.strassen import blocks_of, lower_strassen
+from convsched.machine import host
+from convsched.plan.defaults import default_strassen
+from convsched.plan.families import named
 from convsched.problem import Conv2d, Linear, Problem
-from convsched.recipes import is_flat
-from convsched.reference import convolve
+from convsched.problem.layout import from_layout, to_layout
+from convsched.problem.problem import is_flat
+from convsched.problem.reference import convolve
+from convsched.recipes.strassen import StrassenBlocks
 from convsched.schedule import Schedule, apply, parse_schedule
-from convsched.strassen_recipe import StrassenBlocks, default_strassen
 
 QUICK = settings(deadline=None, max_examples=8, suppress_health_check=list(HealthCheck))
 LAYOUTS = ("nchw", "nhwc", "nchw16c")
@@ -131,9 +132,9 @@ def test_several_blocks_of_pixels_with_a_ragged_last_one(problem: Problem, level
 def test_several_blocks_of_rows_with_taps_strides_and_a_ragged_last_one(levels: int, layout: Any) -> None:
     problem = Conv2d(20, 36, 3, stride=(2, 1), padding=(0, 1, 2, 3), input_size=(57, 18), batch_size=2, residual=True,
                      activation="relu")
-    recipe = replace(default_strassen(problem, levels, Machine.host(), layout), block=5 - levels)
+    recipe = replace(default_strassen(problem, levels, host.machine(), layout), block=5 - levels)
     assert blocks_of(problem, levels).block[2] % recipe.block
-    kernel = Kernel(problem, recipe.schedule(problem, layout), layout=layout, threads=2, machine=Machine.host(),
+    kernel = Kernel(problem, recipe.schedule(problem, layout), layout=layout, threads=2, machine=host.machine(),
                     algorithm=f"strassen({levels})")
     data, wanted = data_of(problem)
     x, z = (to_layout(data[name], layout) for name in "xz")
@@ -143,9 +144,9 @@ def test_several_blocks_of_rows_with_taps_strides_and_a_ragged_last_one(levels: 
 
 def test_sums_of_weights_are_bound_and_sums_of_pixels_stay_with_their_block() -> None:
     problem = Linear(64, 64, batch_size=512)
-    program = apply(lower_strassen(problem), default_strassen(problem, 1, Machine.host()).schedule(problem))
+    program = apply(lower_strassen(problem), default_strassen(problem, 1, host.machine()).schedule(problem))
     assert [stage.when for stage in program.stages] == ["bind", "bind", "run"]
-    block = default_strassen(problem, 1, Machine.host()).block
+    block = default_strassen(problem, 1, host.machine()).block
     assert block < 256
     for name in "vt":
         *others, pixels = program.tensor(name).shape
@@ -155,7 +156,7 @@ def test_sums_of_weights_are_bound_and_sums_of_pixels_stay_with_their_block() ->
 
 def test_a_block_has_its_rows_once_for_each_tap_and_its_columns_once() -> None:
     problem = Conv2d(64, 64, 3, stride=2, padding=1, input_size=56)
-    recipe = replace(default_strassen(problem, 1, Machine.host()), block=2)
+    recipe = replace(default_strassen(problem, 1, host.machine()), block=2)
     program = apply(lower_strassen(problem), recipe.schedule(problem))
     *others, columns = program.tensor("v").shape
     assert others == [7, 1, 32, 3, 2]  # products, image, channels, taps r, rows
@@ -207,7 +208,7 @@ def test_it_is_never_chosen_without_measuring() -> None:
     assert cs.compile(Conv2d(512, 512, 3, stride=2, input_size=29), threads=1, cache=False).algorithm == "direct"
     problem = Linear(512, 512, batch_size=512)
     assert cs.compile(problem, threads=1, cache=False).algorithm == "direct"
-    assert named("strassen", problem).estimate(Machine.host(), "nchw", 1) == float("inf")
+    assert named("strassen", problem).estimate(host.machine(), "nchw", 1) == float("inf")
 
 
 @pytest.mark.parametrize("problem", [Linear(512, 96, batch_size=96, bias=False),
@@ -219,7 +220,7 @@ def test_predicted_error_is_kept(levels: int, problem: Problem) -> None:
     exact = convolve(problem, x, w)
     algorithm = named(f"strassen({levels})", problem)
     assert algorithm.terms == 2**-levels * problem.C * problem.R * problem.S
-    kernel = Kernel(problem, algorithm.default(Machine.host(), "nchw", 1).schedule(problem), layout="nchw", threads=1,
-                    machine=Machine.host(), algorithm=algorithm.name)
+    kernel = Kernel(problem, algorithm.default(host.machine(), "nchw", 1).schedule(problem), layout="nchw", threads=1,
+                    machine=host.machine(), algorithm=algorithm.name)
     error = float(np.abs(kernel(x, w) - exact).max() / np.sqrt((exact**2).mean()))
     assert error < 1.5 * algorithm.prediction.expected

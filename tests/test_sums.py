@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convsched.bilinear import Matrix
-from convsched.lower.fft import fft_tile
-from convsched.lower.strassen import strassen
-from convsched.lower.winograd import winograd
-from convsched.sums import Sum, shared_factors, shared_sums
+from convsched.algebra.bilinear import Matrix
+from convsched.algebra.fft import fft_tile
+from convsched.algebra.strassen import strassen
+from convsched.algebra.sums import Sum, shared_factors, shared_sums
+from convsched.algebra.winograd import winograd
 
 NUMBERS = st.sampled_from([Fraction(0), Fraction(1), Fraction(-1), Fraction(2), Fraction(-3, 4), Fraction(1, 3)])
 

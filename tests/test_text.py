@@ -26,7 +26,7 @@ from convsched.ir import (
     Value,
     storage_of,
 )
-from convsched.text import WIDTH, print_nest, print_statement, print_tensor, print_value
+from convsched.ir.text import WIDTH, print_nest, print_statement, print_tensor, print_value
 
 
 def affine(constant: int = 0, **terms: int) -> Affine:

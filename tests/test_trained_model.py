@@ -21,12 +21,12 @@ from click.testing import CliRunner
 from onnx.reference import ReferenceEvaluator
 
 import convsched as cs
-from convsched import cli
-from convsched.accuracy import BOUNDS
-from convsched.explain.cases import make_arrays, model_case, relative_error
-from convsched.graph.onnx_file import Graph
-from convsched.graph.onnx_layers import ModelLayer, ModelLayers, read_model
-from convsched.reference import convolve
+from convsched.algebra.accuracy import BOUNDS
+from convsched.benchmark.cases import make_arrays, model_case, relative_error
+from convsched.cli import main as cli
+from convsched.graph.onnx.file import Graph
+from convsched.graph.onnx.layers import ModelLayer, ModelLayers, read_model
+from convsched.problem.reference import convolve
 
 
 @dataclass(frozen=True)

@@ -17,14 +17,16 @@ import pytest
 from click.testing import CliRunner
 
 import convsched as cs
-from convsched.autotune import tune as tuning
-from convsched.autotune.cache import ScheduleCache
-from convsched.autotune.calibrate import LEVELS, Calibration
-from convsched.autotune.candidate import Job, Outcome
-from convsched.autotune.record import Key, Record, choose
-from convsched.autotune.tune import LEAST_TRIES, Budget, Progress, TuneError, Tuner
-from convsched.cli import main
-from convsched.machine import Machine
+from convsched.autotune.measure.calibrate import LEVELS, Calibration
+from convsched.autotune.search import tuner as tuning
+from convsched.autotune.search.budget import Budget, Progress, TuneError
+from convsched.autotune.search.tuner import LEAST_TRIES, Tuner
+from convsched.autotune.store.cache import ScheduleCache
+from convsched.autotune.store.record import Key, Record
+from convsched.autotune.store.winner import choose
+from convsched.autotune.workers.candidate import Job, Outcome
+from convsched.cli.main import main
+from convsched.machine import host
 
 LAYER = cs.Conv2d(16, 16, 1, input_size=(6, 6), activation="relu")
 
@@ -38,7 +40,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ScheduleCache:
 
 
 def key() -> Key:
-    return Key.of(LAYER, Machine.host())
+    return Key.of(LAYER, host.machine())
 
 
 def test_candidates_are_kept_and_recalled(cache: ScheduleCache) -> None:
@@ -297,8 +299,9 @@ SCRIPT = """
 import sys
 from pathlib import Path
 import convsched as cs
-from convsched.autotune.cache import ScheduleCache
-from convsched.autotune.tune import Budget, Tuner
+from convsched.autotune.store.cache import ScheduleCache
+from convsched.autotune.search.budget import Budget
+from convsched.autotune.search.tuner import Tuner
 with Tuner(ScheduleCache(Path(sys.argv[1])), threads=1, report=lambda p: print(p.tried, flush=True)) as tuner:
     tuner.tune(cs.Conv2d(16, 16, 1, input_size=6, activation="relu"), Budget(candidates=1000))
 """

@@ -10,13 +10,13 @@ import pytest
 from click.testing import CliRunner, Result
 from rich.console import Console
 
-from convsched import tune_cli
-from convsched.autotune import tune as tuning
-from convsched.autotune.calibrate import LEVELS, Calibration
-from convsched.autotune.candidate import Job, Outcome
-from convsched.autotune.network import TunedLayer, TunedNetwork
-from convsched.autotune.tune import Budget, Progress, Tuned
-from convsched.cli import main
+from convsched.autotune.measure.calibrate import LEVELS, Calibration
+from convsched.autotune.search import tuner as tuning
+from convsched.autotune.search.budget import Budget, Progress, Tuned
+from convsched.autotune.search.network import TunedLayer, TunedNetwork
+from convsched.autotune.workers.candidate import Job, Outcome
+from convsched.cli import tune as tune_cli
+from convsched.cli.main import main
 from convsched.problem import Conv2d
 from convsched.schedule import Schedule
 

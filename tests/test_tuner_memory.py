@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 
 import convsched as cs
-from convsched.autotune import tune as tuning
-from convsched.autotune.cache import ScheduleCache
-from convsched.autotune.calibrate import LEVELS, Calibration
-from convsched.autotune.space import Choice, Target, candidates
-from convsched.autotune.tune import Budget, Progress, Tuner
-from convsched.machine import Machine
+from convsched.autotune.measure.calibrate import LEVELS, Calibration
+from convsched.autotune.search import tuner as tuning
+from convsched.autotune.search.budget import Budget, Progress
+from convsched.autotune.search.domain import Choice
+from convsched.autotune.search.space import candidates
+from convsched.autotune.search.tuner import Tuner
+from convsched.autotune.store.cache import ScheduleCache
+from convsched.machine import host
+from convsched.plan.plan import Target
 
 MIB = 1 << 20
 OWN, WORKERS = 8 * MIB, 48 * MIB  # that the processes may grow: code is freed, the compiler keeps some pools
@@ -57,4 +60,4 @@ def test_memory_is_flat(count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_machine_of_the_test_is_the_tuners() -> None:
-    assert len(candidates(Target(LAYER, Machine.host()))) > 1000
+    assert len(candidates(Target(LAYER, host.machine()))) > 1000

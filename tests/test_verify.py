@@ -26,7 +26,8 @@ from convsched.ir import (
     Tensor,
     storage_of,
 )
-from convsched.verify import lower_bound, upper_bound, verify
+from convsched.ir.bounds import lower_bound, upper_bound
+from convsched.ir.verify import verify
 
 
 def affine(constant: int = 0, **terms: int) -> Affine:

@@ -8,9 +8,9 @@ from functools import partial
 import numpy as np
 import pytest
 
-from convsched.bilinear import correlate, direct, verify
+from convsched.algebra.bilinear import correlate, direct, verify
+from convsched.algebra.winograd import default_points, products, winograd, winograd_side
 from convsched.errors import LoweringError
-from convsched.lower.winograd import default_points, products, winograd, winograd_side
 
 USUAL = tuple(map(Fraction, (0, 1, -1, 2, -2)))
 

@@ -14,22 +14,22 @@ from typing import IO
 
 import pytest
 
-from convsched.analytic import default_recipe
-from convsched.autotune import worker as module
-from convsched.autotune.candidate import Job
-from convsched.autotune.worker import Worker, WorkerError
-from convsched.machine import Machine
+from convsched.autotune.workers import worker as module
+from convsched.autotune.workers.candidate import Job
+from convsched.autotune.workers.worker import Worker, WorkerError
+from convsched.machine import host
+from convsched.plan.defaults import default_recipe
 from convsched.problem import Conv2d
 
 PROBLEM = Conv2d(4, 8, 3, padding=1, input_size=6)
-DEFAULT = default_recipe(PROBLEM, Machine.host()).schedule(PROBLEM).text
+DEFAULT = default_recipe(PROBLEM, host.machine()).schedule(PROBLEM).text
 GOOD = Job(PROBLEM.text, "nchw", 1, DEFAULT)
 
 # A process that obeys these schedules, and runs all others. It is a file, for the process to import.
 FAULTY = '''
 import os, signal, sys, time
-from convsched.autotune import candidate, worker
-from convsched.autotune.candidate import Outcome
+from convsched.autotune.workers import candidate, worker
+from convsched.autotune.workers.candidate import Outcome
 
 def obey(job, compiled, run=candidate.run_job):
     match job.schedule.split():
@@ -180,8 +180,8 @@ def test_a_worker_that_is_never_ready(faulty: str, tmp_path: Path) -> None:
 # A script without `if __name__ == "__main__"`, which prints its worker's number and waits for an end to a job.
 SCRIPT = """
 import sys
-from convsched.autotune.candidate import Job
-from convsched.autotune.worker import Worker
+from convsched.autotune.workers.candidate import Job
+from convsched.autotune.workers.worker import Worker
 sys.path.insert(0, sys.argv[1])
 with Worker(module="faulty_worker") as worker:
     print(worker.run(Job("", "", 1, "pid")).message, flush=True)

@@ -8,7 +8,7 @@ import pytest
 import convsched as cs
 from convsched.errors import ScheduleError
 from convsched.problem import Problem
-from convsched.reference import convolve
+from convsched.problem.reference import convolve
 
 LAYER = cs.Conv2d(16, 32, 3, padding=1, input_size=(14, 14), activation="relu")
 BASE = """

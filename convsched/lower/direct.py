@@ -26,8 +26,9 @@ from convsched.ir import (
     storage_of,
 )
 from convsched.lower.epilogue import activation
-from convsched.names import LAYOUTS
 from convsched.problem import Conv2d, Linear, Problem
+from convsched.problem.layout import LAYOUTS
+from convsched.problem.problem import taps
 
 
 def lower_direct(problem: Problem, layout: str = "nchw") -> Program:
@@ -36,12 +37,6 @@ def lower_direct(problem: Problem, layout: str = "nchw") -> Program:
     Source: Sze et al., "Efficient Processing of Deep Neural Networks", 2020, section 2.1.
     """
     return _lower_linear(problem) if isinstance(problem, Linear) else _lower_conv2d(problem, layout)
-
-
-def taps(problem: Problem) -> dict[str, int]:
-    """The loops over filter taps and their extents; a side of one tap has no loop."""
-    sides = {"r": problem.R, "s": problem.S} if isinstance(problem, Conv2d) else {}
-    return {name: extent for name, extent in sides.items() if extent > 1}
 
 
 def tensor_of(name: str, letters: str, shape: tuple[int, ...], role: Role,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from convsched.ir import Const, Op, Value
-from convsched.parameters import Activation
+from convsched.problem.rules import Activation
 
 
 def _clip(value: Value, low: float, high: float) -> Value:

@@ -14,9 +14,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from convsched.ir import Affine, Load, Op, Program, Stage, Store, nested
-from convsched.lower.direct import padded_input, sum_of_products, taps, tensor_of, weight_index
-from convsched.names import LAYOUTS
+from convsched.lower.direct import padded_input, sum_of_products, tensor_of, weight_index
 from convsched.problem import Conv2d
+from convsched.problem.layout import LAYOUTS
+from convsched.problem.problem import taps
 
 
 def lower_im2col(problem: Conv2d, layout: str = "nchw") -> Program:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from convsched.bilinear import Bilinear
+from convsched.algebra.bilinear import Bilinear
 from convsched.ir import Affine
 from convsched.problem import Conv2d
 

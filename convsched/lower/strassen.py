@@ -1,69 +1,358 @@
-"""Strassen's product of matrices in 2 x 2 blocks, ⟨2,2,2;7⟩, in Winograd's variant with 15 additions.
+"""Dense layers by Strassen's algorithm: the product of matrices that a layer is (im2col), in blocks.
 
-    y_mp = sum_c w_mc x_cp,  m, c, p < 2
+    u[k, m, c, r, s] = sum_{i,j} A[k, i, j] w[i M' + m, j C' + c, r, s]              weight sums, when weights are bound
+    v[k, n, c, r, e, w] = sum_{j,l} B[k, j, l] x[n, j C' + c, sh (l E' + e) + dh r - top, gw w - left]      input sums
+    t[k, n, m, e, f] = sum_{c,r,s} u[k, m, c, r, s] v[k, n, c, r, e, (sw f + dw s) / gw]                    products
+    y[n, i M' + m, l E' + e, f] = act(b[i M' + m] + sum_k C[i, l, k] t[k, n, m, e, f])                   output sums
 
-w, x and y hold their blocks row by row. For a 1x1 convolution the blocks are halves of the output channels, of
-the input channels and of the points: 7 products of half the size in each dimension take the place of 8. The
-variant's 15 additions (4 of w, 4 of x, 7 of y) need their shared sums, so each transform has several factors.
+Output channels, input channels and rows of output pixels are cut into 2^levels blocks of M', C' and E', the last
+padded with zeros; 7^levels products of blocks take the place of 8^levels. A block of the input is the Toeplitz matrix
+of im2col, of which rows are written once for each tap r, and columns once for all taps s: gw is the greatest common
+divisor of what they are apart, sw and dw (sw alone, where there is one tap). Where pixels have no taps, strides and
+padding, ``e`` counts all of an image, or of all images where channels are neighbours in memory, and f and w are no
+axes.
 
-Source: Strassen, "Gaussian elimination is not optimal", 1969; Higham, "Accuracy and Stability of Numerical
-Algorithms", 2002, section 23.1 (Winograd's variant, and the errors of both).
+Sums of inputs and of outputs go level by level, each a stage for each factor of one level's B or C, so that they share
+what they have in common: of the blocks j and l, level 0 makes the low digit of k, and so on; C in the same order.
+Loops are named after the axes above, with the letter of the tensor and the level: ``kx0 jx0 lx0 cx rx ex wx`` are
+those of the input sums, ``iy0 ly0 ky0 my ey fy`` those of the output sums; ``gx1 gx2 gy1 gy2`` count what is between
+factors, and loops in ``_`` are digits that other levels see to.
+
+Sources: Strassen's algorithm on what im2col gives: Cong and Xiao, "Minimizing Computation in Convolutional Neural
+Networks", 2014. Sums fused with packing and with the output: Huang et al., "Strassen's Algorithm Reloaded", 2016.
+A matrix that expands rows only: Cho and Brand, "MEC: Memory-efficient Convolution for Deep Neural Network", 2017.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cache, reduce
+from dataclasses import dataclass
+from math import gcd, isqrt
 
-from convsched.bilinear import Bilinear, Matrix, Transform, kronecker, verify
+from convsched.algebra.bilinear import Matrix
+from convsched.algebra.strassen import strassen
 from convsched.errors import LoweringError
+from convsched.ir import (
+    Affine,
+    Const,
+    Index,
+    Load,
+    Op,
+    Program,
+    Reduce,
+    Stage,
+    Store,
+    Tensor,
+    Value,
+    When,
+    nested,
+    storage_of,
+)
+from convsched.lower.direct import tensor_of
+from convsched.lower.epilogue import activation
+from convsched.problem import Conv2d, Linear, Problem
+from convsched.problem.layout import LAYOUTS
+from convsched.problem.problem import is_flat, taps
 
 
-def _factors(*levels: str) -> Transform:
-    """A factor for every level after the first; a word is a value of the level before, or ``name=u+v``, ``u-v``."""
-    known = [word.split("=")[0] for word in levels[0].split()]
-    factors = []
-    for level in levels[1:]:
-        words = [word.split("=") for word in level.split()]
-        sums = [word[-1].replace("-", " -").replace("+", " ").split() for word in words]
-        factors.append(Matrix.of([[(name in terms) - (f"-{name}" in terms) for name in known] for terms in sums]))
-        known = [word[0] for word in words]
-    return Transform(tuple(factors))
+@dataclass(frozen=True)
+class Columns:
+    """Columns of a block: ``count`` of pixels out, ``reads`` of sums in; pixel f and tap s meet at ``stride f +
+    dilation s`` of these, which are ``step`` columns of the input apart, the first ``left`` of it."""
+
+    count: int
+    reads: int
+    stride: int
+    dilation: int
+    step: int
+    left: int
 
 
-FILTER = _factors("w00 w01 w10 w11",
-                  "w00 w01 w11 s1=w10+w11 s3=w00-w10",
-                  "w00 w01 w11 s1 s2=s1-w00 s3",
-                  "w00 w01 s4=w01-s2 w11 s1 s2 s3")
-INPUT = _factors("x00 x01 x10 x11",
-                 "x00 x10 x11 t1=x01-x00 t3=x11-x01",
-                 "x00 x10 x11 t1 t2=x11-t1 t3",
-                 "x00 x10 x11 t4=t2-x10 t1 t2 t3")
-OUTPUT = _factors("p1 p2 p3 p4 p5 p6 p7",
-                  "y00=p1+p2 u2=p1+p6 p3 p4 p5 p7",
-                  "y00 u3=u2+p7 u4=u2+p5 p3 p4 p5",
-                  "y00 y01=u4+p3 y10=u3-p4 y11=u3+p5")
+@dataclass(frozen=True)
+class Blocks:
+    """The product of matrices that a layer is, for ``images``: ``sizes`` are (output channels, input channels, rows of
+    output pixels) of the whole, ``block`` those of a block. ``order`` is how activations are stored, with axes n, c, h
+    and w; ``columns`` is None where pixels are one row, and w no axis."""
+
+    images: int
+    sizes: tuple[int, ...]
+    block: tuple[int, ...]
+    order: tuple[str, ...]
+    columns: Columns | None
 
 
-@cache
-def strassen(levels: int = 1) -> Bilinear:
-    """⟨2,2,2;7⟩ nested ``levels`` times: 7^levels products of blocks in place of 8^levels; proved.
+def blocks_of(problem: Problem, levels: int = 1, layout: str = "nchw") -> Blocks:
+    """How a layer is cut into blocks, 2^levels each way. Raises LoweringError where it has groups, or is too small."""
+    if levels not in (1, 2):
+        raise LoweringError(f"strassen({levels}): errors grow with each level, and gains shrink; use one or two")
+    if problem.groups != 1:
+        raise LoweringError(f"strassen({levels}): {problem.text} has {problem.groups} groups, each a product of "
+                            "matrices of its own, and small; use direct")
+    if isinstance(problem, Conv2d) and not is_flat(problem):
+        images, rows, columns = problem.N, problem.E, _columns(problem)
+        order = LAYOUTS[layout]
+    else:
+        images, rows, columns = problem.N, problem.E * problem.F, None
+        order = tuple(letter for letter in LAYOUTS["nhwc" if isinstance(problem, Linear) else layout] if letter != "w")
+        if order[-1] == "c":
+            images, rows = 1, images * rows
+    parts, sizes = 2**levels, (problem.M, problem.C, rows)
+    if min(sizes) < parts:
+        raise LoweringError(
+            f"strassen({levels}): {problem.text} would be cut in {parts} along its output channels ({sizes[0]}), its "
+            f"input channels ({sizes[1]}) and its {'rows of output pixels' if columns else 'output pixels'} ({rows}), "
+            f"each of which must be at least {parts}; use direct")
+    whole = 16 if order[-1] == "c%16" else 1  # blocks of channels begin where stored ones do
+    block = tuple(-(-size // (parts * unit)) * unit for size, unit in zip(sizes, (whole, whole, 1), strict=True))
+    return Blocks(images, sizes, block, order, columns)
 
-    With two levels, block (m, c) of w is at index 8 m1 + 4 c1 + 2 m0 + c0 for m = 2 m1 + m0 and c = 2 c1 + c0; so
-    for x and y. Raises LoweringError for fewer levels than one.
+
+def _columns(p: Conv2d) -> Columns:
+    stride, dilation = p.stride[1], p.dilation[1] if p.S > 1 else 0
+    step = gcd(stride, dilation)
+    reads = ((p.F - 1) * stride + (p.S - 1) * dilation) // step + 1
+    return Columns(p.F, reads, stride // step, dilation // step, step, p.padding[1])
+
+
+BASES = {"i": 2, "j": 2, "l": 2, "k": 7}  # of blocks and of products, each level a digit
+SUMMED, MADE = {"x": "jl", "y": "k"}, {"x": "k", "y": "il"}  # blocks and products that sums take, and make
+
+
+@dataclass(frozen=True)
+class Level:
+    """One level of sums: the loops that it leaves alone, over what it makes, over the values between factors, the last
+    first, and over what it sums. ``sums`` is the tensor that the last factor makes, ``result`` what it is copied to
+    for the next level, or the products; ``source`` is what the level before hands on."""
+
+    rest: tuple[str, ...]
+    made: tuple[str, ...]
+    between: tuple[str, ...]
+    summed: tuple[str, ...]
+    sums: str
+    result: str
+    source: str
+
+
+def levels_of(levels: int, letter: str) -> tuple[Level, ...]:
+    """The levels, one or two, of the sums of inputs, "x", or of outputs, "y", in the order in which they are made.
+
+    >>> [(level.rest, level.made, level.summed) for level in levels_of(2, "x")]
+    [(('jx1_', 'lx1_'), ('kx0',), ('jx0', 'lx0')), (('kx0_',), ('kx1',), ('jx1', 'lx1'))]
     """
-    if levels < 1:
-        raise LoweringError(f"strassen({levels}): {levels} levels; must be 1 or more")
-    one = verify(Bilinear("strassen(1)", FILTER, INPUT, OUTPUT), lambda w, x: matrix_product(w, x, 2))
-    nested = reduce(kronecker, [one] * levels)
-    return Bilinear(f"strassen({levels})", nested.filter, nested.input, nested.output)
+    between = tuple(f"g{letter}{number}" for number in range(len(_factors(letter)) - 1, 0, -1))
+    names = ["v0", "v"] if letter == "x" else ["y0", ""]
+    found = []
+    for level, result in enumerate(names[-levels:]):
+        rest = [*(f"{name}{letter}1_" for name in SUMMED[letter] if level < levels - 1),
+                *(f"{name}{letter}0_" for name in MADE[letter] if level > 0)]
+        made, summed = (tuple(f"{name}{letter}{level}" for name in names[letter]) for names in (MADE, SUMMED))
+        found.append(Level(tuple(rest), made, between, summed, f"{result or 'y'}s", result, names[0] if level else ""))
+    return tuple(found)
 
 
-def matrix_product(w: Sequence[int], x: Sequence[int], size: int) -> list[int]:
-    """The product of two square matrices, given and returned row by row.
+def _factors(letter: str) -> tuple[Matrix, ...]:
+    """Those of the sums of one level."""
+    return (strassen().input if letter == "x" else strassen().output).factors
 
-    >>> matrix_product([1, 2, 3, 4], [5, 6, 7, 8], 2)
-    [19, 22, 43, 50]
+
+def lower_strassen(problem: Problem, levels: int = 1, layout: str = "nchw") -> Program:
+    """The unscheduled program of a problem.
+
+    Raises LoweringError where the layer has groups or fewer channels or pixels than blocks, or for other levels than
+    one or two.
     """
-    steps = range(size)
-    return [sum(w[size * m + c] * x[size * c + p] for c in steps) for m in steps for p in steps]
+    cut, triple, parts, tap = blocks_of(problem, levels, layout), strassen(levels), 2**levels, taps(problem)
+    n, k, (m, c, e) = cut.images, triple.rank, cut.block
+    columns, row_taps = cut.columns, {"r": problem.R} if "r" in tap else {}
+    pixels_in = {**row_taps, "e": e, **({"w": columns.reads} if columns else {})}
+    pixels_out = {"e": e, **({"f": columns.count} if columns else {})}
+    sums_in = _Sums("B", "x", levels, {"n": n, "cx": c, **{f"{name}x": size for name, size in pixels_in.items()}})
+    sums_out = _Sums("C", "y", levels, {"n": n, "my": m, **{f"{name}y": size for name, size in pixels_out.items()}})
+    products, weights = {"n": n, "k": k, "m": m, **pixels_out}, {"m": m, "c": c, **tap}
+    bound = {"kw": k, **{f"{name}w": size for name, size in weights.items()}}
+    filters = tuple(Affine.of(f"{name}w") if name in tap else Affine() for name in "rs")
+    read = () if columns is None else (
+        Affine.of("f") * columns.stride + (Affine.of("s") * columns.dilation if "s" in tap else 0),)
+    place = _at("k", "n", "m", *pixels_out)
+    tensors = [
+        *_arrays(problem, cut, parts), _constant("A", "k", "ij", triple.filter.matrix),
+        *sums_in.tensors, *sums_out.tensors,
+        _local("u", {"k": k, **weights}), _local("v", {"k": k, "n": n, "c": c, **pixels_in}),
+        *(_local(name, {"k": k, "n": n, "m": m, **pixels_out}) for name in ("ts", "t")),
+    ]
+    return Program(problem.text, tuple(tensors), (
+        *_sum("u", _at(*bound), bound, {"iw": parts, "jw": parts}, ("A", _at("kw", "iw", "jw")),
+              ("w", (Affine.of("iw") * m + "mw", Affine.of("jw") * c + "cw", *filters)[:len(problem.weight_shape)]),
+              "bind"),
+        *sums_in.stages(("x", _input_index(problem, cut, *sums_in.digits(0, 0).values()))),
+        *_sum("ts", place, products, {"c": c, **tap},
+              ("v", (*_at("k", "n", "c", *row_taps, "e"), *read)), ("u", _at("k", *weights))),
+        Stage("t", nested(products, Store("t", place, Load("ts", place)))),
+        *sums_out.stages(("t", (*sums_out.digits(0, 0).values(), *_at(*sums_out.outer)))),
+        _output(problem, cut, parts, sums_out)))
+
+
+def _arrays(problem: Problem, cut: Blocks, parts: int) -> list[Tensor]:
+    """What a caller gives and gets, with borders of zeros as wide as the blocks and taps reach."""
+    maps, channels, rows = ((0, parts * block - size) for block, size in zip(cut.block, cut.sizes, strict=True))
+    (M, C, E), n, columns, letters = cut.sizes, cut.images, cut.columns, "nchw" if cut.columns else "nch"
+    shape: tuple[int, ...] = n, C, E
+    width: tuple[int, ...] = ()
+    border = [(0, 0), channels, rows]
+    if columns is not None:
+        assert isinstance(problem, Conv2d)
+        shape, width = problem.input_shape, (columns.count,)
+        high = (parts * cut.block[2] - 1) * problem.stride[0] + (problem.R - 1) * problem.dilation[0] + 1
+        reach = (columns.reads - 1) * columns.step + 1
+        border[2:] = [(before, max(0, size - before - extent)) for before, size, extent
+                      in zip(problem.padding, (high, reach), problem.input_shape[2:], strict=False)]
+    filters = len(problem.weight_shape)
+    arrays = [
+        tensor_of("x", letters, shape, "input", cut.order, _border(*border)),
+        tensor_of("w", "mcrs"[:filters], problem.weight_shape, "weight",
+                  border=_border(maps, channels, *[(0, 0)] * (filters - 2))),
+        tensor_of("y", letters, (n, M, E, *width), "output", cut.order),
+    ]
+    if problem.bias:
+        arrays.append(tensor_of("b", "m", (M,), "weight"))
+    if problem.residual:
+        arrays.append(tensor_of("z", letters, (n, M, E, *width), "input", cut.order))
+    return arrays
+
+
+def _input_index(problem: Problem, cut: Blocks, j: Affine, l: Affine) -> Index:
+    """The element of the input that is in block (j, l) at channel cx, tap rx, row ex and column wx."""
+    channel, row = j * cut.block[1] + "cx", l * cut.block[2] + "ex"
+    if cut.columns is None:
+        return (Affine.of("n"), channel, row)
+    assert isinstance(problem, Conv2d)
+    row = row * problem.stride[0] + (Affine.of("rx") * problem.dilation[0] if problem.R > 1 else 0)
+    return (Affine.of("n"), channel, row - problem.padding[0], Affine.of("wx") * cut.columns.step - cut.columns.left)
+
+
+def _output(problem: Problem, cut: Blocks, parts: int, sums: _Sums) -> Stage:
+    """Bias, residual and activation, at the place of each block; what is past the end is left out."""
+    level = levels_of(sums.levels, "y")[-1]
+    block = sums.digits(sums.levels - 1, sums.levels)
+    maps, row = block["i"] * cut.block[0] + "my", block["l"] * cut.block[2] + "ey"
+    place = (Affine.of("n"), maps, row, *(_at("fy") if cut.columns else ()))
+    value: Value = Load(level.sums, (*block.values(), *_at(*sums.outer)))
+    if problem.bias:
+        value = Op("add", (value, Load("b", (maps,))))
+    if problem.residual:
+        value = Op("add", (value, Load("z", place)))
+    where = tuple(at - cut.sizes[axis] for at, axis in ((maps, 0), (row, 2))
+                  if parts * cut.block[axis] > cut.sizes[axis])
+    return Stage("y", nested(sums.loops(level, *level.made), Store("y", place, activation(problem.activation, value),
+                                                                   where)))
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """The sums of inputs, "x", by the matrix B, or of outputs, "y", by C: at each point of the loops ``outer``."""
+
+    symbol: str
+    letter: str
+    levels: int
+    outer: dict[str, int]
+
+    @property
+    def factors(self) -> tuple[Matrix, ...]:
+        """Those of one level."""
+        return _factors(self.letter)
+
+    def digits(self, level: int, done: int) -> dict[str, Affine]:
+        """The blocks and products that are left when so many levels are done, as the loops of a level count them."""
+        def count(axis: str, digits: range) -> Affine:
+            return Affine.total(((f"{axis}{self.letter}{digit}{'_' * (digit != level)}", BASES[axis]**place)
+                                 for place, digit in enumerate(digits)), 0)
+
+        return {**{axis: count(axis, range(done, self.levels)) for axis in SUMMED[self.letter] if done < self.levels},
+                **{axis: count(axis, range(done)) for axis in MADE[self.letter] if done}}
+
+    def loops(self, level: Level, *inner: str) -> dict[str, int]:
+        """The loops of a level outside of its sums, with those of the blocks or products named."""
+        return {**self.outer, **{name: BASES[name[0]] for name in (*level.rest, *inner)}}
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The constants, and what the stages make."""
+        between = ["gh"[number % 2] for number in range(len(self.factors) - 1)]
+        place = {name[0]: size for name, size in self.outer.items()}
+        tensors = [_constant(f"{self.symbol}{number}", rows, columns, factor) for number, (factor, rows, columns)
+                   in enumerate(zip(self.factors, [*between, MADE[self.letter]], [SUMMED[self.letter], *between],
+                                    strict=True), 1)]
+        for done, level in enumerate(levels_of(self.levels, self.letter), 1):
+            rest = {name[0]: BASES[name[0]] for name in level.rest}
+            tensors += [_local(f"{level.sums}{number}", {letter: len(factor.rows), **rest, **place})
+                        for number, (letter, factor) in enumerate(zip(between, self.factors, strict=False), 1)]
+            made = {axis: BASES[axis]**(done if axis in MADE[self.letter] else self.levels - done)
+                    for axis in self.digits(done - 1, done)}
+            names = (level.sums, level.result) if done < self.levels else (level.sums,)
+            tensors += [_local(name, {**made, **place}) for name in names]
+        return tuple(tensors)
+
+    def stages(self, source: tuple[str, Index]) -> tuple[Stage, ...]:
+        """Two stages a factor, and one that hands on what a level makes; the last of outputs is left to others."""
+        stages: list[Stage] = []
+        outer, last = _at(*self.outer), len(self.factors)
+        for number, level in enumerate(levels_of(self.levels, self.letter)):
+            if number:
+                source = (level.source, (*self.digits(number, number).values(), *outer))
+            target = (*self.digits(number, number + 1).values(), *outer)
+            given = {name: BASES[name[0]] for name in level.summed}
+            for place, factor in enumerate(self.factors, 1):
+                made = {name: BASES[name[0]] for name in level.made} if place == last else {
+                    f"g{self.letter}{place}": len(factor.rows)}
+                name = level.sums if place == last else f"{level.sums}{place}"
+                index = target if place == last else (*_at(*made, *level.rest), *outer)
+                stages += _sum(name, index, {**self.loops(level), **made}, given,
+                               (f"{self.symbol}{place}", _at(*made, *given)), source)
+                source, given = (name, index), made
+            if level.result:
+                stages.append(Stage(level.result, nested(self.loops(level, *level.made),
+                                                         Store(level.result, target, Load(level.sums, target)))))
+        return tuple(stages)
+
+
+def _border(*sides: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+    """A tensor's border, which is left out where there is none."""
+    return sides if any(map(any, sides)) else ()
+
+
+def _local(name: str, sizes: dict[str, int]) -> Tensor:
+    return tensor_of(name, "".join(sizes), tuple(sizes.values()), "local")
+
+
+def _constant(name: str, rows: str, columns: str, matrix: Matrix) -> Tensor:
+    """A matrix; two letters for rows or columns are those of the blocks of a matrix, of as many each way."""
+    def order(letters: str, count: int) -> tuple[tuple[int, ...], list[int]]:
+        if len(letters) == 1:
+            return (count,), list(range(count))
+        size = isqrt(count)
+        return (size, size), [_nested_index(i, j) for i in range(size) for j in range(size)]
+
+    (high, down), (wide, across) = order(rows, len(matrix.rows)), order(columns, matrix.columns)
+    return Tensor(name, tuple(rows + columns), (*high, *wide), "constant",
+                  storage_of(tuple(rows + columns), (*high, *wide)),
+                  values=tuple(float(matrix.dense[row][column]) for row in down for column in across))
+
+
+def _nested_index(i: int, j: int) -> int:
+    """The number of block (i, j) in a nested triple: the bits of both in turn, those of ``i`` first.
+
+    >>> [_nested_index(1, 0), _nested_index(0, 1), _nested_index(2, 3)]
+    [2, 1, 13]
+    """
+    return 2 * (i & 1) + (j & 1) + (4 * _nested_index(i >> 1, j >> 1) if i > 1 or j > 1 else 0)
+
+
+def _at(*parts: Affine | str | int) -> Index:
+    return tuple(map(Affine.of, parts))
+
+
+def _sum(target: str, index: Index, loops: dict[str, int], inner: dict[str, int], factor: tuple[str, Index],
+         other: tuple[str, Index], when: When = "run") -> tuple[Stage, Stage]:
+    """``target = sum over the inner loops of factor * other``, as two stages."""
+    product = Op("mul", (Load(*factor), Load(*other)))
+    return (Stage(f"{target}.start", nested(loops, Store(target, index, Const(0.0))), when),
+            Stage(target, nested({**loops, **inner}, Reduce(target, index, product)), when))

@@ -1,0 +1,71 @@
+"""The candidates for a problem: every recipe's parameters, as far as they make a legal schedule.
+
+A recipe joins by a ``Domain``: the values of each parameter worth trying for a problem, and which
+combinations fit. The search needs nothing else: it enumerates a domain, and it walks from a recipe to its
+neighbours, which differ in one parameter. What the parameters of the three recipes decide:
+
+    register tile          vectors, rows, pixels (channels, depthwise); maps, rows, vectors, lanes (pixels)
+    cache blocks           block: tiles that share a piece of input; depth: channels before the next tap
+    loop order             the whole image as one block walks it inside the weights, small blocks outside;
+                           depth below all channels puts taps inside channel blocks; order (pixels)
+    unrolling              unroll (channels); unroll_taps
+    layout of the input    pack: in place, a window with a physical border, or in the order of use
+    threads                parallel: over blocks of pixels or of output channels
+    tails                  tail: own copies, the last tile moved back, or masks; tiles that divide have none
+    borders                skip: products with padding left out, or computed with zeros; peel_borders
+    padding of strides     align: of the copy of the input, where its strides are multiples of a page
+    prefetch               prefetch: of the weights, where they are larger than L2
+
+The layout of the activations belongs to the target, and that of the weights follows the loops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from convsched.autotune.search.domain import Choice, Domain
+from convsched.autotune.search.parameters import algorithms, channels, depthwise, pixels
+from convsched.plan.choice import choose
+from convsched.plan.families import named
+from convsched.plan.plan import Target
+
+Maker = Callable[[Target], Domain | Iterable[Domain] | None]
+MAKERS: tuple[Maker, ...] = (channels, pixels, depthwise, algorithms)
+"""``maker(target)`` gives a recipe's domain, or one for each algorithm, or None where it does not apply."""
+
+
+def domains(target: Target) -> tuple[Domain, ...]:
+    """The domains of all recipes that apply, of the algorithms that the target allows."""
+    found: list[Domain] = []
+    for maker in MAKERS:
+        made = maker(target)
+        found += [made] if isinstance(made, Domain) else made or ()
+    only = named(target.algorithm, target.problem).name if target.algorithm else None
+    return tuple(domain for domain in found if only in (None, domain.algorithm))
+
+
+def candidates(target: Target) -> tuple[Choice, ...]:
+    """All candidates, the analytic default first. Raises LoweringError where the algorithm does not apply."""
+    p, machine = target.problem, target.machine
+    algorithm = (named(target.algorithm, p) if target.algorithm
+                 else choose(p, machine, target.layout, target.threads, target.accuracy))
+    found = dict.fromkeys([Choice(algorithm.name, algorithm.default(machine, target.layout, target.threads))])
+    for domain in domains(target):
+        found.update(dict.fromkeys(Choice(domain.algorithm, recipe) for recipe in domain))
+    return tuple(found)
+
+
+def seeds(target: Target) -> tuple[Choice, ...]:
+    """The defaults of all algorithms that may compute the problem: the search tries each."""
+    p, found = target.problem, {domain.algorithm: domain.seed for domain in domains(target)}
+    for name, seed in found.items():
+        found[name] = seed or named(name, p).default(target.machine, target.layout, target.threads)
+    return tuple(Choice(name, seed) for name, seed in found.items() if seed is not None)
+
+
+def neighbours(target: Target, choice: Choice) -> tuple[Choice, ...]:
+    """The candidates one step from another, of the same algorithm."""
+    own = [domain for domain in domains(target) if domain.algorithm == choice.algorithm and (
+        domain.seed is not None or domain.recipe is type(choice.recipe))]
+    return tuple(dict.fromkeys(Choice(choice.algorithm, near)
+                               for domain in own for near in domain.neighbours(choice.recipe)))

@@ -1,0 +1,47 @@
+"""Bounds on affine expressions where guards hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from convsched.ir.affine import Affine
+
+
+def upper_bound(a: Affine, conditions: Sequence[Affine], extents: Mapping[str, int]) -> int:
+    """A bound on the greatest value of ``a`` where all conditions are negative.
+
+    >>> e = Affine.of("e0") * 14 + "e1"
+    >>> upper_bound(e * 2 + "r", [e - 27], {"e0": 2, "e1": 14, "r": 3})
+    54
+    """
+    if not conditions:
+        return a.bounds(extents)[1]
+    orders = [(*conditions[i:], *conditions[:i]) for i in range(len(conditions))]
+    return min(_chained_bound(a, order, extents) for order in orders)
+
+
+def _chained_bound(a: Affine, conditions: Sequence[Affine], extents: Mapping[str, int]) -> int:
+    """The bound that taking conditions off one after another gives, while each makes it smaller."""
+    best = a.bounds(extents)[1]
+    gained = 0  # a <= max(rest) - gained
+    rest, improved = a, True
+    while improved:
+        improved = False
+        for condition in conditions:
+            for k in _factors(rest, condition):
+                smaller = rest - condition * k
+                bound = smaller.bounds(extents)[1] - gained - k
+                if bound < best:
+                    best, rest, gained, improved = bound, smaller, gained + k, True
+    return best
+
+
+def lower_bound(a: Affine, conditions: Sequence[Affine], extents: Mapping[str, int]) -> int:
+    """A bound on the least value of ``a`` where all conditions are negative."""
+    return -upper_bound(a * -1, conditions, extents)
+
+
+def _factors(a: Affine, condition: Affine) -> list[int]:
+    """Multiples of the condition that cancel a variable of ``a``."""
+    own = dict(a.terms)
+    return sorted({k for n, c in condition.terms if n in own and (k := own[n] // c) > 0})

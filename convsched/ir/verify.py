@@ -1,0 +1,178 @@
+"""What a legal program is. ``verify`` raises at the first rule that is broken, naming stage and statement.
+
+A bound on an index may use the statement's conditions. With ``c < 0``, so ``c <= -1``, and any ``k > 0``,
+
+    a = (a - k c) + k c  <=  max(a - k c) - k        a = (a + k c) - k c  >=  min(a + k c) + k
+
+for instance ``a = 2 e + r`` with ``e = 14 e0 + e1`` and the condition ``14 e0 + e1 - 27 < 0``, ``k = 2``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+
+from convsched.errors import VerifyError
+from convsched.ir.affine import Affine, Index
+from convsched.ir.bounds import lower_bound, upper_bound
+from convsched.ir.grammar import OPS, Body, Leaf, Load, Loop, Op, Program, Stage, Tensor, Value
+from convsched.ir.text import print_statement
+from convsched.ir.walk import leaves, loads
+
+
+def verify(program: Program) -> None:
+    """Raise VerifyError at the first rule of the IR that the program breaks."""
+    _check_tensors(program)
+    packed = {leaf.tensor for s in program.stages if s.when == "bind" for _, leaf in leaves(s.body)}
+    for stage in program.stages:
+        _check_loops(stage, stage.body, ())
+        for around, leaf in leaves(stage.body):
+            rule = next(_broken(program, stage, packed, around, leaf), None)
+            if rule is not None:
+                raise VerifyError(f"stage {stage.name}: {print_statement(leaf)}: {rule}")
+    _check_registers(program)
+
+
+def _check_tensors(program: Program) -> None:
+    names = [t.name for t in program.tensors]
+    for position, tensor in enumerate(program.tensors):
+        if tensor.name in names[:position]:
+            raise VerifyError(f"tensor {tensor.name}: there are two tensors of that name")
+        rule = _broken_tensor(tensor)
+        if rule:
+            raise VerifyError(f"tensor {tensor.name}: {rule}")
+
+
+def _broken_tensor(tensor: Tensor) -> str | None:
+    """The rule that a tensor's description breaks."""
+    rank = len(tensor.shape)
+    if len(tensor.letters) != rank or len(tensor.border) not in (0, rank):
+        return f"letters {tensor.letters}, shape {tensor.shape} and border {tensor.border} differ in length"
+    if any(size < 1 for size in tensor.shape):
+        return f"the shape {tensor.shape} must be positive"
+    if len(tensor.values) != (math.prod(tensor.shape) if tensor.role == "constant" else 0):
+        return f"it is {tensor.role} and has {len(tensor.values)} values"
+    for axis, size in enumerate(tensor.shape):
+        reach = 1
+        for stored in sorted((s for s in tensor.storage if s.axis == axis), key=lambda s: s.step):
+            if stored.step != reach:
+                return f"the storage of axis {tensor.letters[axis]} has a step {stored.step} after {reach}"
+            reach *= stored.size
+        if reach < size:
+            return f"the storage of axis {tensor.letters[axis]} holds {reach} of {size}"
+    end = 1
+    for stored in sorted(tensor.storage, key=lambda s: (s.stride, s.size)):
+        if stored.size > 1 and stored.stride < end:
+            return f"elements overlap: a stride of {stored.stride} within {end} elements"
+        end += (stored.size - 1) * stored.stride
+    return None
+
+
+def _check_loops(stage: Stage, body: Body, path: tuple[Loop, ...]) -> None:
+    for loop in body:
+        if not isinstance(loop, Loop):
+            continue
+        rule = None
+        if loop.extent < 1:
+            rule = f"the extent {loop.extent} must be positive"
+        elif any(outer.var == loop.var for outer in path):
+            rule = f"it is inside another loop {loop.var}"
+        elif loop.kind == "vector" and any(isinstance(s, Loop) for s in loop.body):
+            rule = "a vector loop may hold statements only"
+        elif (loop.kind == "digit" or loop.of != Affine()) and _is_no_digit(loop, path):
+            rule = f"it is no digit of {loop.of}, step {loop.step}: of loops around it, and never negative"
+        elif loop.kind == "parallel" and any(outer.kind == "parallel" for outer in path):
+            rule = "it is inside another parallel loop"
+        if rule:
+            raise VerifyError(f"stage {stage.name}: {loop.kind} loop {loop.var} < {loop.extent}: {rule}")
+        _check_loops(stage, loop.body, (*path, loop))
+
+
+def _is_no_digit(loop: Loop, path: tuple[Loop, ...]) -> bool:
+    extents = {outer.var: outer.extent for outer in path}
+    return (loop.kind != "digit" or loop.step < 1 or not loop.of.variables <= extents.keys()
+            or loop.of.bounds(extents)[0] < 0)
+
+
+def _broken(program: Program, stage: Stage, packed: set[str], around: tuple[Loop, ...],
+            leaf: Leaf) -> Iterator[str]:
+    """The rules that a statement breaks."""
+    extents = {loop.var: loop.extent for loop in around}
+    read = list(loads(leaf.value))
+    accesses = [(leaf.tensor, leaf.index), *((load.tensor, load.index) for load in read)]
+    yield from _broken_names(program, accesses, leaf.where, extents)
+    yield from _broken_ops(leaf.value)
+    yield from _broken_roles(program, stage, packed, leaf, read)
+    if any(w.bounds(extents)[0] >= 0 for w in leaf.where):
+        return  # it never runs
+    yield from _out_of_range(program.tensor(leaf.tensor), leaf.index, leaf.where, extents, is_load=False)
+    for load in read:
+        yield from _out_of_range(program.tensor(load.tensor), load.index, leaf.where, extents, is_load=True)
+
+
+def _broken_names(program: Program, accesses: Iterable[tuple[str, Index]], where: Index,
+                  extents: Mapping[str, int]) -> Iterator[str]:
+    for name, index in accesses:
+        if name not in program.by_name:
+            yield f"there is no tensor {name}"
+        elif len(index) != len(program.tensor(name).shape):
+            yield f"{name} has {len(program.tensor(name).shape)} axes, not {len(index)}"
+        yield from _unbound(index, extents)
+    yield from _unbound(where, extents)
+
+
+def _unbound(expressions: Index, extents: Mapping[str, int]) -> Iterator[str]:
+    names = {name for a in expressions for name in a.variables} - extents.keys()
+    yield from (f"no loop {name} is around it" for name in sorted(names))
+
+
+def _broken_ops(value: Value) -> Iterator[str]:
+    if not isinstance(value, Op):
+        return
+    if value.name not in OPS:
+        yield f"there is no operation {value.name}, only {', '.join(OPS)}"
+    elif len(value.values) != OPS[value.name]:
+        yield f"{value.name} takes {OPS[value.name]} operands, not {len(value.values)}"
+    for operand in value.values:
+        yield from _broken_ops(operand)
+
+
+def _broken_roles(program: Program, stage: Stage, packed: set[str], leaf: Leaf,
+                  read: Iterable[Load]) -> Iterator[str]:
+    role = program.tensor(leaf.tensor).role
+    if role in ("input", "weight", "constant"):
+        yield f"it stores to {leaf.tensor}, which is {role}"
+    if stage.when == "run":
+        if leaf.tensor in packed:
+            yield f"it stores to {leaf.tensor}, which a bind stage has stored"
+        return
+    if role != "local":
+        yield f"a bind stage stores to local tensors only, and {leaf.tensor} is {role}"
+    for load in read:
+        if program.tensor(load.tensor).role not in ("weight", "constant") and load.tensor not in packed:
+            yield f"a bind stage reads weights and what bind stages stored, not {load.tensor}"
+
+
+def _out_of_range(tensor: Tensor, index: Index, where: Index, extents: Mapping[str, int],
+                  is_load: bool) -> Iterator[str]:
+    for axis, a in enumerate(index):
+        before, after = tensor.frame(axis) if is_load else (0, 0)
+        low, high = lower_bound(a, where, extents), upper_bound(a, where, extents)
+        if low < -before or high >= tensor.shape[axis] + after:
+            verb = "load from" if is_load else "store to"
+            yield (f"{verb} {tensor.name}: axis {tensor.letters[axis]} has the index {a} in [{low}, {high}], "
+                   f"out of [{-before}, {tensor.shape[axis] + after - 1}]")
+
+
+def _check_registers(program: Program) -> None:
+    """Each register tensor belongs to one loop nest: one outermost statement of one stage."""
+    homes: dict[str, tuple[int, int]] = {}
+    for number, stage in enumerate(program.stages):
+        for position, statement in enumerate(stage.body):
+            for _, leaf in leaves((statement,)):
+                for name in (leaf.tensor, *(load.tensor for load in loads(leaf.value))):
+                    if program.tensor(name).role != "register":
+                        continue
+                    if homes.setdefault(name, (number, position)) != (number, position):
+                        raise VerifyError(f"stage {stage.name}: {print_statement(leaf)}: the register tensor "
+                                          f"{name} is also used in another loop nest")

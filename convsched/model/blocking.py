@@ -1,0 +1,62 @@
+"""The blocking of a bilinear algorithm's products, and the estimated time of a call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from convsched.lower.plane import Plane
+from convsched.machine import Machine
+from convsched.model.tiling import LATENCY, _load, _register_tile, _tiles, _Tiling
+
+TRANSFORM = 13  # FMAs of one vector at one point of a tile: transformed, stored, loaded again
+TILE_STEP = 1.0  # FMAs of loading a vector of weights and looping, for each step of a register tile
+L3_VECTOR, MEMORY_VECTOR = 4, 12  # FMAs in the time that a vector takes from L3 and from memory
+
+
+@dataclass(frozen=True)
+class Blocking:
+    """How the products of a bilinear algorithm are blocked: rows of tiles in a ``block``, a register tile of
+    ``vectors`` by ``pixels``, and the estimated ``time`` of a call, in vector FMAs of one core."""
+
+    block: int
+    vectors: int
+    pixels: int
+    time: float
+
+
+def best_blocking(plane: Plane, points: tuple[int, int], machine: Machine, threads: int = 1, by_lines: bool = False,
+                  ) -> Blocking:
+    """The blocking that takes the least estimated time: small blocks stay in L2, large ones stream the filters less
+    often. Blocks are shared among the threads."""
+    rows = plane.tiles[0]
+    blocks = [b for b in range(1, rows + 1) if rows % b == 0 and (rows >= b * threads or b == 1)]
+    return min((_blocking(plane, points, block, machine, threads, by_lines) for block in blocks),
+               key=lambda made: made.time)
+
+
+def _blocking(plane: Plane, points: tuple[int, int], block: int, machine: Machine, threads: int,
+              by_lines: bool) -> Blocking:
+    """A block and its estimated time: products at full rate, or at that of loads or of the latency of FMAs where a
+    register tile is small; transforms by the vector; filters that do not stay in L2, and blocks that do not, by the
+    bytes that each block moves."""
+    problem, (rows, columns), rank = plane.problem, plane.tiles, points[0] * points[1]
+    channels, maps = (count // problem.groups for count in (problem.C, problem.M))
+    tiles = block * columns
+    if machine.isa == "avx512" and not by_lines:  # FMAs broadcast as they load: one vector of weights is enough
+        most = machine.registers - 7  # a vector of weights and broadcasts beside them
+        vectors, pixels, load = 1, -(-tiles // -(-tiles // most)), 0.0
+    else:
+        tiling = _Tiling(maps, 1, tiles, channels, transposed=False, packed=False)
+        vectors, _, pixels = _register_tile(tiling, machine, 1)
+        load = _load(machine)
+    whole, deep = -(-maps // machine.lanes), -(-channels // machine.lanes)
+    steps = sum(a * b * (max(v * t, (v + t) * load, LATENCY) + TILE_STEP) for a, v in _tiles(whole, vectors)
+                for b, t in _tiles(tiles, pixels))
+    filters, transformed = 4 * rank * channels * maps, 4 * rank * tiles * (channels + maps)
+    l3, memory = machine.vector_bytes / L3_VECTOR, machine.vector_bytes / MEMORY_VECTOR
+    moved = 0 if 2 * filters <= machine.l2 else filters / l3 if 2 * filters <= machine.l3 else filters / memory
+    if transformed > 2 * machine.l2:  # written, for which it is fetched, and read
+        moved += 3 * transformed / (l3 if transformed + filters <= machine.l3 else memory)
+    time = rank * (channels * steps + TRANSFORM * tiles * (deep + whole)) + moved
+    planes = problem.N * problem.groups * problem.dilation[0] * problem.dilation[1]
+    return Blocking(block, vectors, pixels, planes * -(-rows // block // threads) * time)

@@ -1,0 +1,80 @@
+"""Which algorithms may compute a problem within a class of accuracy, the fastest by estimate first."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+
+from convsched.algebra.accuracy import BOUNDS
+from convsched.machine import Machine
+from convsched.options import Accuracy
+from convsched.plan.families import (
+    FAMILIES,
+    FAST_OUTPUTS,
+    FFT_TAPS,
+    MANY_TAPS,
+    MARGIN,
+    OUTPUTS,
+    STRASSEN_CHANNELS,
+    Algorithm,
+    _that_apply,
+)
+from convsched.problem import Conv2d, Problem
+from convsched.problem.problem import is_flat
+
+
+class AccuracyWarning(UserWarning):
+    """No algorithm is as accurate as asked; the most accurate one is used."""
+
+
+def members(problem: Problem, accuracy: Accuracy = "normal") -> tuple[str, ...]:
+    """The names of those that may be worth trying for a problem."""
+    found = ["direct"]
+    if isinstance(problem, Conv2d) and problem.R * problem.S > 1:
+        taps = [r for r in (problem.R, problem.S) if r > 1]
+        sides = [OUTPUTS.get(r, MANY_TAPS) + (FAST_OUTPUTS.get(r, ()) if accuracy == "fast" else ()) for r in taps]
+        found += ["winograd" + "x".join(dict.fromkeys(f"({m},{r})" for m, r in zip(outputs, taps, strict=True)))
+                  for outputs in zip(*sides, strict=False)]
+        found += ["fft"] if max(taps) >= FFT_TAPS else []
+    if isinstance(problem, Conv2d) and not is_flat(problem):
+        found.append("im2col")
+    if min(problem.M, problem.C) >= STRASSEN_CHANNELS:
+        found += ["strassen(1)", "strassen(2)"]
+    if accuracy == "strict":
+        return tuple(name for name in found if any(one.keeps_nonfinite for one in _that_apply(problem, name)))
+    return tuple(found)
+
+
+def choices(problem: Problem, machine: Machine, layout: str = "nchw", threads: int = 1,
+            accuracy: Accuracy = "normal") -> Iterator[Algorithm]:
+    """The algorithms whose predicted errors fit a class, the one with the least estimated time first.
+
+    Those without an estimate come last. Where none fits, it is the most accurate one that applies (for "strict", of
+    those that keep Inf and NaN where they belong), with an AccuracyWarning.
+    """
+    def time(algorithm: Algorithm) -> float:
+        return algorithm.estimate(machine, layout, threads) * (1 if algorithm.name == "direct" else MARGIN)
+
+    found: list[Algorithm] = []
+    fitting = False
+    tried = members(problem, accuracy)
+    for names in (tried, [family for family in FAMILIES if not any(name.startswith(family) for name in tried)]):
+        group = sorted(_that_apply(problem, *names), key=time)
+        for algorithm in group:
+            if algorithm.fits(accuracy):
+                fitting = True
+                yield algorithm
+        found += group
+    if not fitting:
+        best = min((one for one in found if one.keeps_enough(accuracy)), key=lambda one: one.prediction.expected)
+        kind = "algorithm that keeps Inf and NaN in their places" if accuracy == "strict" else "algorithm"
+        warnings.warn(f"{problem.text}: no {kind} has an expected error within accuracy={accuracy!r}, which is "
+                      f"{BOUNDS[accuracy]:.2g} of the output's rms; {best.name} is used, with "
+                      f"{best.prediction.expected:.2g}", AccuracyWarning, stacklevel=3)
+        yield best
+
+
+def choose(problem: Problem, machine: Machine, layout: str = "nchw", threads: int = 1,
+           accuracy: Accuracy = "normal") -> Algorithm:
+    """The algorithm of which ``compile`` takes the default recipe where nothing is stored: the first of ``choices``."""
+    return next(choices(problem, machine, layout, threads, accuracy))

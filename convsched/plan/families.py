@@ -1,0 +1,326 @@
+"""What may compute a problem: each algorithm's lowering and default recipe, and where it does not apply.
+
+``algorithm=`` takes the name of a family, such as "winograd", which stands for its usual member, or a member's
+full name, such as "winograd(4,3)". A new lowering joins by an entry in ``FAMILIES``.
+
+``choices`` orders those that a problem may use without measuring: errors are predicted, and times estimated from
+the default recipes. A time is in vector FMAs of one core, so that only ratios between a core and its caches matter:
+products at full rate, or at that of the latency of FMAs where a register tile is small; transforms by the vector;
+filters, where they do not stay in L2, by the bytes that each block streams. What costs all algorithms alike is left
+out, such as reading the input and writing the output once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from math import hypot, inf, prod, sqrt
+
+from convsched.algebra.accuracy import BOUNDS, UNIT, Prediction, predict, predict_direct
+from convsched.algebra.bilinear import Bilinear, kronecker
+from convsched.algebra.strassen import strassen
+from convsched.algebra.winograd import products, winograd_side
+from convsched.errors import LoweringError
+from convsched.ir import Program
+from convsched.lazy import cached_property
+from convsched.lower.direct import lower_direct
+from convsched.lower.fft_tiles import Fft, Side, _side
+from convsched.lower.im2col import lower_im2col
+from convsched.lower.plane import Fold, Plane, Shape
+from convsched.lower.strassen import blocks_of, lower_strassen
+from convsched.lower.tiles import lower_bilinear
+from convsched.machine import Machine
+from convsched.model.blocking import best_blocking
+from convsched.options import Accuracy
+from convsched.plan.defaults import default_recipe, default_strassen, default_tiles, default_toeplitz, direct_time
+from convsched.problem import Conv2d, Linear, Problem
+from convsched.problem.problem import is_flat
+from convsched.recipes.recipe import Recipe
+
+OUTPUTS = {2: (4,), 3: (4, 2)}  # of Winograd tiles along a side of so many taps, the usual one first
+MANY_TAPS = (2, 4)  # the same for other sides
+FAST_OUTPUTS = {2: (6,), 3: (5, 6)}  # further ones, of more error than accuracy="normal" allows
+MOST_SPLIT = 16  # taps of a side, for Winograd
+MARGIN = 4 / 3  # that an estimate must be below direct's: in doubt, direct
+FFT_TAPS = 7  # of a side, from which FFT is tried
+STRASSEN_CHANNELS = 512  # in and out, from which Strassen's products are tried
+LEAST_CHANNELS = 16  # in and out, below which vectors of channels are mostly empty
+FFT = 1.5  # the time of FFT tiles over that of their products at full rate
+IM2COL = 1.25  # the time of im2col over direct's
+
+
+def _unknown(machine: Machine, layout: str, threads: int) -> float:
+    """The estimate of what no model is known for: it is chosen last."""
+    return inf
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """A way to compute one problem: ``lower(layout)`` is the unscheduled program, ``default(machine, layout,
+    threads)`` the recipe that nothing was measured for.
+
+    ``predict(terms, outputs)`` tells the errors of sums of so many products; ``terms`` are those of each product of
+    transformed data, ``outputs`` the elements of the output. ``estimate(machine, layout, threads)`` is the time of a
+    call by the default recipe, in vector FMAs of one core; infinite where it is not known.
+
+    ``keeps_nonfinite``: each product is of one input and one weight, as in the definition, so that Inf and NaN reach
+    the outputs that they reach there, and no others. Transforms mix all elements of a tile, or of several blocks: an
+    Inf in the input makes NaN of whole tiles, finite neighbours included.
+    """
+
+    name: str
+    lower: Callable[[str], Program]
+    default: Callable[[Machine, str, int], Recipe]
+    predict: Callable[[int, int], Prediction]
+    terms: int
+    outputs: int
+    estimate: Callable[[Machine, str, int], float] = _unknown
+    keeps_nonfinite: bool = False
+
+    @cached_property
+    def prediction(self) -> Prediction:
+        """The errors to expect, over rms(output), in some milliseconds."""
+        return self.predict(self.terms, self.outputs)
+
+    def fits(self, accuracy: Accuracy) -> bool:
+        """Whether the class takes the algorithm: by its errors, and "strict" also by what becomes of Inf and NaN.
+
+        More terms and outputs have more error: most problems are decided by the next round numbers, which are
+        predicted once for many problems.
+        """
+        if not self.keeps_enough(accuracy):
+            return False
+        above = self.predict(1 << (self.terms - 1).bit_length(), 1 << -(-self.outputs.bit_length() // 8) * 8)
+        return above.allowed(accuracy) or self.prediction.allowed(accuracy)
+
+    def keeps_enough(self, accuracy: Accuracy) -> bool:
+        """Whether Inf and NaN reach the outputs that the class asks for: "strict" all of them, the others none."""
+        return self.keeps_nonfinite or accuracy != "strict"
+
+    def require(self, accuracy: Accuracy) -> None:
+        """Raise LoweringError unless the class takes the algorithm."""
+        if not self.keeps_enough(accuracy):
+            raise LoweringError(
+                f"accuracy={accuracy!r}: {self.name} makes NaN of finite outputs beside an Inf or a NaN in the input, "
+                "and the class keeps them where the definition has them; use accuracy=\"normal\", or algorithm=None "
+                "for the fastest that fits")
+        if not self.fits(accuracy):
+            expected, found = max(self.prediction.expected, self.prediction.adverse), self.prediction.accuracy
+            fix = f'use accuracy="{found}", or' if found else "no class takes it: use"
+            raise LoweringError(
+                f"accuracy={accuracy!r}: {self.name} has an expected error of {expected:.2g} of the output's rms, and "
+                f"the class allows {BOUNDS[accuracy]:.2g}; {fix} algorithm=None for the fastest that fits")
+
+
+def named(name: str, problem: Problem) -> Algorithm:
+    """The algorithm of a name for a problem; raises LoweringError where there is none, or it does not apply."""
+    family, sizes = parse_name(name)
+    return FAMILIES[family](problem, sizes)
+
+
+def parse_name(name: str) -> tuple[str, tuple[tuple[int, ...], ...]]:
+    """The family of a name and the sizes of its member; raises LoweringError for what is no name of an algorithm."""
+    match = re.fullmatch(r"([a-z0-9]+)((?:x?\(\d{1,4}(?:,\d{1,2})?\)){0,2})", name) if isinstance(name, str) else None
+    if match is None or match[1] not in FAMILIES:
+        raise LoweringError(f"algorithm={name!r}: use one of {', '.join(FAMILIES)}, or a member such as winograd(4,3)")
+    sizes = tuple(tuple(map(int, pair.split(","))) for pair in re.findall(r"\(([\d,]+)\)", match[2]))
+    return match[1], sizes
+
+
+def _direct(problem: Problem, sizes: tuple[tuple[int, ...], ...]) -> Algorithm:
+    if sizes:
+        raise LoweringError("algorithm='direct' has no sizes: leave the brackets out")
+    return Algorithm("direct", partial(lower_direct, problem),
+                     lambda machine, layout, threads: default_recipe(problem, machine, layout, threads),
+                     partial(_direct_error, _taps(problem)), problem.weights // problem.M, prod(problem.output_shape),
+                     partial(_direct_time, problem), keeps_nonfinite=True)
+
+
+def _taps(problem: Problem) -> int:
+    return problem.R * problem.S if isinstance(problem, Conv2d) else 1
+
+
+def _im2col(problem: Problem, sizes: tuple[tuple[int, ...], ...]) -> Algorithm:
+    if sizes:
+        raise LoweringError("algorithm='im2col' has no sizes: leave the brackets out")
+    if isinstance(problem, Linear) or is_flat(problem):
+        raise LoweringError(f"im2col: {problem.text} is a product of matrices as it stands; use direct")
+    return Algorithm("im2col", partial(lower_im2col, problem), partial(default_toeplitz, problem),
+                     partial(_direct_error, _taps(problem)), problem.weights // problem.M, prod(problem.output_shape),
+                     lambda machine, layout, threads: IM2COL * _direct_time(problem, machine, layout, threads),
+                     keeps_nonfinite=True)
+
+
+def _winograd(problem: Problem, sizes: tuple[tuple[int, ...], ...]) -> Algorithm:
+    """F(m, r) along each side of more than one tap; (m, r) once for both, or for the height and the width.
+
+    The two algorithms of short tiles are made, and proved, where more than their sizes is needed.
+    """
+    conv = _convolution("winograd", problem)
+    taps = [r for r in (conv.R, conv.S) if r > 1]
+    if not taps:
+        raise LoweringError(f"winograd: {problem.text} has one tap; use direct")
+    if any(s > 1 and d > 1 for s, d in zip(conv.stride, conv.dilation, strict=True)):
+        raise LoweringError(f"winograd: {problem.text} has a stride and a dilation along one side; use direct")
+    if max(taps) > MOST_SPLIT:
+        raise LoweringError(f"winograd: {problem.text} has {max(taps)} taps along a side, more than {MOST_SPLIT}; "
+                            "use fft")
+    sizes = sizes or tuple((OUTPUTS.get(r, MANY_TAPS)[0], r) for r in taps)
+    if len(sizes) == 1:
+        sizes = sizes * len(taps)
+    if any(len(pair) != 2 for pair in sizes) or [r for _, r in sizes] != taps or any(m < 2 for m, _ in sizes):
+        given = "x".join(f"({','.join(map(str, pair))})" for pair in dict.fromkeys(sizes))
+        raise LoweringError(f"winograd{given}: {problem.text} has "
+                            f"{' and '.join(map(str, taps))} taps; write (m,r) with r={taps[0]} and m of at least 2, "
+                            "once for both sides, or (m,r)x(m,r)")
+    along = iter(sizes)
+    sides = [(*(next(along) if r > 1 else (1, 1)), stride)
+             for r, stride in zip((conv.R, conv.S), conv.stride, strict=True)]
+    name = "winograd" + "x".join(f"({m},{r})" for m, r in dict.fromkeys(sizes))
+    column, row = partial(winograd_side, *sides[0]), partial(winograd_side, *sides[1])
+    outputs, points = (sides[0][0], sides[1][0]), (products(*sides[0]), products(*sides[1]))
+
+    def time(machine: Machine, layout: str, threads: int) -> float:
+        if min(conv.C, conv.M) // conv.groups < LEAST_CHANNELS:
+            return inf
+        return best_blocking(Plane(conv, outputs), points, machine, threads).time
+
+    return Algorithm(name, lambda layout: lower_bilinear(conv, column(), row(), layout),
+                     lambda machine, layout, threads: default_tiles(
+                         conv, Shape.of(column(), row()), machine, layout, threads),
+                     lambda terms, size: _bilinear_error(column(), row(), terms, size),
+                     conv.C // conv.groups, prod(conv.output_shape), time)
+
+
+def _fft(problem: Problem, sizes: tuple[tuple[int, ...], ...]) -> Algorithm:
+    """Tiles of n points along both sides or the one with taps; or of n points and rows of its folded plane."""
+    conv = _convolution("fft", problem)
+    if conv.stride != (1, 1) or conv.dilation != (1, 1) or conv.groups != 1:
+        raise LoweringError(f"fft: {problem.text} has a stride, a dilation or groups; use direct")
+    if any(len(pair) > 1 for pair in sizes):
+        raise LoweringError("algorithm='fft' has the points of a tile as its sizes: write fft(64), or fft(32)x(64)")
+    tiles = fft(conv, tuple(n for n, in sizes))
+    return Algorithm(tiles.name, tiles.lower,
+                     partial(default_tiles, conv, tiles.shape, by_lines=True),
+                     partial(_fft_error, tiles), conv.C, prod(conv.output_shape), partial(_fft_time, tiles))
+
+
+def _strassen(problem: Problem, sizes: tuple[tuple[int, ...], ...]) -> Algorithm:
+    """One level, or strassen(levels), of any dense layer; how long it takes is only known by measuring."""
+    if sizes not in ((), ((1,),), ((2,),)):
+        raise LoweringError("algorithm='strassen' has its levels as size: write strassen, strassen(1) or strassen(2)")
+    levels = sizes[0][0] if sizes else 1
+    return Algorithm(f"strassen({levels})", partial(lower_strassen, problem, levels),
+                     partial(default_strassen, problem, levels), partial(_strassen_error, levels),
+                     blocks_of(problem, levels).block[1] * problem.R * problem.S, prod(problem.output_shape))
+
+
+def _convolution(name: str, problem: Problem) -> Conv2d:
+    if isinstance(problem, Linear):
+        raise LoweringError(f"{name}: {problem.text} is a fully connected layer; use direct")
+    return problem
+
+
+FAMILIES: dict[str, Callable[[Problem, tuple[tuple[int, ...], ...]], Algorithm]] = {
+    "direct": _direct,
+    "im2col": _im2col,
+    "winograd": _winograd,
+    "fft": _fft,
+    "strassen": _strassen,
+}
+"""The families by name: each gives the member of some sizes for a problem, or raises LoweringError."""
+
+
+def applicable(problem: Problem) -> Iterator[Algorithm]:
+    """The usual member of each family that applies to a problem."""
+    return _that_apply(problem, *FAMILIES)
+
+
+def _that_apply(problem: Problem, *names: str) -> Iterator[Algorithm]:
+    for name in names:
+        try:
+            yield named(name, problem)
+        except LoweringError:
+            continue
+
+
+@lru_cache(1024)
+def _direct_error(taps: int, terms: int, outputs: int) -> Prediction:
+    return predict_direct(terms, outputs, taps=taps)
+
+
+@lru_cache(1024)
+def _bilinear_error(column: Bilinear, row: Bilinear, channels: int, outputs: int) -> Prediction:
+    return predict(kronecker(column, row), channels, outputs)
+
+
+@lru_cache(1024)
+def _strassen_error(levels: int, channels: int, outputs: int) -> Prediction:
+    return predict(strassen(levels), channels, outputs)
+
+
+@lru_cache(1024)
+def _fft_error(tiles: Fft, channels: int, outputs: int) -> Prediction:
+    """Independent errors of both directions add in squares, as F is orthogonal up to scales. The worst are products
+    of gains times the sum of all roundings, where each prediction is one gain times its own."""
+    sides = [side for side in (tiles.column, tiles.row) if side.n > 1]
+    found = [predict(side.dense, channels, outputs) for side in sides]
+    if len(found) == 1:
+        return found[0]
+    both = sum(1 / (UNIT * (3 * (side.reads + side.points) + channels)) for side in sides)
+    return Prediction(
+        hypot(*(one.expected for one in found)), hypot(*(one.adverse for one in found)),
+        prod(one.worst for one in found) * both / sqrt(channels), prod(one.norm_bound for one in found) * both)
+
+
+def _fft_time(tiles: Fft, machine: Machine, layout: str, threads: int) -> float:
+    if min(tiles.problem.C, tiles.problem.M) < LEAST_CHANNELS:
+        return inf
+    return FFT * tiles.cost / machine.lanes / threads
+
+
+def _direct_time(problem: Problem, machine: Machine, layout: str, threads: int) -> float:
+    return direct_time(problem, machine, layout) / threads
+
+
+LONGEST = 64, 128  # points of a tile by default, the latter only where need be: its code takes seconds to compile
+
+
+def fft(problem: Conv2d, sizes: tuple[int, ...] = ()) -> Fft:
+    """The FFT tiles of a problem: ``sizes`` are the points along both sides (one for both), or along the side with
+    taps, and of a row of its folded plane; none for those of the least cost.
+
+    Raises LoweringError for sizes that do not fit.
+    """
+    if problem.R == problem.S == 1:
+        raise LoweringError(f"fft: {problem.text} has one tap; use direct")
+    if sizes:
+        return _of_sizes(problem, sizes)
+    for longest in LONGEST:
+        powers = [1 << k for k in range(1, longest.bit_length())]
+        found = []
+        for pair in [*((n,) for n in powers), *((n, k) for n in powers for k in powers)]:
+            try:
+                found.append(_of_sizes(problem, pair))
+            except LoweringError:
+                continue
+        if found:
+            return min(found, key=lambda made: made.cost)
+    raise LoweringError(f"fft: {problem.text} has more taps than a tile of {LONGEST[-1]} points; write fft(n) with "
+                        "a larger n")
+
+
+def _of_sizes(p: Conv2d, sizes: tuple[int, ...]) -> Fft:
+    if p.R > 1 and p.S > 1:
+        column, row = (_side(n, taps, extent) for n, taps, extent
+                       in zip((sizes * 2)[:2], (p.R, p.S), (p.E, p.F), strict=True))
+        return Fft(p, column, row, "")
+    fold: Fold = "h" if p.R > 1 else "w"
+    taps, extent = (p.R, p.E) if p.R > 1 else (p.S, p.F)
+    if len(sizes) == 1:
+        along, across = _side(sizes[0], taps, extent), Side(1, 1, 1)
+        return Fft(p, along, across, "") if fold == "h" else Fft(p, across, along, "")
+    width = max(1, sizes[1] // 2)
+    return Fft(p, _side(sizes[0], -(-taps // width), -(-extent // width)), _side(sizes[1], width, width), fold)

@@ -1,0 +1,168 @@
+"""What every step checks before and after: the names it is given, and the nest it leaves.
+
+All of them raise ``ScheduleError`` with the nest printed and the loop marked. The limits keep a compilation
+within minutes: the time of the compiler grows with the square of the statements of one block of code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+from convsched.errors import ScheduleError
+from convsched.ir import Body, Leaf, Load, Loop, Program, Stage, Store, find_loops, leaves, loop_names, matrix_of
+from convsched.ir.address import offset
+from convsched.ir.text import print_nest
+from convsched.schedule.legality import race
+
+DEPTH = 20  # the most loops around a statement, as Python nests no more; recipes have up to 15
+COPIES = 512  # the most statements of a nest, as printed; recipes have up to 40
+LANES = 512  # the most iterations of a vector loop; recipes have one vector, at most 16
+STATEMENTS = 16384  # the most statements that unrolled loops write out; recipes have up to 5000
+REGISTERS = 65536  # the most elements of all register tensors: 256 KiB of stack; recipes have up to 512
+PADDING = 256  # the most a schedule may add: elements of a buffer for one that is copied, or statements run for one
+SMALL = 2**20  # elements (4 MiB) or statements (1 ms) that are few enough whatever is added
+_VECTOR = 16  # lanes of the widest vector instruction: a longer vector loop is several statements
+
+
+def fail(program: Program, step: str, why: str, fix: str, mark: str | None = None) -> ScheduleError:
+    """The error of a step, with the nest printed and a loop marked."""
+    return ScheduleError(step, why, fix, print_nest(program, mark))
+
+
+def require_loop(program: Program, step: str, name: str) -> None:
+    """Raise unless some stage has a loop of that name."""
+    names = [n for stage in program.stages for n in loop_names(stage.body)]
+    if name not in names:
+        known = ", ".join(dict.fromkeys(names))
+        raise fail(program, step, f"there is no loop {name}", f"use one of {known}")
+    if any(loop.kind == "digit" for stage in program.stages for loop in find_loops(stage.body, name)):
+        raise fail(program, step, f"{name} is a digit of other loops", "name one of these, or inline later", name)
+
+
+def require_new(program: Program, step: str, names: Sequence[str], loop: str) -> None:
+    """Raise if one of the names is a loop's already in a nest that has ``loop``, or they are not distinct
+    identifiers."""
+    for position, name in enumerate(names):
+        if not name.replace(".", "_").isidentifier():
+            raise fail(program, step, f"{name!r} is no name", "use letters, digits, _ and .")
+        if name == "root":
+            raise fail(program, step, "root is where stage copies once, before all loops", "use another name")
+        if name in names[:position]:
+            raise fail(program, step, f"{name} is named twice", "use two names")
+        if any(find_loops((nest,), name) and find_loops((nest,), loop) for s in program.stages for nest in s.body):
+            raise fail(program, step, f"a loop {name} exists already", "choose another name", name)
+
+
+def checked(before: Program, step: str, after: Program) -> Program:
+    """The program after a step, if loops still hold what they may, and weights are packed by plain copies."""
+    paths = [path for stage in after.stages for path, _ in leaves(stage.body)]
+    deepest = max(paths, key=len)
+    if len(deepest) > DEPTH:
+        raise fail(before, step, f"{len(deepest)} loops would be around a statement", f"leave at most {DEPTH}",
+                   deepest[0].var)
+    if len(paths) > COPIES:
+        raise fail(before, step, f"the nest would have {len(paths)} statements", f"peel less: at most {COPIES}")
+    known = {id(stage) for stage in before.stages}
+    for stage in (stage for stage in after.stages if id(stage) not in known):
+        found = _misplaced(stage.body)
+        if found is not None:
+            loop, why, fix = found
+            raise fail(before, step, why, fix, loop)
+        is_new = stage.when == "bind" and stage not in before.stages
+        broken = _broken_packing(after, stage) if is_new else None
+        if broken is not None:
+            why, fix = broken
+            raise fail(before, step, f"stage {stage.name!r} runs when weights are bound and {why}", fix)
+    shared = race(after)
+    if shared is not None:
+        loop, tensor = shared
+        raise fail(before, step, f"threads that share out {loop} would meet in {tensor} without waiting for "
+                   "each other", "make parallel a loop that all uses of it are inside", loop)
+    return after
+
+
+def _misplaced(body: Body, parallel: str | None = None,
+               around: frozenset[str] = frozenset()) -> tuple[str, str, str] | None:
+    """A loop where its kind may not be: its name, the rule, and the fix."""
+    for loop in body:
+        if not isinstance(loop, Loop):
+            continue
+        if loop.kind == "digit" and not loop.of.variables <= around:
+            outside = min(loop.of.variables - around)
+            return (loop.var, f"{loop.var} would be outside {outside}, of which it is a digit",
+                    "inline after the loops are in order")
+        inside = next((s.var for s in loop.body if isinstance(s, Loop)), None)
+        if loop.kind == "vector" and inside is not None:
+            return (loop.var, f"{inside} would be inside the vector loop {loop.var}, which may hold "
+                    "statements only", "vectorize last, and the innermost loop")
+        if loop.kind == "parallel" and parallel is not None:
+            return (loop.var, f"{loop.var} would be parallel inside the parallel loop {parallel}",
+                    "make one of them parallel")
+        found = _misplaced(loop.body, loop.var if loop.kind == "parallel" else parallel, around | {loop.var})
+        if found is not None:
+            return found
+    return None
+
+
+def _broken_packing(program: Program, stage: Stage) -> tuple[str, str] | None:
+    """Why a stage is no copy that is a view of the weights with other strides, and the fix; None if it is one."""
+    (loops, statement), *others = leaves(stage.body)
+    if others or not isinstance(statement, Store) or not isinstance(statement.value, Load):
+        return "would be more than a copy", "leave it a single copy"
+    target, source = program.tensor(statement.tensor), program.tensor(statement.value.tensor)
+    extents = {loop.var: loop.extent for loop in loops}
+    ends = {a - size for a, size in zip(statement.value.index, source.shape, strict=True)}
+    inside = all(a.bounds(extents)[1] < size for a, size in zip(statement.index, target.shape, strict=True))
+    if not inside or not ends.issuperset(statement.where):
+        return "would be cut short by a guard", "split its loops into equal parts"
+    place = offset(target, statement.index, extents)
+    if place.rest or place.affine.constant:
+        return (f"would store {target.name} as {' '.join(target.order)}, across blocks",
+                "split the loops that use it and pack in their order with layout")
+    return None
+
+
+def bounded(before: Program, program: Program) -> Program:
+    """A finished program, if what it writes out can be compiled (unrolled loops, vectors and registers), and runs
+    not many more statements than the unscheduled one: each ragged split may double them."""
+    written = [(_statements(program, path, leaf), path)
+               for stage in program.stages for path, leaf in leaves(stage.body)]
+    for loop in (loop for _, path in written for loop in path):
+        if loop.kind == "vector" and loop.extent > LANES:
+            raise fail(program, f"vectorize {loop.var}", f"{loop.var} has {loop.extent} iterations",
+                       f"split it first: a vector loop has at most {LANES}", loop.var)
+    total = sum(count for count, _ in written)
+    if total > STATEMENTS:
+        unrolled = [loop for loop in max(written, key=lambda found: found[0])[1] if loop.kind == "unroll"]
+        names = " ".join(loop.var for loop in unrolled)
+        raise fail(program, f"unroll {names}", f"{total} statements would be written out", f"unroll fewer or shorter "
+                   f"loops: at most {STATEMENTS}", max(unrolled, key=lambda loop: loop.extent).var)
+    elements = sum(t.elements for t in program.tensors if t.role == "register")
+    if elements > REGISTERS:
+        names = " ".join(t.name for t in program.tensors if t.role == "register")
+        raise fail(program, f"stage {names} in registers", f"they would have {elements} elements",
+                   f"stage a smaller tile: at most {REGISTERS}")
+    runs, needed = _runs(program), _runs(before)
+    if runs > max(SMALL, needed * PADDING):
+        raise fail(program, "schedule", f"{runs} statements would run where the nest without it runs {needed}",
+                   f"use factors that divide: at most {PADDING} times as many")
+    return program
+
+
+def _runs(program: Program) -> int:
+    """How many statements run, those that a guard turns off included."""
+    return sum(prod(loop.iterations for loop in path) for stage in program.stages for path, _ in leaves(stage.body))
+
+
+def _statements(program: Program, path: Sequence[Loop], leaf: Leaf) -> int:
+    """How often a statement is written out; a vector loop longer than an instruction counts as several, and a product
+    with the zero of a matrix does not count."""
+    lanes = prod(loop.extent for loop in path if loop.kind == "vector")
+    unrolled = {loop.var: loop.extent for loop in path if loop.kind == "unroll"}
+    count = prod(unrolled.values()) * -(-lanes // _VECTOR)
+    matrix = matrix_of(program, leaf)
+    if matrix is None or not {v for a in matrix.index for v in a.variables} <= unrolled.keys():
+        return count
+    values = program.tensor(matrix.tensor).values
+    return count * sum(map(bool, values)) // len(values)

@@ -1,0 +1,231 @@
+"""When may iterations of a loop change places? The dependence tests that all steps share.
+
+Let two accesses have indices ``c v + p`` and ``c v' + q`` along an axis, with the same coefficient of a
+variable ``v``. If ``p`` and ``q``, which depend on other variables, always differ by less than ``|c|``, then
+the two touch the same element only where ``v = v'``: the variable is a digit, as of a mixed-radix number. It
+then cancels, and the next digit is looked for. Guards ``w < 0`` narrow what ``p`` and ``q`` can be.
+
+Threads run a stage without waiting for each other: iterations ``extent i / n`` to ``extent (i + 1) / n`` of
+each parallel loop on thread ``i`` of ``n``, and what is outside of parallel loops on every thread. A tensor
+that only one stage uses is each thread's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import combinations_with_replacement
+
+from convsched.ir import Affine, Body, Index, Leaf, Loop, Program, Reduce, Stage, Store, leaves, loads
+from convsched.ir.bounds import lower_bound, upper_bound
+from convsched.ir.walk import indices
+
+Guards = tuple[Affine, ...]
+Access = tuple[Index, Guards]
+
+
+@dataclass(frozen=True)
+class Domain:
+    """The points at which an expression is evaluated: extents of the loops, and guards that hold."""
+
+    extents: Mapping[str, int]
+    guards: Guards = ()
+
+    def bounds(self, a: Affine) -> tuple[int, int]:
+        """A bound on the least and on the greatest value."""
+        if not self.guards:
+            return a.bounds(self.extents)
+        guards = [w for w in self.guards if w.variables <= self.extents.keys()]
+        return lower_bound(a, guards, self.extents), upper_bound(a, guards, self.extents)
+
+
+def digits(one: Affine, here: Domain, other: Affine, there: Domain) -> tuple[set[str], bool]:
+    """Variables that are equal wherever two expressions are, and whether the two never are.
+
+    >>> m = Affine.of("g") * 20 + Affine.of("m0") * 16 + "m1"
+    >>> extents = {"g": 3, "m0": 2, "m1": 16}
+    >>> whole, masked = Domain(extents), Domain(extents, (Affine.of("m0") * 16 + "m1" - 20,))
+    >>> digits(m, whole, m, whole)
+    (set(), False)
+    >>> found, never = digits(m, masked, m, masked)
+    >>> sorted(found), never
+    (['g', 'm0', 'm1'], False)
+    >>> digits(Affine.of("m1"), whole, Affine.of("m1") + 16, whole)[1]
+    True
+    """
+    found: set[str] = set()
+    rest = sorted([t for t in one.terms if t in other.terms], key=lambda t: (-abs(t[1]), t[0]))
+    while True:
+        for term in rest:
+            fewer, less = (Affine(tuple([t for t in a.terms if t != term]), a.constant) for a in (one, other))
+            low, high = _difference(fewer, here, less, there)
+            if max(abs(low), abs(high)) < abs(term[1]):
+                found.add(term[0])
+                rest.remove(term)
+                one, other = fewer, less
+                break
+        else:
+            low, high = _difference(one, here, other, there)
+            return found, low > 0 or high < 0
+
+
+def _difference(one: Affine, here: Domain, other: Affine, there: Domain) -> tuple[int, int]:
+    """Bounds on ``one - other``, each at a point of its own."""
+    (a, b), (c, d) = here.bounds(one), there.bounds(other)
+    return a - d, b - c
+
+
+def accesses(body: Body) -> tuple[dict[str, list[Access]], dict[str, list[Access]], set[str]]:
+    """Reads and writes of each tensor, and the tensors only ever reduced into."""
+    reads: dict[str, list[Access]] = {}
+    writes: dict[str, list[Access]] = {}
+    stored: set[str] = set()
+    for _, leaf in leaves(body):
+        writes.setdefault(leaf.tensor, []).append((leaf.index, leaf.where))
+        if not isinstance(leaf, Reduce):
+            stored.add(leaf.tensor)
+        for load in loads(leaf.value):
+            reads.setdefault(load.tensor, []).append((load.index, leaf.where))
+    return reads, writes, {t for t in writes if t not in stored and t not in reads}
+
+
+def carried(var: str, body: Body, extents: Mapping[str, int], commutative: bool = False) -> str | None:
+    """A tensor through which iterations of ``var`` depend on each other, or None.
+
+    With ``commutative``, a tensor that is only reduced into does not count: sums may be reordered.
+    """
+    reads, writes, reduced = accesses(body)
+    for tensor, written in writes.items():
+        if commutative and tensor in reduced:
+            continue
+        if not is_separated(var, written + reads.get(tensor, []), extents):
+            return tensor
+    return None
+
+
+def is_separated(var: str, touched: list[Access], extents: Mapping[str, int]) -> bool:
+    """Whether accesses to one tensor touch the same element only at the same ``var``."""
+    for axis in range(len(touched[0][0])):
+        places = {(index[axis], where) for index, where in touched}
+        if all(a.coefficient(var) and b.coefficient(var)
+               and var in digits(a, Domain(extents, here), b, Domain(extents, there))[0]
+               for (a, here), (b, there) in combinations_with_replacement(places, 2)):
+            return True
+    return False
+
+
+def without(body: Body, tensors: set[str]) -> Body:
+    """The body without the statements that store to some tensors."""
+    return _only(body, lambda leaf: leaf.tensor not in tensors)
+
+
+def touching(body: Body, tensors: set[str]) -> Body:
+    """The body with only the statements that touch one of some tensors."""
+    return _only(body, lambda leaf: any(name in tensors for name, _ in indices(leaf)))
+
+
+def _only(body: Body, keep: Callable[[Leaf], bool]) -> Body:
+    """The body with only some statements; loops stay, also around none."""
+    return tuple(replace(s, body=_only(s.body, keep)) if isinstance(s, Loop) else s
+                 for s in body if isinstance(s, Loop) or keep(s))
+
+
+def fills_first(body: Body, tensor: str) -> bool:
+    """Whether the first statement that touches a tensor sets it, without reading it."""
+    first = next((leaf for _, leaf in leaves(body) if any(n == tensor for n, _ in indices(leaf))), None)
+    return (isinstance(first, Store) and first.tensor == tensor
+            and not any(load.tensor == tensor for load in loads(first.value)))
+
+
+@dataclass(frozen=True)
+class _Touch:
+    """One access to a tensor: under which parallel loop (``home`` counts them), at which index."""
+
+    leaf: Leaf
+    index: Index
+    writes: bool
+    home: int
+    parallel: Loop | None
+    extents: Mapping[str, int]
+
+
+def race(program: Program) -> tuple[str, str] | None:
+    """A parallel loop and a tensor through which threads that do not wait would meet, or None."""
+    for stage in program.stages:
+        homes = list(_homes(stage.body))
+        name = next((loop.var for loop, _, _ in homes if loop is not None), None)
+        if stage.when == "bind" or name is None:
+            continue
+        touches: dict[str, list[_Touch]] = {}
+        for home, (loop, path, body) in enumerate(homes):
+            for around, leaf in leaves(body, path):
+                extents = {found.var: found.extent for found in around}
+                for position, (tensor, index) in enumerate(indices(leaf)):
+                    touches.setdefault(tensor, []).append(
+                        _Touch(leaf, index, position == 0, home, loop, extents))
+        for tensor, found in touches.items():
+            role = program.tensor(tensor).role
+            own = role == "register" or (role == "local" and _is_alone(program, stage, tensor))
+            if any(t.writes for t in found) and _meets(tensor, found, own, role == "register", homes):
+                return next((t.parallel.var for t in found if t.parallel is not None), name), tensor
+    return None
+
+
+_Home = tuple[Loop | None, tuple[Loop, ...], Body]  # parallel loop, loops around its body, the body
+
+
+def _homes(body: Body, path: tuple[Loop, ...] = ()) -> Iterator[_Home]:
+    """Each parallel loop with its body, and each statement that is in none."""
+    for statement in body:
+        if not isinstance(statement, Loop):
+            yield None, path, (statement,)
+        elif statement.kind == "parallel":
+            yield statement, (*path, statement), statement.body
+        else:
+            yield from _homes(statement.body, (*path, statement))
+
+
+def _is_alone(program: Program, stage: Stage, tensor: str) -> bool:
+    """Whether no other stage touches a tensor."""
+    return not any(name == tensor for other in program.stages if other is not stage
+                   for _, leaf in leaves(other.body) for name, _ in indices(leaf))
+
+
+def _meets(tensor: str, touches: list[_Touch], own: bool, register: bool, homes: list[_Home]) -> bool:
+    """Whether two threads may touch one element of a tensor that is written, or registers would have to keep
+    values while a parallel loop ends or begins."""
+    inside = [t for t in touches if t.parallel is not None]
+    if not inside:
+        return not own
+    if len(inside) < len(touches):
+        return register or not own or any(t.writes for t in inside)
+    if own and all(fills_first(homes[home][2], tensor) for home in {t.home for t in inside}):
+        return False
+    if register:
+        return True
+    return any((a.writes or b.writes) and not _same_thread(a, b) and (a.home == b.home or not _apart(a, b))
+               for a, b in combinations_with_replacement(_distinct(inside), 2))
+
+
+def _distinct(touches: Iterable[_Touch]) -> list[_Touch]:
+    return list({(t.index, t.leaf.where, t.writes, t.home): t for t in touches}.values())
+
+
+def _same_thread(a: _Touch, b: _Touch) -> bool:
+    """Whether one thread has both accesses wherever they touch the same element."""
+    assert a.parallel is not None
+    assert b.parallel is not None
+    if (a.parallel.var, a.parallel.extent) != (b.parallel.var, b.parallel.extent):
+        return False
+    return a.parallel.extent == 1 or any(a.parallel.var in found for found, _ in _along_axes(a, b))
+
+
+def _apart(a: _Touch, b: _Touch) -> bool:
+    """Whether two accesses never touch the same element."""
+    return any(never for _, never in _along_axes(a, b))
+
+
+def _along_axes(a: _Touch, b: _Touch) -> Iterator[tuple[set[str], bool]]:
+    here, there = Domain(a.extents, a.leaf.where), Domain(b.extents, b.leaf.where)
+    for one, other in zip(a.index, b.index, strict=True):
+        yield digits(one, here, other, there)

@@ -1,0 +1,61 @@
+"""The arrays that users pass: shapes by layout, checks with errors that say what to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from convsched.errors import ArrayError
+from convsched.problem import Problem
+from convsched.problem.layout import Array
+
+
+def check_input(name: str, value: object, shape: tuple[int, ...]) -> Array:
+    """A float32 C-contiguous, aligned array of that shape; input that is not so is copied."""
+    value = _as_array(name, value, shape)
+    if value.shape != shape:
+        raise ArrayError(f"{name} has shape {value.shape}; this kernel takes {shape}")
+    if value.dtype != np.float32:
+        fix = f"{name}.astype('float32')"
+        raise ArrayError(f"{name} has dtype {value.dtype}; this kernel takes float32: {fix}")
+    flags = value.flags
+    return value if flags.c_contiguous and flags.aligned else np.array(value, order="C")
+
+
+def check_output(value: object, shape: tuple[int, ...], inputs: dict[str, Array]) -> Array:
+    """An array to write into: exact shape, dtype and order, apart from the inputs.
+
+    ``out`` may be the residual itself: each element is read before it is written.
+    """
+    value = _as_array("out", value, shape)
+    if value.shape != shape or value.dtype != np.float32:
+        raise ArrayError(f"out has shape {value.shape} and dtype {value.dtype}; "
+                         f"this kernel writes {shape} float32")
+    if not value.flags.carray:
+        raise ArrayError("out must be C-contiguous, aligned and writeable: np.empty(shape, 'float32')")
+    for name, other in inputs.items():
+        same = name == "residual" and other.ctypes.data == value.ctypes.data
+        if not same and np.may_share_memory(other, value):
+            raise ArrayError(f"out overlaps {name}; give it memory of its own")
+    return value
+
+
+def check_weights(problem: Problem, weight: object, bias: object) -> dict[str, Array]:
+    """The weight arrays by tensor name."""
+    arrays = {"w": check_input("weight", weight, problem.weight_shape)}
+    if problem.bias:
+        if bias is None:
+            raise ArrayError(f"bias is missing; the layer has bias=True: give shape {problem.bias_shape}")
+        arrays["b"] = check_input("bias", bias, problem.bias_shape)
+    elif bias is not None:
+        raise ArrayError("bias is given but the layer has bias=False")
+    return arrays
+
+
+def _as_array(name: str, value: object, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    """The value, if it is an array; a masked one is refused, since a kernel would read what the mask hides."""
+    if not isinstance(value, np.ndarray) or isinstance(value, np.ma.MaskedArray):
+        raise ArrayError(f"{name} is a {type(value).__name__}; give a NumPy array of shape {shape}, float32")
+    return value
