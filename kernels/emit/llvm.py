@@ -68,7 +68,7 @@ class _Emitter:
         self.program = program
         self.stage = stage
         self.fused = machine.isa != "sse"
-        self.w = Writer()
+        self.w = Writer(machine.isa)
         self.point = Point()
         self.memory = Memory(self.w, self.point, machine.lanes, machine.isa == "avx512")
         self.registers: dict[Register, str] = {}
