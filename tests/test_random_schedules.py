@@ -55,7 +55,6 @@ from convsched.schedule import (
     Unroll,
     Vectorize,
     apply,
-    apply_step,
     parse_schedule,
 )
 
@@ -201,7 +200,7 @@ def schedules(draw: st.DrawFn, program: Program) -> Schedule:
         kind = draw(st.sampled_from(TILED[number] if tiled else ANY))
         step = (tile_step if tiled else draw_step)(draw, program, kind, number)
         try:
-            program = apply_step(program, step)
+            program = step.apply(program)
         except ScheduleError:
             continue
         verify(program)

@@ -14,8 +14,8 @@ def simplify(program: Program) -> Program:
     """Drop guards that always hold, statements that never run, and iterations that do nothing.
 
     >>> from convsched.ir.examples import nests, product
-    >>> from convsched.schedule.split import split
-    >>> padded = split(product(6, 2), "m", 8, "m0", "m1", tail="mask")
+    >>> from convsched.schedule import Split
+    >>> padded = Split("m", 8, "m0", "m1", tail="mask").apply(product(6, 2))
     >>> print(nests(padded))
     conv:
       for m0 < 1: for m1 < 8: for c < 2:

@@ -14,6 +14,7 @@ from convsched.ir import Body, Leaf, Load, Loop, Program, Stage, Store, find_loo
 from convsched.ir.address import offset
 from convsched.ir.text import print_nest
 from convsched.schedule.legality import race
+from convsched.schedule.step import Step
 
 DEPTH = 20  # the most loops around a statement, as Python nests no more; recipes have up to 15
 COPIES = 512  # the most statements of a nest, as printed; recipes have up to 40
@@ -25,12 +26,12 @@ SMALL = 2**20  # elements (4 MiB) or statements (1 ms) that are few enough whate
 _VECTOR = 16  # lanes of the widest vector instruction: a longer vector loop is several statements
 
 
-def fail(program: Program, step: str, why: str, fix: str, mark: str | None = None) -> ScheduleError:
-    """The error of a step, with the nest printed and a loop marked."""
-    return ScheduleError(step, why, fix, print_nest(program, mark))
+def fail(program: Program, step: Step | str, why: str, fix: str, mark: str | None = None) -> ScheduleError:
+    """The error of a step, or of what several gave, with the nest printed and a loop marked."""
+    return ScheduleError(str(step), why, fix, print_nest(program, mark))
 
 
-def require_loop(program: Program, step: str, name: str) -> None:
+def require_loop(program: Program, step: Step, name: str) -> None:
     """Raise unless some stage has a loop of that name."""
     names = [n for stage in program.stages for n in loop_names(stage.body)]
     if name not in names:
@@ -40,12 +41,12 @@ def require_loop(program: Program, step: str, name: str) -> None:
         raise fail(program, step, f"{name} is a digit of other loops", "name one of these, or inline later", name)
 
 
-def require_new(program: Program, step: str, names: Sequence[str], loop: str) -> None:
+def require_new(program: Program, step: Step, names: Sequence[str], loop: str) -> None:
     """Raise if one of the names is a loop's already in a nest that has ``loop``, or they are not distinct
     identifiers."""
     for position, name in enumerate(names):
         if not name.replace(".", "_").isidentifier():
-            raise fail(program, step, f"{name!r} is no name", "use letters, digits, _ and .")
+            raise fail(program, step, f"{name!r} is not a name", "use letters, digits, _ and .")
         if name == "root":
             raise fail(program, step, "root is where stage copies once, before all loops", "use another name")
         if name in names[:position]:
@@ -54,7 +55,7 @@ def require_new(program: Program, step: str, names: Sequence[str], loop: str) ->
             raise fail(program, step, f"a loop {name} exists already", "choose another name", name)
 
 
-def checked(before: Program, step: str, after: Program) -> Program:
+def checked(before: Program, step: Step, after: Program) -> Program:
     """The program after a step, if loops still hold what they may, and weights are packed by plain copies."""
     paths = [path for stage in after.stages for path, _ in leaves(stage.body)]
     deepest = max(paths, key=len)

@@ -9,6 +9,7 @@ from convsched.errors import ScheduleError
 from convsched.ir import Body, Index, Leaf, Load, Loop, Program, Tensor, leaves, map_leaves, map_value
 from convsched.ir.walk import indices
 from convsched.schedule.checks import fail
+from convsched.schedule.step import Step
 
 Scope = tuple[tuple[Loop, ...], Body]  # the loops around a body, the body
 
@@ -18,7 +19,7 @@ class Request:
     """What a step is asked for: the part of a tensor that one iteration of loop ``at`` uses, in a place of its own."""
 
     program: Program
-    step: str
+    step: Step
     tensor: Tensor
     at: str
     order: tuple[str, ...]

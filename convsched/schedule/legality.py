@@ -12,7 +12,7 @@ that only one stage uses is each thread's own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from itertools import combinations_with_replacement
 
@@ -114,7 +114,7 @@ def is_separated(var: str, touched: list[Access], extents: Mapping[str, int]) ->
     return False
 
 
-def without(body: Body, tensors: set[str]) -> Body:
+def without(body: Body, tensors: Set[str]) -> Body:
     """The body without the statements that store to some tensors."""
     return _only(body, lambda leaf: leaf.tensor not in tensors)
 

@@ -1,9 +1,10 @@
-"""The steps that give some iterations their own copy of the nest, and drop what never runs."""
+"""``peel``: give some iterations their own copy of the nest, and drop what never runs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from convsched.ir import (
     Affine,
@@ -28,71 +29,68 @@ from convsched.ir import (
 from convsched.ir.simplify import simplify
 from convsched.ir.walk import indices
 from convsched.schedule.checks import checked, fail, require_loop
-from convsched.schedule.step import Which, _Checked
+from convsched.schedule.step import Step
+
+Which = Literal["first", "last", "guarded", "overlap"]
 
 
 @dataclass(frozen=True)
-class Peel(_Checked):
-    """An own copy of the nest for the first or last iteration; see ``peeling.peel``."""
-
-    loop: str
-    which: Which = "last"
-
-    def __str__(self) -> str:
-        return f"peel {self.loop} {self.which}"
-
-
-def peel(program: Program, loop: str, which: Which = "last") -> Program:
+class Peel(Step):
     """Give iterations of a loop their own copies of the body, with guards resolved in each.
 
     The first or the last iteration; "guarded", at both ends, each in which some guard may fail.
 
     >>> from convsched.ir.examples import nests, product
-    >>> from convsched.schedule.split import split
-    >>> ragged = split(product(7, 2), "m", 4, "m0", "m1", tail="mask")
+    >>> from convsched.schedule.split import Split
+    >>> ragged = Split("m", 4, "m0", "m1", tail="mask").apply(product(7, 2))
     >>> print(nests(ragged))
     conv:
       for m0 < 2: for m1 < 4: for c < 2:
         if 4 m0 + m1 < 7: y[4 m0 + m1] += x[c] * w[4 m0 + m1, c]
-    >>> print(nests(peel(ragged, "m0")))
+    >>> print(nests(Peel("m0").apply(ragged)))
     conv:
       for m0 < 1: for m1 < 4: for c < 2:
         y[4 m0 + m1] += x[c] * w[4 m0 + m1, c]
       for m1 < 3: for c < 2:
         y[m1 + 4] += x[c] * w[m1 + 4, c]
 
-    "overlap" moves the last iteration back so that it is as full as the others (see ``split``). A parallel
+    "overlap" moves the last iteration back so that it is as full as the others (see ``Split``). A parallel
     loop's own copy stays in a parallel loop, of one iteration, so that one thread runs it; and the copy of an
     outermost loop that holds registers stays in a loop, with registers of its own.
     """
-    step = f"peel {loop}" + (f" {which}" if which != "last" else "")
-    require_loop(program, step, loop)
-    if which == "overlap":
-        _require_guard(program, step, loop)
 
-    def alone(found: Loop, copy: Body) -> Body:
-        holds = found.kind == "parallel" or (len(copy) > 1 and _is_home(program, found))
-        return (replace(found, extent=1, body=copy),) if holds else copy
+    GRAMMAR = "peel LOOP [first|last|guarded|overlap]"
+    loop: str
+    which: Which = "last"
 
-    def change(found: Loop, around: Mapping[str, int]) -> Body:
-        if which == "overlap":
-            if not _guards(found):
+    def apply(self, program: Program) -> Program:
+        require_loop(program, self, self.loop)
+        if self.which == "overlap":
+            _require_guard(program, self)
+
+        def alone(found: Loop, copy: Body) -> Body:
+            holds = found.kind == "parallel" or (len(copy) > 1 and _is_home(program, found))
+            return (replace(found, extent=1, body=copy),) if holds else copy
+
+        def change(found: Loop, around: Mapping[str, int]) -> Body:
+            if self.which == "overlap":
+                if not _guards(found):
+                    return (found,)
+                copy = _overlapped(program, self, found)
+                return (replace(found, extent=found.extent - 1), *alone(found, copy))
+            first, last = {"first": (1, 0), "last": (0, 1)}.get(self.which) or _guarded(found, around)
+            count = found.extent - first - last
+            if count < 1:
                 return (found,)
-            copy = _overlapped(program, step, found)
-            return (replace(found, extent=found.extent - 1), *alone(found, copy))
-        first, last = {"first": (1, 0), "last": (0, 1)}.get(which) or _guarded(found, around)
-        count = found.extent - first - last
-        if count < 1:
-            return (found,)
-        at = {value: alone(found, substitute(found.body, {loop: Affine.of(value)}))
-              for value in (*range(first), *range(found.extent - last, found.extent))}
-        body = substitute(found.body, {loop: Affine.of(loop) + first})
-        copies = [statement for copy in at.values() for statement in copy]
-        before = sum(len(at[value]) for value in range(first))
-        return (*copies[:before], replace(found, extent=count, body=body), *copies[before:])
+            at = {value: alone(found, substitute(found.body, {self.loop: Affine.of(value)}))
+                  for value in (*range(first), *range(found.extent - last, found.extent))}
+            body = substitute(found.body, {self.loop: Affine.of(self.loop) + first})
+            copies = [statement for copy in at.values() for statement in copy]
+            before = sum(len(at[value]) for value in range(first))
+            return (*copies[:before], replace(found, extent=count, body=body), *copies[before:])
 
-    peeled = program.with_body(lambda body: _map_loops_within(body, loop, {}, change))
-    return checked(program, step, simplify(_own_registers(peeled)))
+        peeled = program.with_body(lambda body: _map_loops_within(body, self.loop, {}, change))
+        return checked(program, self, simplify(_own_registers(peeled)))
 
 
 def _map_loops_within(body: Body, var: str, around: Mapping[str, int],
@@ -141,13 +139,14 @@ def _guards(loop: Loop) -> set[Affine]:
     return {w for _, leaf in leaves(loop.body) for w in leaf.where if loop.var in w.variables}
 
 
-def _require_guard(program: Program, step: str, loop: str) -> None:
+def _require_guard(program: Program, step: Peel) -> None:
+    loop = step.loop
     if not any(_guards(found) for stage in program.stages for found in find_loops(stage.body, loop)):
         raise fail(program, step, f"no iteration of {loop} is cut short", "split it with tail=mask first",
                    loop)
 
 
-def _overlapped(program: Program, step: str, loop: Loop) -> Body:
+def _overlapped(program: Program, step: Peel, loop: Loop) -> Body:
     """The last iteration moved back by what its guard cuts off.
 
     The guard is ``factor loop + inner < extent`` where ``inner`` counts from 0 to ``factor - 1``. Every index

@@ -1,12 +1,11 @@
-"""The schedule steps that place data: in registers, in packed local buffers, in another storage order.
+"""``stage``: keep part of a tensor in a place of its own, in registers or in a local buffer.
 
-Like the steps of ``steps.py``: pure functions, checks first, ``ScheduleError`` with the nest. A buffer's
-copy loops are named after the tensor: ``x.h``, ``x.c``, so that later steps can split and vectorise them.
+A buffer's copy loops are named after the tensor: ``x.h``, ``x.c``, so that later steps can split and vectorise them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
@@ -17,35 +16,22 @@ from convsched.ir.walk import extents_of, indices
 from convsched.schedule.checks import PADDING, SMALL, checked, fail, require_loop
 from convsched.schedule.footprint import Box, Request, box_of, redirected, require_axes, uses, within
 from convsched.schedule.legality import fills_first, is_separated, touching
-from convsched.schedule.step import Where, _Checked
+from convsched.schedule.step import Step
+
+Where = Literal["registers", "buffer", "window", "packed"]
 
 
 @dataclass(frozen=True)
-class StageAt(_Checked):
-    """A buffer for part of a tensor; see ``placement.stage``."""
-
-    tensor: str
-    at: str
-    where: Where
-    order: tuple[str, ...] = ()
-    align: tuple[tuple[str, int], ...] = ()
-
-    def __str__(self) -> str:
-        align = " align=" + ",".join(f"{k}:{v}" for k, v in self.align) if self.align else ""
-        return " ".join(["stage", self.tensor, "at", self.at, self.where, *self.order]) + align
-
-
-def stage(program: Program, tensor: str, at: str, where: Where, order: Sequence[str] = (),
-          align: Mapping[str, int] | None = None) -> Program:
+class StageAt(Step):
     """Keep the part of a tensor that one iteration of loop ``at`` uses in a buffer of its own.
 
     "registers": a tensor that nothing outside ``at`` touches, kept in registers.
 
     >>> from convsched.ir.examples import filtered, nests
-    >>> from convsched.schedule.attach import attach
-    >>> from convsched.schedule.split import split
-    >>> relu = attach(attach(filtered(8, 3, pad=1), "init", "f"), "epilogue", "f")
-    >>> print(nests(stage(relu, "t", "f", "registers")))
+    >>> from convsched.schedule.attach import Attach
+    >>> from convsched.schedule.split import Split
+    >>> relu = Attach("epilogue", "f").apply(Attach("init", "f").apply(filtered(8, 3, pad=1)))
+    >>> print(nests(StageAt("t", "f", "registers").apply(relu)))
     conv:
       for f < 8:
         t[0] = 0
@@ -57,8 +43,9 @@ def stage(program: Program, tensor: str, at: str, where: Where, order: Sequence[
 
     "window": a copy of the box that is read, borders filled with zeros, stored in the ``order`` of its axes.
 
-    >>> tiled = split(filtered(8, 3, pad=1), "f", 4, "f0", "f1")
-    >>> print(nests(stage(tiled, "x", "f0", "window")).partition("conv:")[2].partition("epilogue")[0])
+    >>> tiled = Split("f", 4, "f0", "f1").apply(filtered(8, 3, pad=1))
+    >>> windowed = StageAt("x", "f0", "window").apply(tiled)
+    >>> print(nests(windowed).partition("conv:")[2].partition("epilogue")[0])
     <BLANKLINE>
       for f0 < 2:
         for x.w < 6:
@@ -69,7 +56,8 @@ def stage(program: Program, tensor: str, at: str, where: Where, order: Sequence[
 
     "packed": a copy in the order of use, one axis for each loop named in ``order``.
 
-    >>> print(nests(stage(tiled, "x", "f0", "packed", ("s", "f1"))).partition("conv:")[2].partition("ep")[0])
+    >>> packed = StageAt("x", "f0", "packed", ("s", "f1")).apply(tiled)
+    >>> print(nests(packed).partition("conv:")[2].partition("epilogue")[0])
     <BLANKLINE>
       for f0 < 2:
         for x.s < 3: for x.f1 < 4:
@@ -81,24 +69,26 @@ def stage(program: Program, tensor: str, at: str, where: Where, order: Sequence[
     ``at="root"`` copies once, before the first use (once for all calls, if the tensor is a weight).
     ``align`` rounds the stride of an entry of ``order`` up to a multiple (elements).
     """
-    step = " ".join(["stage", tensor, "at", at, where, *order])
-    if align:
-        step += " align=" + ",".join(f"{entry}:{multiple}" for entry, multiple in align.items())
-    mark = None if at == "root" else at
-    if tensor not in program.by_name:
-        names = ", ".join(t.name for t in program.tensors)
-        raise fail(program, step, f"there is no tensor {tensor}", f"use one of {names}", mark)
-    if at != "root":
-        require_loop(program, step, at)
-    request = Request(program, step, program.tensor(tensor), at, tuple(order), dict(align or {}))
-    if where in ("registers", "buffer"):
-        return checked(program, step, _shrunk(request, "register" if where == "registers" else "local"))
-    if program.tensor(tensor).role not in ("input", "weight"):
-        raise request.fail(f"{tensor} is written by the program", "stage it in registers")
-    loops = [loop for item in program.stages for loop in extents_of(item.body)]
-    if request.target in program.by_name or any(loop.startswith(f"{tensor}.") for loop in loops):
-        raise request.fail(f"{tensor} is staged already", "stage it once")
-    return checked(program, step, _copied(request, packed=where == "packed"))
+
+    GRAMMAR = "stage TENSOR at LOOP registers|buffer|window|packed [ENTRY ...] [align=ENTRY:MULTIPLE,...]"
+    tensor: str
+    at: str
+    where: Where
+    order: tuple[str, ...] = ()
+    align: tuple[tuple[str, int], ...] = ()
+
+    def apply(self, program: Program) -> Program:
+        tensor = program.by_name.get(self.tensor)
+        if tensor is None:
+            names = ", ".join(t.name for t in program.tensors)
+            raise fail(program, self, f"there is no tensor {self.tensor}", f"use one of {names}",
+                       None if self.at == "root" else self.at)
+        if self.at != "root":
+            require_loop(program, self, self.at)
+        request = Request(program, self, tensor, self.at, self.order, dict(self.align))
+        if self.where in ("window", "packed"):
+            return copied(request, packed=self.where == "packed")
+        return checked(program, self, _shrunk(request, "register" if self.where == "registers" else "local"))
 
 
 @dataclass(frozen=True)
@@ -166,7 +156,19 @@ def _require_fresh(request: Request, path: tuple[Loop, ...], body: Body) -> None
                                "stage inside the loops of the output only")
 
 
-def _copied(request: Request, packed: bool) -> Program:
+def copied(request: Request, packed: bool) -> Program:
+    """An input or weight read from a copy: a window of it, or packed in the order of use."""
+    program, name = request.program, request.tensor.name
+    if request.tensor.role not in ("input", "weight"):
+        raise request.fail(f"{name} is written by the program", "stage it in registers")
+    loops = [loop for item in program.stages for loop in extents_of(item.body)]
+    if request.target in program.by_name or any(loop.startswith(f"{name}.") for loop in loops):
+        raise request.fail(f"{name} is staged already", "stage it once")
+    return checked(program, request.step, _filled(request, packed))
+
+
+def _filled(request: Request, packed: bool) -> Program:
+    """The program with the copy, and with what reads it."""
     box = box_of(request)
     order, target = request.order or request.tensor.order, request.target
     for entry, multiple in request.align.items():
@@ -180,11 +182,11 @@ def _copied(request: Request, packed: bool) -> Program:
         raise request.fail(f"the buffer would have {copy.buffer.elements} elements for {copied} that are copied",
                            f"use smaller multiples, blocks or factors: at most {most} elements")
 
-    def filled(body: Body) -> Body:
+    def fill(body: Body) -> Body:
         used = redirected(body, request.tensor.name, target, copy.index_of)
         return used if request.at == "root" else copy.body + used
 
-    program = within(request, filled).with_tensor(copy.buffer)
+    program = within(request, fill).with_tensor(copy.buffer)
     if request.at != "root":
         return program
     first = next(i for i, s in enumerate(program.stages)
