@@ -21,7 +21,7 @@ of a pixel p = 7 e + f of rows of 7, ``e`` is ``p // 7`` and ``f`` is ``p % 7``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -135,27 +135,57 @@ class Op:
 Value = Load | Const | Op
 
 
-@dataclass(frozen=True, slots=True)
-class Store:
+@dataclass(frozen=True)
+class _Assignment:
+    """What ``Store`` and ``Reduce`` have in common."""
+
+    tensor: str
+    index: Index
+    value: Value
+    where: tuple[Affine, ...] = ()
+
+    @cached_property
+    def loads(self) -> tuple[Load, ...]:
+        """The loads in the value, left to right."""
+        return tuple(loads(self.value))
+
+    @cached_property
+    def accesses(self) -> tuple[tuple[str, Index], ...]:
+        """Every tensor that it touches, with the index: the target first, then the loads."""
+        return ((self.tensor, self.index), *[(load.tensor, load.index) for load in self.loads])
+
+    @cached_property
+    def tensors(self) -> frozenset[str]:
+        """The names of the tensors that it touches."""
+        return frozenset([name for name, _ in self.accesses])
+
+    @cached_property
+    def variables(self) -> frozenset[str]:
+        """The variables in its indices and conditions."""
+        names = [name for _, index in self.accesses for a in index for name, _ in a.terms]
+        return frozenset([*names, *[name for a in self.where for name, _ in a.terms]])
+
+
+def loads(value: Value) -> Iterator[Load]:
+    """The loads in a value, left to right."""
+    if isinstance(value, Load):
+        yield value
+    elif isinstance(value, Op):
+        for operand in value.values:
+            yield from loads(operand)
+
+
+@dataclass(frozen=True)
+class Store(_Assignment):
     """``tensor[index] = value`` where all of ``where`` are negative."""
 
-    tensor: str
-    index: Index
-    value: Value
-    where: tuple[Affine, ...] = ()
 
-
-@dataclass(frozen=True, slots=True)
-class Reduce:
+@dataclass(frozen=True)
+class Reduce(_Assignment):
     """``tensor[index] += value`` where all of ``where`` are negative."""
 
-    tensor: str
-    index: Index
-    value: Value
-    where: tuple[Affine, ...] = ()
 
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Loop:
     """``for var < extent: body``; of kind "digit", the body once, with ``var = of // step % extent``: ``extent`` is the
     number of values, and ``of`` is never negative."""
@@ -173,10 +203,56 @@ class Loop:
         """How often the body runs."""
         return 1 if self.kind == "digit" else self.extent
 
+    @cached_property
+    def leaves(self) -> tuple[Leaf, ...]:
+        """The statements inside, in program order."""
+        return leaves_of(self.body)
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """Its own variable and those of the loops inside."""
+        return frozenset([self.var]).union(*[s.names for s in self.body if isinstance(s, Loop)])
+
+    @cached_property
+    def tensors(self) -> frozenset[str]:
+        """The tensors that are touched inside."""
+        return frozenset[str]().union(*[s.tensors for s in self.body])
+
+    @cached_property
+    def variables(self) -> frozenset[str]:
+        """The variables in indices, conditions and digits inside, those of its own loops too."""
+        return frozenset[str](self.of.variables).union(*[s.variables for s in self.body])
+
+    @cached_property
+    def kinds(self) -> frozenset[Kind]:
+        """Its own kind and those of the loops inside."""
+        return frozenset[Kind]([self.kind]).union(*[s.kinds for s in self.body if isinstance(s, Loop)])
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether each loop has statements, none of which has a condition: nothing can be left out."""
+        return bool(self.body) and all(s.is_plain if isinstance(s, Loop) else not s.where for s in self.body)
+
+    @cached_property
+    def depth(self) -> int:
+        """The most loops around a statement inside, itself included."""
+        return 1 + max([s.depth for s in self.body if isinstance(s, Loop)], default=0)
+
 
 Leaf = Store | Reduce
 Statement = Loop | Store | Reduce
 Body = tuple[Statement, ...]
+
+
+def leaves_of(body: Body) -> tuple[Leaf, ...]:
+    """The statements of a body that are no loops, in program order."""
+    found: list[Leaf] = []
+    for statement in body:
+        if isinstance(statement, Loop):
+            found += statement.leaves
+        else:
+            found.append(statement)
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -186,6 +262,31 @@ class Stage:
     name: str
     body: Body
     when: When = "run"
+
+    @cached_property
+    def leaves(self) -> tuple[Leaf, ...]:
+        """Its statements, in program order."""
+        return leaves_of(self.body)
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """The variables of its loops."""
+        return frozenset[str]().union(*[s.names for s in self.body if isinstance(s, Loop)])
+
+    @cached_property
+    def tensors(self) -> frozenset[str]:
+        """The tensors that it touches."""
+        return frozenset[str]().union(*[s.tensors for s in self.body])
+
+    @cached_property
+    def kinds(self) -> frozenset[Kind]:
+        """The kinds of its loops."""
+        return frozenset[Kind]().union(*[s.kinds for s in self.body if isinstance(s, Loop)])
+
+    @cached_property
+    def depth(self) -> int:
+        """The most loops around a statement."""
+        return max([s.depth for s in self.body if isinstance(s, Loop)], default=0)
 
 
 @dataclass(frozen=True)

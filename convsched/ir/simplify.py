@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from convsched.ir.affine import Affine
 from convsched.ir.grammar import Body, Loop, Program, Statement
-from convsched.ir.walk import holding, leaves
+from convsched.ir.walk import holding, leaves, rebuilt
 
 
 def simplify(program: Program) -> Program:
@@ -33,6 +33,9 @@ def prune(body: Body, extents: Mapping[str, int]) -> Body:
     out: list[Statement] = []
     for statement in body:
         if isinstance(statement, Loop):
+            if statement.is_plain:
+                out.append(statement)
+                continue
             extent = statement.extent
             if statement.kind not in ("vector", "parallel", "digit"):  # lanes, shares of threads, digits stay
                 extent = _needed(statement, extents)
@@ -48,8 +51,8 @@ def prune(body: Body, extents: Mapping[str, int]) -> Body:
         if any(low >= 0 for _, (low, _) in bounds):
             continue
         where = tuple(dict.fromkeys(w for w, (_, high) in bounds if high >= 0))
-        out.append(replace(statement, where=where))
-    return tuple(out)
+        out.append(statement if where == statement.where else replace(statement, where=where))
+    return rebuilt(body, out)
 
 
 def _needed(loop: Loop, extents: Mapping[str, int]) -> int:

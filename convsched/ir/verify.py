@@ -17,7 +17,7 @@ from convsched.ir.affine import Affine, Index
 from convsched.ir.bounds import lower_bound, upper_bound
 from convsched.ir.grammar import OPS, Body, Leaf, Load, Loop, Op, Program, Stage, Tensor, Value
 from convsched.ir.text import print_statement
-from convsched.ir.walk import leaves, loads
+from convsched.ir.walk import leaves
 
 
 def verify(program: Program) -> None:
@@ -98,7 +98,7 @@ def _broken(program: Program, stage: Stage, packed: set[str], around: tuple[Loop
             leaf: Leaf) -> Iterator[str]:
     """The rules that a statement breaks."""
     extents = {loop.var: loop.extent for loop in around}
-    read = list(loads(leaf.value))
+    read = leaf.loads
     accesses = [(leaf.tensor, leaf.index), *((load.tensor, load.index) for load in read)]
     yield from _broken_names(program, accesses, leaf.where, extents)
     yield from _broken_ops(leaf.value)
@@ -170,7 +170,7 @@ def _check_registers(program: Program) -> None:
     for number, stage in enumerate(program.stages):
         for position, statement in enumerate(stage.body):
             for _, leaf in leaves((statement,)):
-                for name in (leaf.tensor, *(load.tensor for load in loads(leaf.value))):
+                for name in (leaf.tensor, *(load.tensor for load in leaf.loads)):
                     if program.tensor(name).role != "register":
                         continue
                     if homes.setdefault(name, (number, position)) != (number, position):

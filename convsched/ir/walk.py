@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import replace
 
 from convsched.ir.affine import Affine, Index
@@ -32,13 +32,17 @@ def _collect(body: Body, loops: tuple[Loop, ...], found: list[tuple[tuple[Loop, 
             found.append((loops, statement))
 
 
-def loads(value: Value) -> Iterator[Load]:
-    """The loads in a value, left to right."""
-    if isinstance(value, Load):
-        yield value
-    elif isinstance(value, Op):
-        for operand in value.values:
-            yield from loads(operand)
+def touching(body: Body, tensors: Set[str], loops: tuple[Loop, ...] = ()) -> list[tuple[tuple[Loop, ...], Leaf]]:
+    """The statements that touch some tensors, with the loops around them."""
+    found: list[tuple[tuple[Loop, ...], Leaf]] = []
+    for statement in body:
+        if statement.tensors.isdisjoint(tensors):
+            continue
+        if isinstance(statement, Loop):
+            found += touching(statement.body, tensors, (*loops, statement))
+        else:
+            found.append((loops, statement))
+    return found
 
 
 def matrix_of(program: Program, leaf: Leaf) -> Load | None:
@@ -65,6 +69,13 @@ def map_leaves(body: Body, change: Callable[[Leaf], Leaf]) -> Body:
                            for s in body])
 
 
+def map_touching(body: Body, tensor: str, change: Callable[[Leaf], Leaf]) -> Body:
+    """The body with every statement changed that touches a tensor; what does not touch it stays the same object."""
+    return rebuilt(body, [
+        s if tensor not in s.tensors
+        else holding(s, map_touching(s.body, tensor, change)) if isinstance(s, Loop) else change(s) for s in body])
+
+
 def holding(loop: Loop, body: Body) -> Loop:
     """The loop around another body; the loop itself where it is the same. All fields, in their order: this runs for
     each loop at each step, and ``replace`` takes three times as long."""
@@ -83,7 +94,7 @@ def map_loops(body: Body, var: str, change: Callable[[Loop], Body]) -> Body:
     is none."""
     out: list[Statement] = []
     for statement in body:
-        if not isinstance(statement, Loop):
+        if not isinstance(statement, Loop) or var not in statement.names:
             out.append(statement)
         elif statement.var == var:
             out += change(statement)
@@ -95,24 +106,23 @@ def map_loops(body: Body, var: str, change: Callable[[Loop], Body]) -> Body:
 def map_indices(leaf: Leaf, change: Callable[[Affine], Affine]) -> Leaf:
     """The statement with every affine expression in it changed."""
     def load(access: Load) -> Value:
-        return Load(access.tensor, tuple(change(i) for i in access.index))
-    return replace(leaf, index=tuple(change(i) for i in leaf.index), value=map_value(leaf.value, load),
-                   where=tuple(change(w) for w in leaf.where))
+        return Load(access.tensor, tuple([change(i) for i in access.index]))
+    return type(leaf)(leaf.tensor, tuple([change(i) for i in leaf.index]), map_value(leaf.value, load),
+                      tuple([change(w) for w in leaf.where]))
 
 
 def substitute(body: Body, values: Mapping[str, Affine]) -> Body:
     """The body with loop variables replaced by affine expressions."""
-    def change(leaf: Leaf) -> Leaf:
-        used = (*leaf.index, *leaf.where, *(a for load in loads(leaf.value) for a in load.index))
-        is_used = any(name in values for a in used for name, _ in a.terms)
-        return map_indices(leaf, lambda a: a.substitute(values)) if is_used else leaf
+    def change(statement: Statement) -> Statement:
+        if statement.variables.isdisjoint(values):
+            return statement
+        if not isinstance(statement, Loop):
+            return map_indices(statement, lambda a: a.substitute(values))
+        inside, of = within(statement.body), statement.of.substitute(values)
+        return holding(statement, inside) if of is statement.of else replace(statement, body=inside, of=of)
 
     def within(body: Body) -> Body:
-        return rebuilt(body, [loop(s) if isinstance(s, Loop) else change(s) for s in body])
-
-    def loop(found: Loop) -> Loop:
-        inside, of = within(found.body), found.of.substitute(values)
-        return holding(found, inside) if of is found.of else replace(found, body=inside, of=of)
+        return rebuilt(body, [change(statement) for statement in body])
 
     return within(body)
 
@@ -121,7 +131,7 @@ def find_loops(body: Body, var: str) -> list[Loop]:
     """Every loop over ``var``."""
     found: list[Loop] = []
     for statement in body:
-        if isinstance(statement, Loop):
+        if isinstance(statement, Loop) and var in statement.names:
             if statement.var == var:
                 found.append(statement)
             found += find_loops(statement.body, var)
@@ -131,21 +141,31 @@ def find_loops(body: Body, var: str) -> list[Loop]:
 def loop_names(body: Body) -> list[str]:
     """The names of all loops, outermost first, each once."""
     names: dict[str, None] = {}
-    for around, _ in leaves(body):
-        for loop in around:
-            names.setdefault(loop.var)
+    _collect_names(body, names)
     return list(names)
 
 
-def indices(leaf: Leaf) -> list[tuple[str, Index]]:
+def _collect_names(body: Body, names: dict[str, None]) -> None:
+    for statement in body:
+        if isinstance(statement, Loop):
+            names.setdefault(statement.var)
+            _collect_names(statement.body, names)
+
+
+def indices(leaf: Leaf) -> Sequence[tuple[str, Index]]:
     """Every tensor a statement touches, with the index: the target first, then the loads."""
-    return [(leaf.tensor, leaf.index), *((load.tensor, load.index) for load in loads(leaf.value))]
+    return leaf.accesses
 
 
 def extents_of(body: Body) -> dict[str, int]:
     """The extent of every loop; the greatest, where a name has several."""
     extents: dict[str, int] = {}
-    for around, _ in leaves(body):
-        for loop in around:
-            extents[loop.var] = max(loop.extent, extents.get(loop.var, 0))
+    _collect_extents(body, extents)
     return extents
+
+
+def _collect_extents(body: Body, extents: dict[str, int]) -> None:
+    for statement in body:
+        if isinstance(statement, Loop):
+            extents[statement.var] = max(statement.extent, extents.get(statement.var, 0))
+            _collect_extents(statement.body, extents)

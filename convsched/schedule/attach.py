@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from convsched.ir import Body, Loop, Program, Stage, find_loops, leaves
-from convsched.ir.walk import extents_of, indices
+from convsched.ir import Body, Loop, Program, Stage, find_loops, leaves_of
+from convsched.ir.walk import extents_of
 from convsched.schedule.checks import checked, fail, require_loop
-from convsched.schedule.legality import accesses, is_separated, touching
+from convsched.schedule.legality import accesses, is_separated
 from convsched.schedule.step import Step
 
 
@@ -91,12 +91,10 @@ class Attach(Step):
 
 def _meeting(var: str, a: Body, b: Body, extents: Mapping[str, int]) -> str | None:
     """A tensor that one side writes and the other uses, in different iterations of ``var``."""
-    def touched(body: Body) -> tuple[set[str], set[str]]:
-        every = {name for _, leaf in leaves(body) for name, _ in indices(leaf)}
-        return every, {leaf.tensor for _, leaf in leaves(body)}
-    used_a, written_a = touched(a)
-    used_b, written_b = touched(b)
+    every = (leaves_of(a), leaves_of(b))
+    used_a, used_b = ({name for leaf in found for name in leaf.tensors} for found in every)
+    written_a, written_b = ({leaf.tensor for leaf in found} for found in every)
     both = (used_a & written_b) | (written_a & used_b)
-    reads, writes, _ = accesses(touching(a, both) + touching(b, both))
+    reads, writes, _ = accesses(leaf for found in every for leaf in found if not both.isdisjoint(leaf.tensors))
     return next((tensor for tensor in sorted(both) if not is_separated(
         var, writes.get(tensor, []) + reads.get(tensor, []), extents)), None)

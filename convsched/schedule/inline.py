@@ -18,12 +18,10 @@ from convsched.ir import (
     Store,
     Value,
     leaves,
-    loads,
     loop_names,
     map_value,
 )
 from convsched.ir.address import floor_divide, modulo
-from convsched.ir.walk import indices
 from convsched.schedule.checks import checked, fail
 from convsched.schedule.step import Step
 
@@ -56,7 +54,7 @@ class Inline(Step):
         stage, axes, value = _producer(program, self)
         others = [other for other in program.stages if other is not stage]
         readers = [other for other in others
-                   if any(name == self.tensor for _, leaf in leaves(other.body) for name, _ in indices(leaf))]
+                   if self.tensor in other.tensors]
         if not readers or program.stages.index(readers[0]) < program.stages.index(stage):
             raise fail(program, self, f"no stage after {stage.name} reads {self.tensor}, or one before it does",
                        "inline a tensor that is filled before it is read")
@@ -79,7 +77,7 @@ class _Place:
 def _producer(program: Program, step: Inline) -> tuple[Stage, tuple[_Place, ...], Value]:
     """The stage that fills a tensor, its loops by the index they store to, and what it stores."""
     tensor = step.tensor
-    stages = [stage for stage in program.stages if any(leaf.tensor == tensor for _, leaf in leaves(stage.body))]
+    stages = [stage for stage in program.stages if any(leaf.tensor == tensor for leaf in stage.leaves)]
     if tensor not in program.by_name:
         names = ", ".join(found.name for found in program.tensors if found.role == "local")
         raise fail(program, step, f"there is no tensor {tensor}", f"use one that a single stage fills, of {names}")
@@ -91,7 +89,7 @@ def _producer(program: Program, step: Inline) -> tuple[Stage, tuple[_Place, ...]
     if more or not isinstance(leaf, Store) or leaf.where or stages[0].when == "bind":
         raise fail(program, step, f"stage {stages[0].name} does more than store each element of {tensor} once",
                    "inline before its loops are cut, and other stages attached")
-    for load in loads(leaf.value):
+    for load in leaf.loads:
         if program.tensor(load.tensor).role not in ("input", "weight", "constant"):
             raise fail(program, step, f"stage {stages[0].name} reads {load.tensor}, which the program writes",
                        "inline what reads inputs only")

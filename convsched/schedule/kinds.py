@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from dataclasses import replace
 
-from convsched.ir import Kind, Loop, Program, Stage, map_loops
-from convsched.ir.walk import extents_of
+from convsched.ir import Body, Kind, Loop, Program, Stage, Statement
+from convsched.ir.walk import extents_of, holding, rebuilt
 from convsched.schedule.checks import checked, fail, require_loop
-from convsched.schedule.legality import carried, without
+from convsched.schedule.legality import carried
 from convsched.schedule.step import Step
 
 
-def with_kind(program: Program, step: Step, loop: str, kind: Kind) -> Program:
-    """The program with all loops of a name run so."""
-    require_loop(program, step, loop)
-    return checked(program, step, program.with_body(
-        lambda body: map_loops(body, loop, lambda found: (replace(found, kind=kind),))))
+def with_kind(program: Program, step: Step, loops: Sequence[str], kind: Kind) -> Program:
+    """The program with all loops of some names run so."""
+    for loop in loops:
+        require_loop(program, step, loop)
+    named = frozenset(loops)
+
+    def change(statement: Statement) -> Statement:
+        if not isinstance(statement, Loop) or named.isdisjoint(statement.names):
+            return statement
+        inside = holding(statement, within(statement.body))
+        return replace(inside, kind=kind) if statement.var in named else inside
+
+    def within(body: Body) -> Body:
+        return rebuilt(body, [change(statement) for statement in body])
+
+    return checked(program, step, program.with_body(within))
 
 
 def require_independent(program: Program, step: Step, stage: Stage, loop: Loop,
@@ -24,7 +35,7 @@ def require_independent(program: Program, step: Step, stage: Stage, loop: Loop,
     """Raise if iterations of a loop depend on each other, but for what is in tensors private to each."""
     if loop.extent == 1:
         return
-    tensor = carried(loop.var, without(loop.body, private), extents_of(stage.body))
+    tensor = carried(loop.var, [leaf for leaf in loop.leaves if leaf.tensor not in private], extents_of(stage.body))
     if tensor is not None:
         raise fail(program, step, f"iterations of {loop.var} depend on each other through {tensor}",
                    "choose a loop of the output", loop.var)

@@ -12,11 +12,11 @@ that only one stage uses is each thread's own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import combinations_with_replacement
 
-from convsched.ir import Affine, Body, Index, Leaf, Loop, Program, Reduce, Stage, Store, leaves, loads
+from convsched.ir import Affine, Body, Index, Leaf, Loop, Program, Reduce, Stage, Store, leaves, leaves_of
 from convsched.ir.bounds import lower_bound, upper_bound
 from convsched.ir.walk import indices
 
@@ -75,26 +75,26 @@ def _difference(one: Affine, here: Domain, other: Affine, there: Domain) -> tupl
     return a - d, b - c
 
 
-def accesses(body: Body) -> tuple[dict[str, list[Access]], dict[str, list[Access]], set[str]]:
+def accesses(found: Iterable[Leaf]) -> tuple[dict[str, list[Access]], dict[str, list[Access]], set[str]]:
     """Reads and writes of each tensor, and the tensors only ever reduced into."""
     reads: dict[str, list[Access]] = {}
     writes: dict[str, list[Access]] = {}
     stored: set[str] = set()
-    for _, leaf in leaves(body):
+    for leaf in found:
         writes.setdefault(leaf.tensor, []).append((leaf.index, leaf.where))
         if not isinstance(leaf, Reduce):
             stored.add(leaf.tensor)
-        for load in loads(leaf.value):
+        for load in leaf.loads:
             reads.setdefault(load.tensor, []).append((load.index, leaf.where))
     return reads, writes, {t for t in writes if t not in stored and t not in reads}
 
 
-def carried(var: str, body: Body, extents: Mapping[str, int], commutative: bool = False) -> str | None:
-    """A tensor through which iterations of ``var`` depend on each other, or None.
+def carried(var: str, found: Iterable[Leaf], extents: Mapping[str, int], commutative: bool = False) -> str | None:
+    """A tensor through which iterations of ``var`` depend on each other by some statements, or None.
 
     With ``commutative``, a tensor that is only reduced into does not count: sums may be reordered.
     """
-    reads, writes, reduced = accesses(body)
+    reads, writes, reduced = accesses(found)
     for tensor, written in writes.items():
         if commutative and tensor in reduced:
             continue
@@ -107,34 +107,19 @@ def is_separated(var: str, touched: list[Access], extents: Mapping[str, int]) ->
     """Whether accesses to one tensor touch the same element only at the same ``var``."""
     for axis in range(len(touched[0][0])):
         places = {(index[axis], where) for index, where in touched}
-        if all(a.coefficient(var) and b.coefficient(var)
-               and var in digits(a, Domain(extents, here), b, Domain(extents, there))[0]
+        if not all(a.coefficient(var) for a, _ in places):
+            continue
+        if all(var in digits(a, Domain(extents, here), b, Domain(extents, there))[0]
                for (a, here), (b, there) in combinations_with_replacement(places, 2)):
             return True
     return False
 
 
-def without(body: Body, tensors: Set[str]) -> Body:
-    """The body without the statements that store to some tensors."""
-    return _only(body, lambda leaf: leaf.tensor not in tensors)
-
-
-def touching(body: Body, tensors: set[str]) -> Body:
-    """The body with only the statements that touch one of some tensors."""
-    return _only(body, lambda leaf: any(name in tensors for name, _ in indices(leaf)))
-
-
-def _only(body: Body, keep: Callable[[Leaf], bool]) -> Body:
-    """The body with only some statements; loops stay, also around none."""
-    return tuple(replace(s, body=_only(s.body, keep)) if isinstance(s, Loop) else s
-                 for s in body if isinstance(s, Loop) or keep(s))
-
-
 def fills_first(body: Body, tensor: str) -> bool:
     """Whether the first statement that touches a tensor sets it, without reading it."""
-    first = next((leaf for _, leaf in leaves(body) if any(n == tensor for n, _ in indices(leaf))), None)
+    first = next((leaf for leaf in leaves_of(body) if tensor in leaf.tensors), None)
     return (isinstance(first, Store) and first.tensor == tensor
-            and not any(load.tensor == tensor for load in loads(first.value)))
+            and not any(load.tensor == tensor for load in first.loads))
 
 
 @dataclass(frozen=True)
@@ -152,10 +137,10 @@ class _Touch:
 def race(program: Program) -> tuple[str, str] | None:
     """A parallel loop and a tensor through which threads that do not wait would meet, or None."""
     for stage in program.stages:
-        homes = list(_homes(stage.body))
-        name = next((loop.var for loop, _, _ in homes if loop is not None), None)
-        if stage.when == "bind" or name is None:
+        if stage.when == "bind" or "parallel" not in stage.kinds:
             continue
+        homes = list(_homes(stage.body))
+        name = next(loop.var for loop, _, _ in homes if loop is not None)
         touches: dict[str, list[_Touch]] = {}
         for home, (loop, path, body) in enumerate(homes):
             for around, leaf in leaves(body, path):
@@ -187,8 +172,7 @@ def _homes(body: Body, path: tuple[Loop, ...] = ()) -> Iterator[_Home]:
 
 def _is_alone(program: Program, stage: Stage, tensor: str) -> bool:
     """Whether no other stage touches a tensor."""
-    return not any(name == tensor for other in program.stages if other is not stage
-                   for _, leaf in leaves(other.body) for name, _ in indices(leaf))
+    return not any(tensor in other.tensors for other in program.stages if other is not stage)
 
 
 def _meets(tensor: str, touches: list[_Touch], own: bool, register: bool, homes: list[_Home]) -> bool:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from convsched.ir import Body, Loop, Program, find_loops, leaves
-from convsched.ir.walk import indices
+from convsched.ir import Loop, Program, find_loops
 from convsched.schedule.checks import require_loop
 from convsched.schedule.kinds import require_independent, with_kind
 from convsched.schedule.legality import fills_first
@@ -30,9 +29,9 @@ class Parallel(Step):
         require_loop(program, self, self.loop)
         for stage in program.stages:
             for loop in find_loops(stage.body, self.loop):
-                private = {leaf.tensor for _, leaf in leaves(loop.body) if _is_private(program, leaf.tensor, loop)}
+                private = {name for name in loop.tensors if _is_private(program, name, loop)}
                 require_independent(program, self, stage, loop, private)
-        return with_kind(program, self, self.loop, "parallel")
+        return with_kind(program, self, (self.loop,), "parallel")
 
 
 def _is_private(program: Program, name: str, loop: Loop) -> bool:
@@ -40,9 +39,8 @@ def _is_private(program: Program, name: str, loop: Loop) -> bool:
     if program.tensor(name).role not in ("local", "register"):
         return False
 
-    def count(body: Body) -> int:
-        return sum(used == name for _, leaf in leaves(body) for used, _ in indices(leaf))
-
-    total = sum(count(stage.body) for stage in program.stages)
-    return fills_first(loop.body, name) and total == sum(
-        count(f.body) for s in program.stages for f in find_loops(s.body, loop.var))
+    users = [stage for stage in program.stages if name in stage.tensors]
+    total = sum(name in leaf.tensors for stage in users for leaf in stage.leaves)
+    inside = sum(name in leaf.tensors for stage in users for found in find_loops(stage.body, loop.var)
+                 for leaf in found.leaves)
+    return total == inside and fills_first(loop.body, name)

@@ -13,13 +13,11 @@ from convsched.ir import (
     Loop,
     Program,
     Reduce,
-    Stage,
     Statement,
     Store,
     find_loops,
     holding,
     leaves,
-    loads,
     map_indices,
     map_leaves,
     map_value,
@@ -27,7 +25,7 @@ from convsched.ir import (
     substitute,
 )
 from convsched.ir.simplify import simplify
-from convsched.ir.walk import indices
+from convsched.ir.walk import indices, map_touching
 from convsched.schedule.checks import checked, fail, require_loop
 from convsched.schedule.step import Step
 
@@ -98,7 +96,7 @@ def _map_loops_within(body: Body, var: str, around: Mapping[str, int],
     """``map_loops``, with the extents of the loops around."""
     out: list[Statement] = []
     for statement in body:
-        if not isinstance(statement, Loop):
+        if not isinstance(statement, Loop) or var not in statement.names:
             out.append(statement)
         elif statement.var == var:
             out += change(statement, around)
@@ -127,16 +125,16 @@ def _guarded(loop: Loop, around: Mapping[str, int]) -> tuple[int, int]:
 def _is_home(program: Program, loop: Loop) -> bool:
     """Whether a loop is an outermost one with register tensors, which belong to one outermost statement."""
     return (any(loop is statement for stage in program.stages for statement in stage.body)
-            and bool(_registers(program, loop.body)))
+            and bool(_registers(program, loop)))
 
 
-def _registers(program: Program, body: Body) -> set[str]:
-    """The register tensors that a body touches."""
-    return {name for _, leaf in leaves(body) for name, _ in indices(leaf) if program.tensor(name).role == "register"}
+def _registers(program: Program, statement: Statement) -> set[str]:
+    """The register tensors that a statement touches."""
+    return {name for name in statement.tensors if program.tensor(name).role == "register"}
 
 
 def _guards(loop: Loop) -> set[Affine]:
-    return {w for _, leaf in leaves(loop.body) for w in leaf.where if loop.var in w.variables}
+    return {w for leaf in loop.leaves for w in leaf.where if loop.var in w.variables}
 
 
 def _require_guard(program: Program, step: Peel) -> None:
@@ -220,7 +218,7 @@ def _read_in_place(program: Program, loop: Loop) -> str | None:
     """An input that is read just where an output is stored, so that a caller may pass one array for both."""
     for _, leaf in leaves(loop.body):
         if program.tensor(leaf.tensor).role == "output":
-            for load in loads(leaf.value):
+            for load in leaf.loads:
                 if program.tensor(load.tensor).role == "input" and load.index == leaf.index:
                     return load.tensor
     return None
@@ -232,21 +230,23 @@ def _own_registers(program: Program) -> Program:
         body = list(stage.body)
         seen: set[str] = set()
         for position, statement in enumerate(body):
-            used = _registers(program, (statement,))
+            used = _registers(program, statement)
             for name in sorted(used & seen):
                 copy = next(f"{name}_{i}" for i in range(1, 1 + len(program.tensors) + 1)
                             if f"{name}_{i}" not in program.by_name)
                 program = program.with_tensor(replace(program.tensor(name), name=copy))
                 body[position], = _renamed((body[position],), name, copy)
             seen |= used
-        changed: Stage = replace(stage, body=tuple(body))
-        program = replace(program, stages=(*program.stages[:number], changed, *program.stages[number + 1:]))
+        changed = rebuilt(stage.body, body)
+        if changed is not stage.body:
+            stages = (*program.stages[:number], replace(stage, body=changed), *program.stages[number + 1:])
+            program = replace(program, stages=stages)
     return program
 
 
 def _renamed(body: Body, old: str, new: str) -> Body:
     def name(tensor: str) -> str:
         return new if tensor == old else tensor
-    return map_leaves(body, lambda leaf: replace(
+    return map_touching(body, old, lambda leaf: replace(
         leaf, tensor=name(leaf.tensor),
         value=map_value(leaf.value, lambda load: Load(name(load.tensor), load.index))))

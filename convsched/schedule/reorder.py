@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from convsched.ir import Body, Loop, Program, Statement, leaves
+from convsched.ir import Body, Loop, Program, Statement, leaves, leaves_of
 from convsched.ir.walk import extents_of
 from convsched.schedule.checks import checked, fail, require_loop
 from convsched.schedule.legality import carried
@@ -59,7 +59,7 @@ class Reorder(Step):
             extents = {**outside, **extents_of((top,))}
             commutes = len(core) == 1 and not isinstance(core[0], Loop)
             for loop in chosen:
-                tensor = carried(loop.var, core, extents, commutative=commutes)
+                tensor = carried(loop.var, leaves_of(core), extents, commutative=commutes)
                 if tensor is not None:
                     raise fail(program, self, f"iterations of {loop.var} depend on each other through "
                                f"{tensor}", "leave that loop where it is", loop.var)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from convsched.ir import Affine, Leaf, Load, Op, Program, Reduce, leaves, loads, map_leaves
+from convsched.ir import Affine, Leaf, Load, Op, Program, Reduce, map_leaves
 from convsched.ir.simplify import simplify
 from convsched.schedule.checks import fail
 from convsched.schedule.step import Step
@@ -64,7 +64,7 @@ class Skip(Step):
 
 def _has_product(program: Program, tensor: str) -> bool:
     """Whether a sum has products with a tensor."""
-    return any(_factor(leaf, tensor) for stage in program.stages for _, leaf in leaves(stage.body))
+    return any(_factor(leaf, tensor) for stage in program.stages for leaf in stage.leaves)
 
 
 def _factor(leaf: Leaf, tensor: str) -> Load | None:
@@ -72,4 +72,4 @@ def _factor(leaf: Leaf, tensor: str) -> Load | None:
     value = leaf.value
     if not (isinstance(leaf, Reduce) and isinstance(value, Op) and value.name == "mul"):
         return None
-    return next((load for load in loads(value) if load.tensor == tensor and load in value.values), None)
+    return next((load for load in leaf.loads if load.tensor == tensor and load in value.values), None)

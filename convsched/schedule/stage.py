@@ -10,12 +10,26 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
-from convsched.ir import Affine, Body, Index, Load, Loop, Program, Stage, Store, Tensor, leaves, nested, storage_of
+from convsched.ir import (
+    Affine,
+    Body,
+    Index,
+    Load,
+    Loop,
+    Program,
+    Stage,
+    Store,
+    Tensor,
+    leaves,
+    leaves_of,
+    nested,
+    storage_of,
+)
 from convsched.ir.simplify import prune
-from convsched.ir.walk import extents_of, indices
+from convsched.ir.walk import indices, touching
 from convsched.schedule.checks import PADDING, SMALL, checked, fail, require_loop
-from convsched.schedule.footprint import Box, Request, box_of, redirected, require_axes, uses, within
-from convsched.schedule.legality import fills_first, is_separated, touching
+from convsched.schedule.footprint import Box, Request, box_of, redirected, require_axes, within
+from convsched.schedule.legality import fills_first, is_separated
 from convsched.schedule.step import Step
 
 Where = Literal["registers", "buffer", "window", "packed"]
@@ -111,14 +125,14 @@ def _shrunk(request: Request, role: Literal["register", "local"]) -> Program:
     if role == "register" and (request.order or request.align):
         raise request.fail("registers have no order in memory", "leave the order and align out")
     scopes = list(request.scopes())
-    everywhere = sum(uses(leaf, name) for s in program.stages for _, leaf in leaves(s.body))
-    inside = sum(uses(leaf, name) for _, body in scopes for _, leaf in leaves(body))
-    users = [s.name for s in program.stages if any(uses(leaf, name) for _, leaf in leaves(s.body))]
+    everywhere = sum(name in leaf.tensors for s in program.stages if name in s.tensors for leaf in s.leaves)
+    inside = sum(name in leaf.tensors for _, body in scopes for leaf in leaves_of(body))
+    users = [s.name for s in program.stages if name in s.tensors]
     if everywhere != inside or len(users) > 1:
         raise request.fail(f"{name} is also used outside one loop {request.at}, in {', '.join(users)}",
                            "attach the other stages there first")
-    homes = [any(uses(leaf, name) for _, leaf in leaves((top,))) for s in program.stages for top in s.body]
-    if role == "register" and sum(homes) > 1:
+    homes = sum(name in top.tensors for s in program.stages for top in s.body)
+    if role == "register" and homes > 1:
         raise request.fail(f"{name} would live in the registers of two loop nests", "stage before peel")
     for path, body in scopes:
         _require_fresh(request, path, body)
@@ -148,8 +162,10 @@ def _require_fresh(request: Request, path: tuple[Loop, ...], body: Body) -> None
         raise request.fail(f"{name} is not set inside {request.at} before it is used",
                            "attach the stage that sets it first")
     own = touching(body, {name})
-    extents = {**{loop.var: loop.extent for loop in path}, **extents_of(own)}
-    touched = [(index, leaf.where) for _, leaf in leaves(own) for n, index in indices(leaf) if n == name]
+    extents = {loop.var: loop.extent for loop in path}
+    for var, extent in [(loop.var, loop.extent) for around, _ in own for loop in around]:
+        extents[var] = max(extent, extents.get(var, 0))
+    touched = [(index, leaf.where) for _, leaf in own for n, index in indices(leaf) if n == name]
     for loop in path:
         if loop.iterations > 1 and not is_separated(loop.var, touched, extents):
             raise request.fail(f"iterations of {loop.var} depend on each other through {name}",
@@ -161,7 +177,7 @@ def copied(request: Request, packed: bool) -> Program:
     program, name = request.program, request.tensor.name
     if request.tensor.role not in ("input", "weight"):
         raise request.fail(f"{name} is written by the program", "stage it in registers")
-    loops = [loop for item in program.stages for loop in extents_of(item.body)]
+    loops = [loop for item in program.stages for loop in item.names]
     if request.target in program.by_name or any(loop.startswith(f"{name}.") for loop in loops):
         raise request.fail(f"{name} is staged already", "stage it once")
     return checked(program, request.step, _filled(request, packed))
@@ -190,7 +206,7 @@ def _filled(request: Request, packed: bool) -> Program:
     if request.at != "root":
         return program
     first = next(i for i, s in enumerate(program.stages)
-                 if any(uses(leaf, target) for _, leaf in leaves(s.body)))
+                 if target in s.tensors)
     when: Literal["bind", "run"] = "bind" if request.tensor.role == "weight" else "run"
     pack = Stage(f"pack {request.tensor.name}", copy.body, when)
     return replace(program, stages=(*program.stages[:first], pack, *program.stages[first:]))
@@ -235,7 +251,7 @@ def _packed_copy(request: Request, box: Box) -> _Copy:
 
 def _source_index(request: Request) -> Index:
     """The one index by which the tensor is read (packing has one order of use)."""
-    found = {index for _, body in request.scopes() for _, leaf in leaves(body)
+    found = {index for _, body in request.scopes() for _, leaf in touching(body, {request.tensor.name})
              for n, index in indices(leaf) if n == request.tensor.name}
     if len(found) != 1:
         raise request.fail(f"{request.tensor.name} is read by {len(found)} different indices",

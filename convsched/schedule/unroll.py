@@ -25,6 +25,4 @@ class Unroll(Step):
     loops: tuple[str, ...]
 
     def apply(self, program: Program) -> Program:
-        for loop in self.loops:
-            program = with_kind(program, self, loop, "unroll")
-        return program
+        return with_kind(program, self, self.loops, "unroll")

@@ -34,5 +34,4 @@ class Vectorize(Step):
                     if any(isinstance(statement, Loop) for statement in loop.body):
                         raise fail(program, self, f"{name} is not innermost", "reorder it to the end first", name)
                     require_independent(program, self, stage, loop)
-            program = with_kind(program, self, name, "vector")
-        return program
+        return with_kind(program, self, self.loops, "vector")
