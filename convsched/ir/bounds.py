@@ -14,10 +14,25 @@ def upper_bound(a: Affine, conditions: Sequence[Affine], extents: Mapping[str, i
     >>> upper_bound(e * 2 + "r", [e - 27], {"e0": 2, "e1": 14, "r": 3})
     54
     """
+    conditions = _linked(a, conditions)
     if not conditions:
         return a.bounds(extents)[1]
     orders = [(*conditions[i:], *conditions[:i]) for i in range(len(conditions))]
     return min(_chained_bound(a, order, extents) for order in orders)
+
+
+def _linked(a: Affine, conditions: Sequence[Affine]) -> Sequence[Affine]:
+    """The conditions that share a variable with ``a``, or with one that does: no other can say anything of it."""
+    if not conditions:
+        return ()
+    known = {name for name, _ in a.terms}
+    linked: list[Affine] = []
+    rest = list(conditions)
+    while found := [c for c in rest if any(name in known for name, _ in c.terms)]:
+        linked += found
+        rest = [c for c in rest if c not in found]
+        known.update(name for c in found for name, _ in c.terms)
+    return conditions if not rest else [c for c in conditions if c in linked]
 
 
 def _chained_bound(a: Affine, conditions: Sequence[Affine], extents: Mapping[str, int]) -> int:

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from convsched.ir.affine import Affine, Index
+from convsched.ir.facts import Facts, together
 from convsched.lazy import cached_property
 
 Kind = Literal["serial", "unroll", "vector", "parallel", "digit"]
@@ -155,9 +156,9 @@ class _Assignment:
         return ((self.tensor, self.index), *[(load.tensor, load.index) for load in self.loads])
 
     @cached_property
-    def tensors(self) -> frozenset[str]:
-        """The names of the tensors that it touches."""
-        return frozenset([name for name, _ in self.accesses])
+    def facts(self) -> Facts:
+        """What it touches."""
+        return Facts(frozenset([name for name, _ in self.accesses]), is_plain=not self.where)
 
     @cached_property
     def variables(self) -> frozenset[str]:
@@ -209,34 +210,14 @@ class Loop:
         return leaves_of(self.body)
 
     @cached_property
-    def names(self) -> frozenset[str]:
-        """Its own variable and those of the loops inside."""
-        return frozenset([self.var]).union(*[s.names for s in self.body if isinstance(s, Loop)])
-
-    @cached_property
-    def tensors(self) -> frozenset[str]:
-        """The tensors that are touched inside."""
-        return frozenset[str]().union(*[s.tensors for s in self.body])
+    def facts(self) -> Facts:
+        """What it touches, and the loops that it and those inside are."""
+        return together([statement.facts for statement in self.body]).inside(self.var, self.kind)
 
     @cached_property
     def variables(self) -> frozenset[str]:
         """The variables in indices, conditions and digits inside, those of its own loops too."""
         return frozenset[str](self.of.variables).union(*[s.variables for s in self.body])
-
-    @cached_property
-    def kinds(self) -> frozenset[Kind]:
-        """Its own kind and those of the loops inside."""
-        return frozenset[Kind]([self.kind]).union(*[s.kinds for s in self.body if isinstance(s, Loop)])
-
-    @cached_property
-    def is_plain(self) -> bool:
-        """Whether each loop has statements, none of which has a condition: nothing can be left out."""
-        return bool(self.body) and all(s.is_plain if isinstance(s, Loop) else not s.where for s in self.body)
-
-    @cached_property
-    def depth(self) -> int:
-        """The most loops around a statement inside, itself included."""
-        return 1 + max([s.depth for s in self.body if isinstance(s, Loop)], default=0)
 
 
 Leaf = Store | Reduce
@@ -269,24 +250,9 @@ class Stage:
         return leaves_of(self.body)
 
     @cached_property
-    def names(self) -> frozenset[str]:
-        """The variables of its loops."""
-        return frozenset[str]().union(*[s.names for s in self.body if isinstance(s, Loop)])
-
-    @cached_property
-    def tensors(self) -> frozenset[str]:
-        """The tensors that it touches."""
-        return frozenset[str]().union(*[s.tensors for s in self.body])
-
-    @cached_property
-    def kinds(self) -> frozenset[Kind]:
-        """The kinds of its loops."""
-        return frozenset[Kind]().union(*[s.kinds for s in self.body if isinstance(s, Loop)])
-
-    @cached_property
-    def depth(self) -> int:
-        """The most loops around a statement."""
-        return max([s.depth for s in self.body if isinstance(s, Loop)], default=0)
+    def facts(self) -> Facts:
+        """What its statements touch, and their loops."""
+        return together([statement.facts for statement in self.body])
 
 
 @dataclass(frozen=True)

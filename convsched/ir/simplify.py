@@ -33,7 +33,7 @@ def prune(body: Body, extents: Mapping[str, int]) -> Body:
     out: list[Statement] = []
     for statement in body:
         if isinstance(statement, Loop):
-            if statement.is_plain:
+            if statement.facts.is_plain:
                 out.append(statement)
                 continue
             extent = statement.extent

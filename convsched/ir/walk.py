@@ -36,7 +36,7 @@ def touching(body: Body, tensors: Set[str], loops: tuple[Loop, ...] = ()) -> lis
     """The statements that touch some tensors, with the loops around them."""
     found: list[tuple[tuple[Loop, ...], Leaf]] = []
     for statement in body:
-        if statement.tensors.isdisjoint(tensors):
+        if statement.facts.tensors.isdisjoint(tensors):
             continue
         if isinstance(statement, Loop):
             found += touching(statement.body, tensors, (*loops, statement))
@@ -72,7 +72,7 @@ def map_leaves(body: Body, change: Callable[[Leaf], Leaf]) -> Body:
 def map_touching(body: Body, tensor: str, change: Callable[[Leaf], Leaf]) -> Body:
     """The body with every statement changed that touches a tensor; what does not touch it stays the same object."""
     return rebuilt(body, [
-        s if tensor not in s.tensors
+        s if tensor not in s.facts.tensors
         else holding(s, map_touching(s.body, tensor, change)) if isinstance(s, Loop) else change(s) for s in body])
 
 
@@ -85,8 +85,12 @@ def holding(loop: Loop, body: Body) -> Loop:
 
 def rebuilt(body: Body, statements: list[Statement]) -> Body:
     """The body itself if it has just these statements, else one of them."""
-    same = len(body) == len(statements) and all(a is b for a, b in zip(body, statements, strict=True))
-    return body if same else tuple(statements)
+    if len(body) != len(statements):
+        return tuple(statements)
+    for a, b in zip(body, statements, strict=True):
+        if a is not b:
+            return tuple(statements)
+    return body
 
 
 def map_loops(body: Body, var: str, change: Callable[[Loop], Body]) -> Body:
@@ -94,7 +98,7 @@ def map_loops(body: Body, var: str, change: Callable[[Loop], Body]) -> Body:
     is none."""
     out: list[Statement] = []
     for statement in body:
-        if not isinstance(statement, Loop) or var not in statement.names:
+        if not isinstance(statement, Loop) or var not in statement.facts.names:
             out.append(statement)
         elif statement.var == var:
             out += change(statement)
@@ -131,7 +135,7 @@ def find_loops(body: Body, var: str) -> list[Loop]:
     """Every loop over ``var``."""
     found: list[Loop] = []
     for statement in body:
-        if isinstance(statement, Loop) and var in statement.names:
+        if isinstance(statement, Loop) and var in statement.facts.names:
             if statement.var == var:
                 found.append(statement)
             found += find_loops(statement.body, var)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 
-from convsched.ir import Body, Loop, Program, Stage, find_loops, leaves_of
+from convsched.ir import Body, Loop, Program, Stage, find_loops, holding
 from convsched.ir.walk import extents_of
 from convsched.schedule.checks import checked, fail, require_loop
-from convsched.schedule.legality import accesses, is_separated
+from convsched.schedule.legality import accesses, separated
 from convsched.schedule.step import Step
 
 
@@ -50,7 +50,8 @@ class Attach(Step):
         if before.when != after.when:
             raise fail(program, self, f"{before.name} and {after.name} run at different times", "leave it", self.at)
         host = after.name if before.name == self.stage else before.name
-        joined = Stage(host, self._merged(program, (before, after), before.body, after.body, {}), before.when)
+        body = self._merged(program, (before, after), before.body, after.body, _apart(before, after))
+        joined = Stage(host, body, before.when)
         return checked(program, self, replace(
             program, stages=(*program.stages[:first], joined, *program.stages[first + 2:])))
 
@@ -70,7 +71,7 @@ class Attach(Step):
                    self.at)
 
     def _merged(self, program: Program, stages: tuple[Stage, Stage], a: Body, b: Body,
-                above: Mapping[str, int]) -> Body:
+                apart: Mapping[str, Set[str]]) -> Body:
         """The loops of both bodies as one, down to ``at``."""
         if len(a) != 1 or len(b) != 1 or not isinstance(a[0], Loop) or not isinstance(b[0], Loop):
             raise fail(program, self, f"the loops above {self.at} are not perfectly nested", "attach earlier",
@@ -79,22 +80,21 @@ class Attach(Step):
         if (x.var, x.extent, x.kind, x.of, x.step) != (y.var, y.extent, y.kind, y.of, y.step):
             raise fail(program, self, f"{stages[0].name} has {x.kind} {x.var} < {x.extent} where {stages[1].name} "
                        f"has {y.kind} {y.var} < {y.extent}", "give both the same outer loops", self.at)
-        extents = {**above, **extents_of(b), **extents_of(a)}
-        tensor = _meeting(x.var, x.body, y.body, extents) if x.iterations > 1 else None
+        tensor = next((name for name, variables in apart.items() if x.iterations > 1 and x.var not in variables), None)
         if tensor is not None:
             raise fail(program, self, f"iterations of {x.var} depend on each other through {tensor}",
                        "attach outside the loops that sum", self.at)
-        if x.var == self.at:
-            return (replace(x, body=x.body + y.body),)
-        return (replace(x, body=self._merged(program, stages, x.body, y.body, {**above, x.var: x.extent})),)
+        body = x.body + y.body if x.var == self.at else self._merged(program, stages, x.body, y.body, apart)
+        return (holding(x, body),)
 
 
-def _meeting(var: str, a: Body, b: Body, extents: Mapping[str, int]) -> str | None:
-    """A tensor that one side writes and the other uses, in different iterations of ``var``."""
-    every = (leaves_of(a), leaves_of(b))
-    used_a, used_b = ({name for leaf in found for name in leaf.tensors} for found in every)
-    written_a, written_b = ({leaf.tensor for leaf in found} for found in every)
-    both = (used_a & written_b) | (written_a & used_b)
-    reads, writes, _ = accesses(leaf for found in every for leaf in found if not both.isdisjoint(leaf.tensors))
-    return next((tensor for tensor in sorted(both) if not is_separated(
-        var, writes.get(tensor, []) + reads.get(tensor, []), extents)), None)
+def _apart(first: Stage, second: Stage) -> dict[str, Set[str]]:
+    """The tensors that one stage writes and the other uses, with the loops in whose iterations they use elements of
+    their own."""
+    written_a, written_b = ({leaf.tensor for leaf in stage.leaves} for stage in (first, second))
+    both = (first.facts.tensors & written_b) | (written_a & second.facts.tensors)
+    reads, writes, _ = accesses(leaf for stage in (first, second) for leaf in stage.leaves
+                                if not both.isdisjoint(leaf.facts.tensors))
+    extents = {**extents_of(second.body), **extents_of(first.body)}
+    shared = first.facts.names & second.facts.names
+    return {name: separated(shared, writes.get(name, []) + reads.get(name, []), extents) for name in sorted(both)}

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from math import prod
 
 from convsched.errors import ScheduleError
-from convsched.ir import Body, Kind, Leaf, Load, Loop, Program, Stage, Store, find_loops, leaves, loop_names, matrix_of
+from convsched.ir import Body, Leaf, Load, Loop, Program, Stage, Store, find_loops, leaves, loop_names, matrix_of
 from convsched.ir.address import offset
 from convsched.ir.text import print_nest
 from convsched.schedule.legality import race
@@ -23,7 +23,6 @@ STATEMENTS = 16384  # the most statements that unrolled loops write out; recipes
 REGISTERS = 65536  # the most elements of all register tensors: 256 KiB of stack; recipes have up to 512
 PADDING = 256  # the most a schedule may add: elements of a buffer for one that is copied, or statements run for one
 SMALL = 2**20  # elements (4 MiB) or statements (1 ms) that are few enough whatever is added
-_ANYWHERE: frozenset[Kind] = frozenset({"serial", "unroll"})  # loops of these kinds may hold any others
 _VECTOR = 16  # lanes of the widest vector instruction: a longer vector loop is several statements
 
 
@@ -34,11 +33,11 @@ def fail(program: Program, step: Step | str, why: str, fix: str, mark: str | Non
 
 def require_loop(program: Program, step: Step, name: str) -> None:
     """Raise unless some stage has a loop of that name."""
-    stages = [stage for stage in program.stages if name in stage.names]
+    stages = [stage for stage in program.stages if name in stage.facts.names]
     if not stages:
         known = ", ".join(dict.fromkeys(n for stage in program.stages for n in loop_names(stage.body)))
         raise fail(program, step, f"there is no loop {name}", f"use one of {known}")
-    if any(loop.kind == "digit" for stage in stages if "digit" in stage.kinds
+    if any(loop.kind == "digit" for stage in stages if "digit" in stage.facts.kinds
            for loop in find_loops(stage.body, name)):
         raise fail(program, step, f"{name} is a digit of other loops", "name one of these, or inline later", name)
 
@@ -59,17 +58,18 @@ def require_new(program: Program, step: Step, names: Sequence[str], loop: str) -
 
 def checked(before: Program, step: Step, after: Program) -> Program:
     """The program after a step, if loops still hold what they may, and weights are packed by plain copies."""
-    deepest = max(after.stages, key=lambda stage: stage.depth)
-    if deepest.depth > DEPTH:
-        outermost = max((s for s in deepest.body if isinstance(s, Loop)), key=lambda loop: loop.depth)
-        raise fail(before, step, f"{deepest.depth} loops would be around a statement", f"leave at most {DEPTH}",
+    deepest = max(after.stages, key=lambda stage: stage.facts.depth)
+    if deepest.facts.depth > DEPTH:
+        outermost = max((s for s in deepest.body if isinstance(s, Loop)), key=lambda loop: loop.facts.depth)
+        raise fail(before, step, f"{deepest.facts.depth} loops would be around a statement", f"leave at most {DEPTH}",
                    outermost.var)
-    copies = sum(len(stage.leaves) for stage in after.stages)
+    copies = sum(stage.facts.statements for stage in after.stages)
     if copies > COPIES:
         raise fail(before, step, f"the nest would have {copies} statements", f"peel less: at most {COPIES}")
     known = {id(stage) for stage in before.stages}
     for stage in (stage for stage in after.stages if id(stage) not in known):
-        found = _misplaced(stage.body)
+        facts = stage.facts
+        found = _misplaced(stage.body) if "digit" in facts.kinds or not facts.is_nested_well else None
         if found is not None:
             loop, why, fix = found
             raise fail(before, step, why, fix, loop)
@@ -90,7 +90,7 @@ def _misplaced(body: Body, parallel: str | None = None,
                around: frozenset[str] = frozenset()) -> tuple[str, str, str] | None:
     """A loop where its kind may not be: its name, the rule, and the fix."""
     for loop in body:
-        if not isinstance(loop, Loop) or loop.kinds <= _ANYWHERE:
+        if not isinstance(loop, Loop):
             continue
         if loop.kind == "digit" and not loop.of.variables <= around:
             outside = min(loop.of.variables - around)

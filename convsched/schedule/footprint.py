@@ -37,7 +37,7 @@ class Request:
     def scopes(self) -> Iterator[Scope]:
         """The bodies of the loops ``at`` that use the tensor, with the loops around (``at`` included)."""
         for item in self.program.stages:
-            if self.tensor.name not in item.tensors:
+            if self.tensor.name not in item.facts.tensors:
                 continue
             if self.at == "root":
                 yield (), item.body
@@ -68,7 +68,7 @@ class Box:
 def _loops_named(body: Body, var: str, tensor: str, path: tuple[Loop, ...] = ()) -> Iterator[Scope]:
     """The loops of a name in which a tensor is used."""
     for statement in body:
-        if isinstance(statement, Loop) and var in statement.names and tensor in statement.tensors:
+        if isinstance(statement, Loop) and var in statement.facts.names and tensor in statement.facts.tensors:
             if statement.var == var:
                 yield (*path, statement), statement.body
             yield from _loops_named(statement.body, var, tensor, (*path, statement))
@@ -109,7 +109,7 @@ def within(request: Request, change: Callable[[Body], Body]) -> Program:
         return rebuilt(body, [loop(s) if isinstance(s, Loop) else s for s in body])
 
     def loop(found: Loop) -> Loop:
-        if request.at not in found.names or request.tensor.name not in found.tensors:
+        if request.at not in found.facts.names or request.tensor.name not in found.facts.tensors:
             return found
         return holding(found, change(found.body) if found.var == request.at else walk(found.body))
 

@@ -54,7 +54,7 @@ class Inline(Step):
         stage, axes, value = _producer(program, self)
         others = [other for other in program.stages if other is not stage]
         readers = [other for other in others
-                   if self.tensor in other.tensors]
+                   if self.tensor in other.facts.tensors]
         if not readers or program.stages.index(readers[0]) < program.stages.index(stage):
             raise fail(program, self, f"no stage after {stage.name} reads {self.tensor}, or one before it does",
                        "inline a tensor that is filled before it is read")

@@ -19,7 +19,7 @@ def with_kind(program: Program, step: Step, loops: Sequence[str], kind: Kind) ->
     named = frozenset(loops)
 
     def change(statement: Statement) -> Statement:
-        if not isinstance(statement, Loop) or named.isdisjoint(statement.names):
+        if not isinstance(statement, Loop) or named.isdisjoint(statement.facts.names):
             return statement
         inside = holding(statement, within(statement.body))
         return replace(inside, kind=kind) if statement.var in named else inside
@@ -35,7 +35,8 @@ def require_independent(program: Program, step: Step, stage: Stage, loop: Loop,
     """Raise if iterations of a loop depend on each other, but for what is in tensors private to each."""
     if loop.extent == 1:
         return
-    tensor = carried(loop.var, [leaf for leaf in loop.leaves if leaf.tensor not in private], extents_of(stage.body))
-    if tensor is not None:
-        raise fail(program, step, f"iterations of {loop.var} depend on each other through {tensor}",
+    shared = [leaf for leaf in loop.leaves if leaf.tensor not in private]
+    found = carried((loop.var,), shared, extents_of(stage.body))
+    if found is not None:
+        raise fail(program, step, f"iterations of {loop.var} depend on each other through {found[1]}",
                    "choose a loop of the output", loop.var)

@@ -12,8 +12,8 @@ that only one stage uses is each thread's own.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import combinations_with_replacement
 
 from convsched.ir import Affine, Body, Index, Leaf, Loop, Program, Reduce, Stage, Store, leaves, leaves_of
@@ -30,13 +30,17 @@ class Domain:
 
     extents: Mapping[str, int]
     guards: Guards = ()
+    known: dict[Affine, tuple[int, int]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def bounds(self, a: Affine) -> tuple[int, int]:
         """A bound on the least and on the greatest value."""
         if not self.guards:
             return a.bounds(self.extents)
-        guards = [w for w in self.guards if w.variables <= self.extents.keys()]
-        return lower_bound(a, guards, self.extents), upper_bound(a, guards, self.extents)
+        found = self.known.get(a)
+        if found is None:
+            guards = [w for w in self.guards if w.variables <= self.extents.keys()]
+            found = self.known[a] = lower_bound(a, guards, self.extents), upper_bound(a, guards, self.extents)
+        return found
 
 
 def digits(one: Affine, here: Domain, other: Affine, there: Domain) -> tuple[set[str], bool]:
@@ -89,35 +93,38 @@ def accesses(found: Iterable[Leaf]) -> tuple[dict[str, list[Access]], dict[str, 
     return reads, writes, {t for t in writes if t not in stored and t not in reads}
 
 
-def carried(var: str, found: Iterable[Leaf], extents: Mapping[str, int], commutative: bool = False) -> str | None:
-    """A tensor through which iterations of ``var`` depend on each other by some statements, or None.
+def carried(variables: Sequence[str], found: Iterable[Leaf], extents: Mapping[str, int],
+            commutative: bool = False) -> tuple[str, str] | None:
+    """The first of some loops whose iterations depend on each other by some statements, and a tensor through which they
+    do; or None.
 
     With ``commutative``, a tensor that is only reduced into does not count: sums may be reordered.
     """
     reads, writes, reduced = accesses(found)
-    for tensor, written in writes.items():
-        if commutative and tensor in reduced:
-            continue
-        if not is_separated(var, written + reads.get(tensor, []), extents):
-            return tensor
-    return None
+    wanted = frozenset(variables)
+    apart = {tensor: separated(wanted, written + reads.get(tensor, []), extents)
+             for tensor, written in writes.items() if not (commutative and tensor in reduced)}
+    return next(((var, tensor) for var in variables for tensor, found in apart.items() if var not in found), None)
 
 
-def is_separated(var: str, touched: list[Access], extents: Mapping[str, int]) -> bool:
-    """Whether accesses to one tensor touch the same element only at the same ``var``."""
+def separated(variables: frozenset[str], touched: Sequence[Access], extents: Mapping[str, int]) -> frozenset[str]:
+    """Those of some variables that are the same wherever accesses to one tensor touch the same element."""
+    domains = {where: Domain(extents, where) for _, where in touched}
+    done: frozenset[str] = frozenset()
     for axis in range(len(touched[0][0])):
         places = {(index[axis], where) for index, where in touched}
-        if not all(a.coefficient(var) for a, _ in places):
-            continue
-        if all(var in digits(a, Domain(extents, here), b, Domain(extents, there))[0]
-               for (a, here), (b, there) in combinations_with_replacement(places, 2)):
-            return True
-    return False
+        left = (variables - done).intersection(*[a.variables for a, _ in places])
+        for (a, here), (b, there) in combinations_with_replacement(places, 2) if left else ():
+            left &= digits(a, domains[here], b, domains[there])[0]
+            if not left:
+                break
+        done |= left
+    return done
 
 
 def fills_first(body: Body, tensor: str) -> bool:
     """Whether the first statement that touches a tensor sets it, without reading it."""
-    first = next((leaf for leaf in leaves_of(body) if tensor in leaf.tensors), None)
+    first = next((leaf for leaf in leaves_of(body) if tensor in leaf.facts.tensors), None)
     return (isinstance(first, Store) and first.tensor == tensor
             and not any(load.tensor == tensor for load in first.loads))
 
@@ -137,7 +144,7 @@ class _Touch:
 def race(program: Program) -> tuple[str, str] | None:
     """A parallel loop and a tensor through which threads that do not wait would meet, or None."""
     for stage in program.stages:
-        if stage.when == "bind" or "parallel" not in stage.kinds:
+        if stage.when == "bind" or "parallel" not in stage.facts.kinds:
             continue
         homes = list(_homes(stage.body))
         name = next(loop.var for loop, _, _ in homes if loop is not None)
@@ -172,7 +179,7 @@ def _homes(body: Body, path: tuple[Loop, ...] = ()) -> Iterator[_Home]:
 
 def _is_alone(program: Program, stage: Stage, tensor: str) -> bool:
     """Whether no other stage touches a tensor."""
-    return not any(tensor in other.tensors for other in program.stages if other is not stage)
+    return not any(tensor in other.facts.tensors for other in program.stages if other is not stage)
 
 
 def _meets(tensor: str, touches: list[_Touch], own: bool, register: bool, homes: list[_Home]) -> bool:

@@ -29,7 +29,7 @@ class Parallel(Step):
         require_loop(program, self, self.loop)
         for stage in program.stages:
             for loop in find_loops(stage.body, self.loop):
-                private = {name for name in loop.tensors if _is_private(program, name, loop)}
+                private = {name for name in loop.facts.tensors if _is_private(program, name, loop)}
                 require_independent(program, self, stage, loop, private)
         return with_kind(program, self, (self.loop,), "parallel")
 
@@ -39,8 +39,8 @@ def _is_private(program: Program, name: str, loop: Loop) -> bool:
     if program.tensor(name).role not in ("local", "register"):
         return False
 
-    users = [stage for stage in program.stages if name in stage.tensors]
-    total = sum(name in leaf.tensors for stage in users for leaf in stage.leaves)
-    inside = sum(name in leaf.tensors for stage in users for found in find_loops(stage.body, loop.var)
+    users = [stage for stage in program.stages if name in stage.facts.tensors]
+    total = sum(name in leaf.facts.tensors for stage in users for leaf in stage.leaves)
+    inside = sum(name in leaf.facts.tensors for stage in users for found in find_loops(stage.body, loop.var)
                  for leaf in found.leaves)
     return total == inside and fills_first(loop.body, name)

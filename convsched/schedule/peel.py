@@ -96,7 +96,7 @@ def _map_loops_within(body: Body, var: str, around: Mapping[str, int],
     """``map_loops``, with the extents of the loops around."""
     out: list[Statement] = []
     for statement in body:
-        if not isinstance(statement, Loop) or var not in statement.names:
+        if not isinstance(statement, Loop) or var not in statement.facts.names:
             out.append(statement)
         elif statement.var == var:
             out += change(statement, around)
@@ -130,7 +130,7 @@ def _is_home(program: Program, loop: Loop) -> bool:
 
 def _registers(program: Program, statement: Statement) -> set[str]:
     """The register tensors that a statement touches."""
-    return {name for name in statement.tensors if program.tensor(name).role == "register"}
+    return {name for name in statement.facts.tensors if program.tensor(name).role == "register"}
 
 
 def _guards(loop: Loop) -> set[Affine]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
-from convsched.ir import Body, Loop, Program, Statement, leaves, leaves_of
+from convsched.ir import Body, Loop, Program, Statement, holding, leaves, leaves_of, rebuilt
 from convsched.ir.walk import extents_of
 from convsched.schedule.checks import checked, fail, require_loop
 from convsched.schedule.legality import carried
@@ -35,17 +35,18 @@ class Reorder(Step):
             twice = next(name for name in self.loops if self.loops.count(name) > 1)
             raise fail(program, self, f"{twice} is named twice", "name each loop once", twice)
         done = program.with_body(lambda body: self._permuted(program, rank, body, {}))
-        for stage in done.stages:
-            for around, _ in leaves(stage.body):
-                named = [loop.var for loop in around if loop.var in rank]
-                for left, right in pairwise(named):
-                    if rank[left] > rank[right]:
-                        raise fail(program, self, f"{left} and {right} are not perfectly nested",
-                                   "reorder before other statements come between them", left)
+        for around, _ in (path for stage in done.stages if not stage.facts.names.isdisjoint(rank)
+                          for path in leaves(stage.body)):
+            named = [loop.var for loop in around if loop.var in rank]
+            for left, right in pairwise(named):
+                if rank[left] > rank[right]:
+                    raise fail(program, self, f"{left} and {right} are not perfectly nested",
+                               "reorder before other statements come between them", left)
         return checked(program, self, done)
 
     def _permuted(self, program: Program, rank: Mapping[str, int], body: Body, outside: Mapping[str, int]) -> Body:
-        return tuple(self._chain(program, rank, s, outside) if isinstance(s, Loop) else s for s in body)
+        return rebuilt(body, [s if not isinstance(s, Loop) or s.facts.names.isdisjoint(rank)
+                              else self._chain(program, rank, s, outside) for s in body])
 
     def _chain(self, program: Program, rank: Mapping[str, int], top: Loop, outside: Mapping[str, int]) -> Statement:
         """A loop and those perfectly nested in it, in their order."""
@@ -58,14 +59,15 @@ class Reorder(Step):
         if [loops[i].var for i in slots] != [loop.var for loop in chosen]:
             extents = {**outside, **extents_of((top,))}
             commutes = len(core) == 1 and not isinstance(core[0], Loop)
-            for loop in chosen:
-                tensor = carried(loop.var, leaves_of(core), extents, commutative=commutes)
-                if tensor is not None:
-                    raise fail(program, self, f"iterations of {loop.var} depend on each other through "
-                               f"{tensor}", "leave that loop where it is", loop.var)
+            found = carried([loop.var for loop in chosen], leaves_of(core), extents, commutative=commutes)
+            if found is not None:
+                var, tensor = found
+                raise fail(program, self, f"iterations of {var} depend on each other through {tensor}",
+                           "leave that loop where it is", var)
         for slot, loop in zip(slots, chosen, strict=True):
             loops[slot] = loop
         body = self._permuted(program, rank, core, {**outside, **{loop.var: loop.extent for loop in loops}})
         for loop in reversed(loops):
-            body = (replace(loop, body=body),)
+            body = rebuilt(loop.body, [*body])
+            body = (holding(loop, body),)
         return body[0]

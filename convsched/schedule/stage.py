@@ -29,7 +29,7 @@ from convsched.ir.simplify import prune
 from convsched.ir.walk import indices, touching
 from convsched.schedule.checks import PADDING, SMALL, checked, fail, require_loop
 from convsched.schedule.footprint import Box, Request, box_of, redirected, require_axes, within
-from convsched.schedule.legality import fills_first, is_separated
+from convsched.schedule.legality import fills_first, separated
 from convsched.schedule.step import Step
 
 Where = Literal["registers", "buffer", "window", "packed"]
@@ -125,13 +125,13 @@ def _shrunk(request: Request, role: Literal["register", "local"]) -> Program:
     if role == "register" and (request.order or request.align):
         raise request.fail("registers have no order in memory", "leave the order and align out")
     scopes = list(request.scopes())
-    everywhere = sum(name in leaf.tensors for s in program.stages if name in s.tensors for leaf in s.leaves)
-    inside = sum(name in leaf.tensors for _, body in scopes for leaf in leaves_of(body))
-    users = [s.name for s in program.stages if name in s.tensors]
+    everywhere = sum(name in leaf.facts.tensors for s in program.stages if name in s.facts.tensors for leaf in s.leaves)
+    inside = sum(name in leaf.facts.tensors for _, body in scopes for leaf in leaves_of(body))
+    users = [s.name for s in program.stages if name in s.facts.tensors]
     if everywhere != inside or len(users) > 1:
         raise request.fail(f"{name} is also used outside one loop {request.at}, in {', '.join(users)}",
                            "attach the other stages there first")
-    homes = sum(name in top.tensors for s in program.stages for top in s.body)
+    homes = sum(name in top.facts.tensors for s in program.stages for top in s.body)
     if role == "register" and homes > 1:
         raise request.fail(f"{name} would live in the registers of two loop nests", "stage before peel")
     for path, body in scopes:
@@ -166,9 +166,11 @@ def _require_fresh(request: Request, path: tuple[Loop, ...], body: Body) -> None
     for var, extent in [(loop.var, loop.extent) for around, _ in own for loop in around]:
         extents[var] = max(extent, extents.get(var, 0))
     touched = [(index, leaf.where) for _, leaf in own for n, index in indices(leaf) if n == name]
-    for loop in path:
-        if loop.iterations > 1 and not is_separated(loop.var, touched, extents):
-            raise request.fail(f"iterations of {loop.var} depend on each other through {name}",
+    repeated = [loop.var for loop in path if loop.iterations > 1]
+    apart = separated(frozenset(repeated), touched, extents)
+    for var in repeated:
+        if var not in apart:
+            raise request.fail(f"iterations of {var} depend on each other through {name}",
                                "stage inside the loops of the output only")
 
 
@@ -177,7 +179,7 @@ def copied(request: Request, packed: bool) -> Program:
     program, name = request.program, request.tensor.name
     if request.tensor.role not in ("input", "weight"):
         raise request.fail(f"{name} is written by the program", "stage it in registers")
-    loops = [loop for item in program.stages for loop in item.names]
+    loops = [loop for item in program.stages for loop in item.facts.names]
     if request.target in program.by_name or any(loop.startswith(f"{name}.") for loop in loops):
         raise request.fail(f"{name} is staged already", "stage it once")
     return checked(program, request.step, _filled(request, packed))
@@ -206,7 +208,7 @@ def _filled(request: Request, packed: bool) -> Program:
     if request.at != "root":
         return program
     first = next(i for i, s in enumerate(program.stages)
-                 if target in s.tensors)
+                 if target in s.facts.tensors)
     when: Literal["bind", "run"] = "bind" if request.tensor.role == "weight" else "run"
     pack = Stage(f"pack {request.tensor.name}", copy.body, when)
     return replace(program, stages=(*program.stages[:first], pack, *program.stages[first:]))
