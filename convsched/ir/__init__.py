@@ -3,9 +3,9 @@
 from convsched.ir.affine import Affine, Index
 from convsched.ir.grammar import (
     Body, Const, Kind, Leaf, Load, Loop, OPS, Op, Program, Reduce, Role, Stage,
-    Statement, StorageAxis, Store, Tensor, Value, When, leaves_of, loads, storage_of)
+    Statement, StorageAxis, Store, Tensor, Value, When, leaves, leaves_of, loads, storage_of)
 from convsched.ir.walk import (
-    find_loops, holding, leaves, loop_names, map_indices, map_leaves,
+    find_loops, holding, loop_names, map_indices, map_leaves,
     map_loops, map_value, matrix_of, nested, rebuilt, substitute)
 
 __all__ = [

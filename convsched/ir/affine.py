@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 
 
@@ -37,7 +37,12 @@ class Affine:
         return Affine.total((*self.terms, *other.terms), self.constant + other.constant)
 
     def __sub__(self, other: Affine | str | int) -> Affine:
-        return self + Affine.of(other) * -1
+        if isinstance(other, int):
+            return Affine(self.terms, self.constant - other)
+        other = Affine.of(other)
+        if not other.terms:
+            return Affine(self.terms, self.constant - other.constant)
+        return Affine.total((*self.terms, *[(n, -c) for n, c in other.terms]), self.constant - other.constant)
 
     def __mul__(self, factor: int) -> Affine:
         return Affine(tuple([(n, c * factor) for n, c in self.terms]) if factor else (), self.constant * factor)
@@ -58,6 +63,10 @@ class Affine:
         """The terms of the given variables, without the constant."""
         keep = set(names)
         return Affine(tuple([t for t in self.terms if t[0] in keep]), 0)
+
+    def without(self, names: Container[str]) -> Affine:
+        """The terms of all other variables, and the constant."""
+        return Affine(tuple([t for t in self.terms if t[0] not in names]), self.constant)
 
     def substitute(self, values: Mapping[str, Affine]) -> Affine:
         """Replace variables by affine expressions."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from convsched.ir.address import offset
-from convsched.ir.grammar import Loop, Program
-from convsched.ir.walk import extents_of, leaves
+from convsched.ir.grammar import Loop, Program, extents_of, leaves
 
 
 def part_of(program: Program, loop: Loop, tensor: str) -> int | None:

@@ -21,8 +21,8 @@ of a pixel p = 7 e + f of rows of 7, ``e`` is ``p // 7`` and ``f`` is ``p % 7``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 from convsched.ir.affine import Affine, Index
@@ -158,13 +158,13 @@ class _Assignment:
     @cached_property
     def facts(self) -> Facts:
         """What it touches."""
-        return Facts(frozenset([name for name, _ in self.accesses]), is_plain=not self.where)
+        guards = frozenset([name for a in self.where for name, _ in a.terms])
+        return Facts(frozenset([name for name, _ in self.accesses]), guards=guards, is_plain=not self.where)
 
     @cached_property
     def variables(self) -> frozenset[str]:
         """The variables in its indices and conditions."""
-        names = [name for _, index in self.accesses for a in index for name, _ in a.terms]
-        return frozenset([*names, *[name for a in self.where for name, _ in a.terms]])
+        return self.facts.guards.union([name for _, index in self.accesses for a in index for name, _ in a.terms])
 
 
 def loads(value: Value) -> Iterator[Load]:
@@ -236,6 +236,35 @@ def leaves_of(body: Body) -> tuple[Leaf, ...]:
     return tuple(found)
 
 
+def leaves(body: Body, loops: tuple[Loop, ...] = ()) -> list[tuple[tuple[Loop, ...], Leaf]]:
+    """Every statement with the loops around it, outermost first, in program order."""
+    found: list[tuple[tuple[Loop, ...], Leaf]] = []
+    _collect(body, loops, found)
+    return found
+
+
+def _collect(body: Body, loops: tuple[Loop, ...], found: list[tuple[tuple[Loop, ...], Leaf]]) -> None:
+    for statement in body:
+        if isinstance(statement, Loop):
+            _collect(statement.body, (*loops, statement), found)
+        else:
+            found.append((loops, statement))
+
+
+def extents_of(body: Body) -> dict[str, int]:
+    """The extent of every loop; the greatest, where a name has several."""
+    extents: dict[str, int] = {}
+    _collect_extents(body, extents)
+    return extents
+
+
+def _collect_extents(body: Body, extents: dict[str, int]) -> None:
+    for statement in body:
+        if isinstance(statement, Loop):
+            extents[statement.var] = max(statement.extent, extents.get(statement.var, 0))
+            _collect_extents(statement.body, extents)
+
+
 @dataclass(frozen=True)
 class Stage:
     """A named piece of a program; ``when="bind"`` runs once for given weights."""
@@ -248,6 +277,16 @@ class Stage:
     def leaves(self) -> tuple[Leaf, ...]:
         """Its statements, in program order."""
         return leaves_of(self.body)
+
+    @cached_property
+    def paths(self) -> Sequence[tuple[tuple[Loop, ...], Leaf]]:
+        """Every statement with the loops around it, outermost first, in program order."""
+        return leaves(self.body)
+
+    @cached_property
+    def extents(self) -> Mapping[str, int]:
+        """The extent of every loop; the greatest, where a name has several."""
+        return extents_of(self.body)
 
     @cached_property
     def facts(self) -> Facts:
@@ -274,11 +313,12 @@ class Program:
     def with_body(self, change: Callable[[Body], Body]) -> Program:
         """The program with every stage's body changed; stages whose body stays the same object are kept."""
         bodies = [change(s.body) for s in self.stages]
-        return replace(self, stages=tuple(s if body is s.body else replace(s, body=body)
-                                          for s, body in zip(self.stages, bodies, strict=True)))
+        return Program(self.name, self.tensors, tuple([
+            s if body is s.body else Stage(s.name, body, s.when)
+            for s, body in zip(self.stages, bodies, strict=True)]))
 
     def with_tensor(self, tensor: Tensor) -> Program:
         """The program with a tensor added, or replaced by name."""
         kept = [t for t in self.tensors if t.name != tensor.name]
         place = next((i for i, t in enumerate(self.tensors) if t.name == tensor.name), len(kept))
-        return replace(self, tensors=(*kept[:place], tensor, *kept[place:]))
+        return Program(self.name, (*kept[:place], tensor, *kept[place:]), self.stages)

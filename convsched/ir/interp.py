@@ -35,9 +35,9 @@ from convsched.ir.grammar import (
     Store,
     Tensor,
     Value,
+    leaves,
     storage_of,
 )
-from convsched.ir.walk import leaves
 
 Array: TypeAlias = npt.NDArray[np.floating[Any]]
 Point: TypeAlias = Mapping[str, "int | npt.NDArray[np.intp]"]

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from convsched.ir.affine import Affine
-from convsched.ir.grammar import Body, Loop, Program, Statement
-from convsched.ir.walk import holding, leaves, rebuilt
+from convsched.ir.grammar import Body, Loop, Program, Statement, leaves
+from convsched.ir.walk import holding, rebuilt
 
 
 def simplify(program: Program) -> Program:
@@ -37,7 +36,8 @@ def prune(body: Body, extents: Mapping[str, int]) -> Body:
                 out.append(statement)
                 continue
             extent = statement.extent
-            if statement.kind not in ("vector", "parallel", "digit"):  # lanes, shares of threads, digits stay
+            is_free = statement.kind not in ("vector", "parallel", "digit")  # lanes, shares of threads, digits stay
+            if is_free and statement.var in statement.facts.guards:
                 extent = _needed(statement, extents)
             inside = prune(statement.body, {**extents, statement.var: extent})
             if inside:
@@ -69,7 +69,7 @@ def _needed(loop: Loop, extents: Mapping[str, int]) -> int:
         start, end = 0, loop.extent - 1
         for guard in leaf.where:
             k = guard.coefficient(loop.var)
-            low = (guard - Affine.of(loop.var) * k).bounds(inside)[0]
+            low = guard.without((loop.var,)).bounds(inside)[0]
             if k > 0:
                 end = min(end, (-low - 1) // k)
             elif k < 0:

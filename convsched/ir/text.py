@@ -23,8 +23,21 @@ from itertools import groupby
 from typing import assert_never
 
 from convsched.ir.affine import Affine, Index
-from convsched.ir.grammar import Body, Const, Leaf, Load, Loop, Op, Program, Reduce, Stage, Tensor, Value, storage_of
-from convsched.ir.walk import leaves
+from convsched.ir.grammar import (
+    Body,
+    Const,
+    Leaf,
+    Load,
+    Loop,
+    Op,
+    Program,
+    Reduce,
+    Stage,
+    Tensor,
+    Value,
+    leaves,
+    storage_of,
+)
 
 WIDTH = 110  # columns
 

@@ -17,21 +17,6 @@ def nested(loops: Mapping[str, int], leaf: Leaf) -> Body:
     return body
 
 
-def leaves(body: Body, loops: tuple[Loop, ...] = ()) -> list[tuple[tuple[Loop, ...], Leaf]]:
-    """Every statement with the loops around it, outermost first, in program order."""
-    found: list[tuple[tuple[Loop, ...], Leaf]] = []
-    _collect(body, loops, found)
-    return found
-
-
-def _collect(body: Body, loops: tuple[Loop, ...], found: list[tuple[tuple[Loop, ...], Leaf]]) -> None:
-    for statement in body:
-        if isinstance(statement, Loop):
-            _collect(statement.body, (*loops, statement), found)
-        else:
-            found.append((loops, statement))
-
-
 def touching(body: Body, tensors: Set[str], loops: tuple[Loop, ...] = ()) -> list[tuple[tuple[Loop, ...], Leaf]]:
     """The statements that touch some tensors, with the loops around them."""
     found: list[tuple[tuple[Loop, ...], Leaf]] = []
@@ -159,17 +144,3 @@ def _collect_names(body: Body, names: dict[str, None]) -> None:
 def indices(leaf: Leaf) -> Sequence[tuple[str, Index]]:
     """Every tensor a statement touches, with the index: the target first, then the loads."""
     return leaf.accesses
-
-
-def extents_of(body: Body) -> dict[str, int]:
-    """The extent of every loop; the greatest, where a name has several."""
-    extents: dict[str, int] = {}
-    _collect_extents(body, extents)
-    return extents
-
-
-def _collect_extents(body: Body, extents: dict[str, int]) -> None:
-    for statement in body:
-        if isinstance(statement, Loop):
-            extents[statement.var] = max(statement.extent, extents.get(statement.var, 0))
-            _collect_extents(statement.body, extents)

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 
 from convsched.ir import Body, Loop, Program, Stage, find_loops, holding
-from convsched.ir.walk import extents_of
 from convsched.schedule.checks import checked, fail, require_loop
 from convsched.schedule.legality import accesses, separated
 from convsched.schedule.step import Step
@@ -95,6 +94,6 @@ def _apart(first: Stage, second: Stage) -> dict[str, Set[str]]:
     both = (first.facts.tensors & written_b) | (written_a & second.facts.tensors)
     reads, writes, _ = accesses(leaf for stage in (first, second) for leaf in stage.leaves
                                 if not both.isdisjoint(leaf.facts.tensors))
-    extents = {**extents_of(second.body), **extents_of(first.body)}
+    extents = {**second.extents, **first.extents}
     shared = first.facts.names & second.facts.names
     return {name: separated(shared, writes.get(name, []) + reads.get(name, []), extents) for name in sorted(both)}

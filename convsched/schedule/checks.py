@@ -131,7 +131,7 @@ def bounded(before: Program, program: Program) -> Program:
     """A finished program, if what it writes out can be compiled (unrolled loops, vectors and registers), and runs
     not many more statements than the unscheduled one: each ragged split may double them."""
     written = [(_statements(program, path, leaf), path)
-               for stage in program.stages for path, leaf in leaves(stage.body)]
+               for stage in program.stages for path, leaf in stage.paths]
     for loop in (loop for _, path in written for loop in path):
         if loop.kind == "vector" and loop.extent > LANES:
             raise fail(program, f"vectorize {loop.var}", f"{loop.var} has {loop.extent} iterations",
@@ -156,7 +156,7 @@ def bounded(before: Program, program: Program) -> Program:
 
 def _runs(program: Program) -> int:
     """How many statements run, those that a guard turns off included."""
-    return sum(prod(loop.iterations for loop in path) for stage in program.stages for path, _ in leaves(stage.body))
+    return sum(prod(loop.iterations for loop in path) for stage in program.stages for path, _ in stage.paths)
 
 
 def _statements(program: Program, path: Sequence[Loop], leaf: Leaf) -> int:

@@ -80,8 +80,8 @@ def box_of(request: Request) -> Box:
     outside: set[str] = set()
     for path, body in request.scopes():
         outside |= {loop.var for loop in path}
-        for around, leaf in touching(body, {request.tensor.name}):
-            extents = {loop.var: loop.extent for loop in around}
+        for loops, leaf in touching(body, {request.tensor.name}):
+            extents = {loop.var: loop.extent for loop in loops}
             found += [(index, extents) for n, index in indices(leaf) if n == request.tensor.name]
     if not found:
         raise request.fail(f"nothing inside {request.at} uses {request.tensor.name}", "choose another loop")
@@ -93,12 +93,14 @@ def box_of(request: Request) -> Box:
         raise request.fail(f"{both} is inside one loop {request.at} and around another", "stage before peel")
     base, sizes = [], []
     for axis in range(len(request.tensor.shape)):
-        outer = {index[axis] - index[axis].part(inner) - index[axis].constant for index, _ in found}
+        outer = {index[axis].without(inner) - index[axis].constant for index, _ in found}
         if len(outer) != 1:
             raise request.fail(f"accesses to {request.tensor.name} differ outside {request.at}", "choose an outer loop")
-        bounds = [(index[axis].part(extents) + index[axis].constant).bounds(extents) for index, extents in found]
+        rest, = outer
+        around = rest.variables
+        bounds = [index[axis].without(around).bounds(extents) for index, extents in found]
         low = min(b[0] for b in bounds)
-        base.append(next(iter(outer)) + low)
+        base.append(rest + low)
         sizes.append(max(b[1] for b in bounds) - low + 1)
     return Box(tuple(base), tuple(sizes), inner)
 

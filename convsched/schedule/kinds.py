@@ -6,7 +6,7 @@ from collections.abc import Sequence, Set
 from dataclasses import replace
 
 from convsched.ir import Body, Kind, Loop, Program, Stage, Statement
-from convsched.ir.walk import extents_of, holding, rebuilt
+from convsched.ir.walk import holding, rebuilt
 from convsched.schedule.checks import checked, fail, require_loop
 from convsched.schedule.legality import carried
 from convsched.schedule.step import Step
@@ -36,7 +36,7 @@ def require_independent(program: Program, step: Step, stage: Stage, loop: Loop,
     if loop.extent == 1:
         return
     shared = [leaf for leaf in loop.leaves if leaf.tensor not in private]
-    found = carried((loop.var,), shared, extents_of(stage.body))
+    found = carried((loop.var,), shared, stage.extents)
     if found is not None:
         raise fail(program, step, f"iterations of {loop.var} depend on each other through {found[1]}",
                    "choose a loop of the output", loop.var)

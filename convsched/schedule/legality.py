@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from itertools import combinations_with_replacement
 
 from convsched.ir import Affine, Body, Index, Leaf, Loop, Program, Reduce, Stage, Store, leaves, leaves_of
-from convsched.ir.bounds import lower_bound, upper_bound
+from convsched.ir.bounds import bounds_where
 from convsched.ir.walk import indices
 
 Guards = tuple[Affine, ...]
@@ -39,7 +39,7 @@ class Domain:
         found = self.known.get(a)
         if found is None:
             guards = [w for w in self.guards if w.variables <= self.extents.keys()]
-            found = self.known[a] = lower_bound(a, guards, self.extents), upper_bound(a, guards, self.extents)
+            found = self.known[a] = bounds_where(a, guards, self.extents)
         return found
 
 
@@ -61,7 +61,7 @@ def digits(one: Affine, here: Domain, other: Affine, there: Domain) -> tuple[set
     rest = sorted([t for t in one.terms if t in other.terms], key=lambda t: (-abs(t[1]), t[0]))
     while True:
         for term in rest:
-            fewer, less = (Affine(tuple([t for t in a.terms if t != term]), a.constant) for a in (one, other))
+            fewer, less = one.without(term[:1]), other.without(term[:1])
             low, high = _difference(fewer, here, less, there)
             if max(abs(low), abs(high)) < abs(term[1]):
                 found.add(term[0])
@@ -138,7 +138,7 @@ class _Touch:
     writes: bool
     home: int
     parallel: Loop | None
-    extents: Mapping[str, int]
+    domain: Domain
 
 
 def race(program: Program) -> tuple[str, str] | None:
@@ -148,17 +148,20 @@ def race(program: Program) -> tuple[str, str] | None:
             continue
         homes = list(_homes(stage.body))
         name = next(loop.var for loop, _, _ in homes if loop is not None)
+        written = {leaf.tensor for leaf in stage.leaves}
         touches: dict[str, list[_Touch]] = {}
         for home, (loop, path, body) in enumerate(homes):
             for around, leaf in leaves(body, path):
-                extents = {found.var: found.extent for found in around}
+                domain = Domain({found.var: found.extent for found in around}, leaf.where)
                 for position, (tensor, index) in enumerate(indices(leaf)):
+                    if tensor not in written:
+                        continue
                     touches.setdefault(tensor, []).append(
-                        _Touch(leaf, index, position == 0, home, loop, extents))
+                        _Touch(leaf, index, position == 0, home, loop, domain))
         for tensor, found in touches.items():
             role = program.tensor(tensor).role
             own = role == "register" or (role == "local" and _is_alone(program, stage, tensor))
-            if any(t.writes for t in found) and _meets(tensor, found, own, role == "register", homes):
+            if _meets(tensor, found, own, role == "register", homes):
                 return next((t.parallel.var for t in found if t.parallel is not None), name), tensor
     return None
 
@@ -217,6 +220,5 @@ def _apart(a: _Touch, b: _Touch) -> bool:
 
 
 def _along_axes(a: _Touch, b: _Touch) -> Iterator[tuple[set[str], bool]]:
-    here, there = Domain(a.extents, a.leaf.where), Domain(b.extents, b.leaf.where)
     for one, other in zip(a.index, b.index, strict=True):
-        yield digits(one, here, other, there)
+        yield digits(one, a.domain, other, b.domain)

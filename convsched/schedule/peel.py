@@ -108,15 +108,13 @@ def _map_loops_within(body: Body, var: str, around: Mapping[str, int],
 
 def _guarded(loop: Loop, around: Mapping[str, int]) -> tuple[int, int]:
     """How many iterations at the start and at the end have a guard that may fail; none if all have."""
-    def may_fail(value: int) -> bool:
-        at = {loop.var: Affine.of(value)}
-        for inside, leaf in leaves(loop.body):
-            extents = {**around, **{found.var: found.extent for found in inside}}
-            if any(w.substitute(at).bounds(extents)[1] >= 0 for w in leaf.where if loop.var in w.variables):
-                return True
-        return False
-
-    fails = [may_fail(value) for value in range(loop.extent)]
+    greatest: set[tuple[int, int]] = set()  # of a guard: its coefficient of the loop, and the most of the rest
+    for inside, leaf in leaves(loop.body):
+        for guard in leaf.where:
+            if factor := guard.coefficient(loop.var):
+                extents = {**around, **{found.var: found.extent for found in inside}}
+                greatest.add((factor, guard.without((loop.var,)).bounds(extents)[1]))
+    fails = [any(factor * value + most >= 0 for factor, most in greatest) for value in range(loop.extent)]
     if all(fails):
         return 0, 0
     return fails.index(False), fails[::-1].index(False)

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
-from convsched.ir import Body, Loop, Program, Statement, holding, leaves, leaves_of, rebuilt
-from convsched.ir.walk import extents_of
+from convsched.ir import Body, Loop, Program, Statement, holding, leaves_of, rebuilt
+from convsched.ir.grammar import extents_of
 from convsched.schedule.checks import checked, fail, require_loop
 from convsched.schedule.legality import carried
 from convsched.schedule.step import Step
@@ -36,7 +36,7 @@ class Reorder(Step):
             raise fail(program, self, f"{twice} is named twice", "name each loop once", twice)
         done = program.with_body(lambda body: self._permuted(program, rank, body, {}))
         for around, _ in (path for stage in done.stages if not stage.facts.names.isdisjoint(rank)
-                          for path in leaves(stage.body)):
+                          for path in stage.paths):
             named = [loop.var for loop in around if loop.var in rank]
             for left, right in pairwise(named):
                 if rank[left] > rank[right]:
