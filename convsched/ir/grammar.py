@@ -212,7 +212,8 @@ class Loop:
     @cached_property
     def facts(self) -> Facts:
         """What it touches, and the loops that it and those inside are."""
-        return together([statement.facts for statement in self.body]).inside(self.var, self.kind)
+        inside = self.body[0].facts if len(self.body) == 1 else together([s.facts for s in self.body])
+        return inside.inside(self.var, self.kind)
 
     @cached_property
     def variables(self) -> frozenset[str]:

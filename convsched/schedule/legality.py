@@ -24,7 +24,7 @@ Guards = tuple[Affine, ...]
 Access = tuple[Index, Guards]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Domain:
     """The points at which an expression is evaluated: extents of the loops, and guards that hold."""
 
@@ -61,7 +61,8 @@ def digits(one: Affine, here: Domain, other: Affine, there: Domain) -> tuple[set
     rest = sorted([t for t in one.terms if t in other.terms], key=lambda t: (-abs(t[1]), t[0]))
     while True:
         for term in rest:
-            fewer, less = one.without(term[:1]), other.without(term[:1])
+            fewer = one.without(term[:1])
+            less = fewer if one is other else other.without(term[:1])
             low, high = _difference(fewer, here, less, there)
             if max(abs(low), abs(high)) < abs(term[1]):
                 found.add(term[0])
@@ -75,7 +76,8 @@ def digits(one: Affine, here: Domain, other: Affine, there: Domain) -> tuple[set
 
 def _difference(one: Affine, here: Domain, other: Affine, there: Domain) -> tuple[int, int]:
     """Bounds on ``one - other``, each at a point of its own."""
-    (a, b), (c, d) = here.bounds(one), there.bounds(other)
+    a, b = here.bounds(one)
+    c, d = (a, b) if one is other and here is there else there.bounds(other)
     return a - d, b - c
 
 
@@ -110,12 +112,13 @@ def carried(variables: Sequence[str], found: Iterable[Leaf], extents: Mapping[st
 def separated(variables: frozenset[str], touched: Sequence[Access], extents: Mapping[str, int]) -> frozenset[str]:
     """Those of some variables that are the same wherever accesses to one tensor touch the same element."""
     domains = {where: Domain(extents, where) for _, where in touched}
+    found = [(index, domains[where]) for index, where in touched]
     done: frozenset[str] = frozenset()
     for axis in range(len(touched[0][0])):
-        places = {(index[axis], where) for index, where in touched}
-        left = (variables - done).intersection(*[a.variables for a, _ in places])
+        places = {(index[axis], domain) for index, domain in found}
+        left = (variables - done).intersection(*[[name for name, _ in a.terms] for a, _ in places])
         for (a, here), (b, there) in combinations_with_replacement(places, 2) if left else ():
-            left &= digits(a, domains[here], b, domains[there])[0]
+            left &= digits(a, here, b, there)[0]
             if not left:
                 break
         done |= left
