@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
@@ -344,17 +344,15 @@ def read_mutated(folder: Path, data: st.DataObject) -> None:
     assert all(layer.weight.shape == layer.problem.weight_shape for layer in layers)
 
 
-FUZZ = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None}
 
-
-@settings(max_examples=100, derandomize=True, **FUZZ)
+@settings(derandomize=True, database=None)
 @given(data=st.data())
 def test_mutated_models(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     read_mutated(tmp_path_factory.getbasetemp(), data)
 
 
 @pytest.mark.slow
-@settings(max_examples=10_000, **FUZZ)
+@settings(max_examples=10_000, database=None)
 @given(data=st.data())
 def test_mutated_models_widely(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     read_mutated(tmp_path_factory.getbasetemp(), data)

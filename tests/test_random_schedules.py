@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any, TypeAlias
 
 import numpy as np
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from convsched.errors import ScheduleError
@@ -276,7 +276,7 @@ def run(program: Program, arrays: dict[str, Array]) -> Array:
     return interpret(program, given)["y"].reshape(-1)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=settings().max_examples // 2)  # each is interpreted twice
 @given(st.data())
 def test_random_schedule_equals_the_unscheduled_nest(data: st.DataObject) -> None:
     problem = data.draw(problems(), "problem")
@@ -294,7 +294,7 @@ def test_random_schedule_equals_the_unscheduled_nest(data: st.DataObject) -> Non
     np.testing.assert_array_equal(run(threaded(machine, 3), arrays), expected)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=settings().max_examples // 4)  # each is compiled
 @given(st.data())
 def test_random_schedule_as_machine_code(data: st.DataObject) -> None:
     """What LLVM makes of it, on 1 and on 3 threads."""
