@@ -60,7 +60,7 @@ def test_strassen_takes_fifteen_additions() -> None:
     assert counts == [4, 4, 7]
 
 
-@pytest.mark.parametrize("n", [16, 64, 128])
+@pytest.mark.parametrize("n", [16, 64, pytest.param(128, marks=pytest.mark.slow)])
 def test_transforms_cost_n_log_n(n: int) -> None:
     tile = fft_tile(n, n // 2)
     levels = n.bit_length() - 1
