@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 # The examples of a cheap property; a dear one takes a share of them, ``settings().max_examples // 8``.
-EXAMPLES = {"quick": 40, "wide": 200}
+EXAMPLES = {"quick": 40, "wide": 300}
 for name, count in EXAMPLES.items():
     settings.register_profile(name, max_examples=count, deadline=None, suppress_health_check=list(HealthCheck))
 settings.load_profile("quick")

@@ -77,7 +77,9 @@ def check(problem: Problem, isa: Isa, layout: str, threads: int) -> None:
     Conv2d(3, 16, 1, input_size=65), Conv2d(1, 64, 1, input_size=101), Conv2d(1, 16, 1, input_size=(1, 4097)),
     Conv2d(3, 4, 3, padding=100, input_size=20), Conv2d(17, 17, (3, 7), padding=50, groups=17, input_size=(20, 3)),
     Conv2d(17, 17, (7, 9), padding=(21, 13, 5, 13), groups=17, input_size=(20, 1), batch_size=3),
-    Conv2d(16, 16, 3, padding=(36, 1), dilation=(36, 1), input_size=(14, 56)), Linear(3, 5003, batch_size=4099),
+    Conv2d(16, 16, 3, padding=(36, 1), dilation=(36, 1), input_size=(14, 56)),
+    Conv2d(33, 33, (15, 11), stride=4, padding=(0, 3, 0, 13), input_size=(65, 56), activation="silu"),
+    Linear(3, 5003, batch_size=4099),
 ], ids=lambda problem: problem.text)
 @pytest.mark.parametrize("isa", ISAS)
 def test_no_step_refuses_the_defaults_of_strange_layers(isa: Isa, problem: Problem) -> None:

@@ -194,7 +194,12 @@ def _depthwise(problem: Conv2d, machine: Machine) -> Depthwise:
 
 def default_tiles(problem: Conv2d, shape: Shape, machine: Machine, layout: str = "nchw", threads: int = 1,
                   by_lines: bool = False) -> Tiles:
-    """The recipe of a bilinear algorithm."""
+    """The recipe of a bilinear algorithm, by lines where that is asked for or a tile is too large to be written out."""
+    (high, wide), (down, across) = shape.outputs, shape.points
+    side_by_side = max(1, machine.lanes // wide) if layout == "nchw" else 1  # tiles whose rows are stored as one
+    tests = 1 + (problem.M // problem.groups % machine.lanes > 0)
+    sums = high * across * (down + wide)  # of the way out; the way in has up to three times as many
+    by_lines = by_lines or sums * (side_by_side + 3) * tests > WRITTEN
     plane = Plane(problem, shape.outputs, shape.fold)
     best = best_blocking(plane, shape.points, machine, threads, by_lines)
     most = 4 if machine.isa == "avx512" else 8  # short code for long vectors
