@@ -37,8 +37,8 @@ def test_members_that_apply_and_fit_have_a_domain() -> None:
     assert algorithms(Target(DENSE, MACHINE, accuracy="strict")) == {"direct", "im2col"}
     assert algorithms(Target(DENSE, MACHINE, accuracy="fast")) == usual | {"winograd(5,3)", "winograd(6,3)"}
     assert "winograd(6,3)" not in algorithms(Target(replace(DENSE, in_channels=512), MACHINE, accuracy="fast"))
-    assert algorithms(Target(replace(DENSE, stride=2), MACHINE)) == usual
-    assert algorithms(Target(replace(DENSE, stride=2, dilation=2), MACHINE)) == {"direct", "im2col"}
+    assert algorithms(Target(replace(DENSE, stride=(2, 2)), MACHINE)) == usual
+    assert algorithms(Target(replace(DENSE, stride=(2, 2), dilation=(2, 2)), MACHINE)) == {"direct", "im2col"}
     assert algorithms(Target(Conv2d(64, 64, 1, input_size=28), MACHINE)) == {"direct"}
     assert algorithms(Target(Conv2d(512, 512, 3, stride=2, padding=1, input_size=28), MACHINE)) == {
         *usual, "strassen(1)"}
@@ -62,7 +62,7 @@ def test_one_algorithm_may_be_asked_for() -> None:
     with pytest.raises(LoweringError, match=r"winograd\(6,3\) has an expected error"):
         candidates(replace(target, algorithm="winograd(6,3)", problem=replace(DENSE, in_channels=512)))
     with pytest.raises(LoweringError, match="a stride and a dilation"):
-        candidates(Target(replace(DENSE, stride=2, dilation=2), MACHINE, algorithm="winograd"))
+        candidates(Target(replace(DENSE, stride=(2, 2), dilation=(2, 2)), MACHINE, algorithm="winograd"))
 
 
 @pytest.mark.parametrize("problem", [DENSE, Linear(512, 512, batch_size=32)], ids=str)

@@ -43,7 +43,7 @@ def dense(draw: st.DrawFn, taps: tuple[int, int] | None = None, stride: int = 1)
     r, s = taps or (draw(st.integers(1, 4)), draw(st.integers(1, 4)))
     size = (draw(st.integers(r, 13)), draw(st.integers(s, 21)))
     channels = st.sampled_from([1, 3, 4, 7, 8, 16, 17, 20, 33])
-    return Conv2d(draw(channels), draw(channels), (r, s), stride, draw(st.tuples(*[st.integers(0, 2)] * 4)),  # type: ignore[arg-type]
+    return Conv2d(draw(channels), draw(channels), (r, s), stride, draw(st.tuples(*[st.integers(0, 2)] * 4)),
                   bias=draw(st.booleans()), input_size=size, batch_size=draw(st.sampled_from([1, 1, 2])),
                   activation=draw(st.sampled_from([None, "relu"])), residual=draw(st.booleans()))  # fmt: skip
 

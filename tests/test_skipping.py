@@ -47,7 +47,7 @@ def padded(draw: st.DrawFn) -> Conv2d:
     padding: Any = draw(st.tuples(*[st.integers(0, 4)] * 4).filter(any))
     size = tuple(max(draw(st.integers(1, 20)), k) for k in kernel)
     return Conv2d(draw(st.integers(1, 9)), draw(st.integers(1, 40)), kernel, draw(st.integers(1, 2)), padding,
-                  draw(st.integers(1, 2)) if min(size) > 8 else 1, input_size=size,  # type: ignore[arg-type]
+                  draw(st.integers(1, 2)) if min(size) > 8 else 1, input_size=size,
                   activation=draw(st.sampled_from([None, "relu"])))  # fmt: skip
 
 

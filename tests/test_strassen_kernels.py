@@ -31,7 +31,7 @@ from convsched.schedule import Schedule, apply, parse_schedule
 FEW = settings(max_examples=settings().max_examples // 8)  # each is compiled
 FEWEST = settings(max_examples=settings().max_examples // 20)  # each is interpreted
 LAYOUTS = ("nchw", "nhwc", "nchw16c")
-EXACT = {None: 0.0, "relu": 0.0, "hardswish": 1e-6}  # of an activation of exact sums, in float32
+EXACT: dict[Any, float] = {None: 0.0, "relu": 0.0, "hardswish": 1e-6}  # of an activation of exact sums, in float32
 
 
 @st.composite
@@ -57,7 +57,7 @@ def convolutions(draw: st.DrawFn, least: int = 2, most: int = 33) -> Problem:
     size = [max(1, (count - 1) * step + (tap - 1) * gap + 1 - before - after + draw(st.integers(0, step - 1)))
             for count, step, tap, gap, before, after
             in zip((rows, columns), stride, taps, dilation, padding[:2], padding[2:], strict=True)]
-    return Conv2d(draw(channels), draw(channels), taps, stride, padding, dilation, input_size=tuple(size),  # type: ignore[arg-type]
+    return Conv2d(draw(channels), draw(channels), taps, stride, padding, dilation, input_size=tuple(size),
                   bias=draw(st.booleans()), batch_size=draw(st.integers(1, 2)), residual=draw(st.booleans()),
                   activation=draw(st.sampled_from([None, "relu", "hardswish"])))
 

@@ -123,7 +123,7 @@ def test_a_hang_costs_its_time(faulty: str) -> None:
 
 
 def test_what_is_done_meanwhile_is_done_before_the_timing(faulty: str) -> None:
-    calls = []
+    calls: list[None] = []
 
     def meanwhile() -> bool:
         calls.append(None)
