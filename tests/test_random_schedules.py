@@ -48,7 +48,6 @@ from convsched.schedule import (
     Unroll,
     Vectorize,
     apply,
-    apply_step,
     parse_schedule,
 )
 
@@ -283,7 +282,7 @@ class Legal:
     def add(self, step: Step) -> None:
         """Take a step, unless it is refused."""
         try:
-            after = apply_step(self.program, step)
+            after = step.apply(self.program)
         except ScheduleError:
             return
         verify(after)
