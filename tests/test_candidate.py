@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,10 +12,12 @@ import pytest
 from convsched.autotune.measure.measure import Timing
 from convsched.autotune.workers import candidate as module
 from convsched.autotune.workers.candidate import Data, Job, Outcome, Prepared, data_of, prepared, run_job
+from convsched.kernels.run.kernel import Kernel
 from convsched.machine import CpuCounters, host
 from convsched.plan.defaults import default_recipe
 from convsched.plan.families import named
 from convsched.problem import Conv2d, Linear, Problem
+from convsched.schedule import Schedule
 
 PROBLEM = Conv2d(4, 8, 3, padding=1, input_size=6)
 
@@ -168,7 +171,7 @@ def test_only_what_is_no_slower_is_timed_cold(ratio: float, is_cold: bool, monke
 
 
 def test_only_the_weights_are_cold(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = []
+    kept: list[np.ndarray] = []
 
     def watch(call: object, *, keep: tuple[np.ndarray, ...], **options: object) -> Timing:
         kept.extend(keep)
@@ -194,10 +197,10 @@ def test_any_error_of_a_candidate_is_its_outcome(error: Exception, message: str,
 def test_the_incumbent_stays_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
 
-    class Counted(module.Kernel):
-        def __init__(self, problem: Problem, schedule: object, **options: object) -> None:
+    class Counted(Kernel):
+        def __init__(self, problem: Problem, schedule: Schedule, **options: Any) -> None:
             made.append(str(schedule))
-            super().__init__(problem, schedule, **options)  # type: ignore[arg-type]
+            super().__init__(problem, schedule, **options)
 
     monkeypatch.setattr(module, "Kernel", Counted)
     others = ["", "unroll s", "unroll r", "unroll r; unroll s"]
