@@ -23,9 +23,10 @@ from convsched.autotune.store.cache import ScheduleCache
 from convsched.autotune.store.record import CacheError, Key, Record
 from convsched.errors import CacheWarning
 from convsched.machine import Machine
+from convsched.plan.plan import Target
 from convsched.problem import Conv2d
 
-KEY = Key.of(Conv2d(8, 16, 3, padding=1, input_size=14), Machine.example("avx512"))
+KEY = Key.of(Conv2d(8, 16, 3, padding=1, input_size=14), Target(Machine.example("avx512")))
 
 
 def make(schedule: str = "unroll c", hot: float = 1.0, time: float = 1.0) -> Record:
@@ -142,9 +143,9 @@ def test_a_flipped_bit_anywhere(path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_flipped_bit_in_any_byte_of_the_schema(path: Path) -> None:
+def test_a_flipped_bit_in_any_byte(path: Path) -> None:
     ScheduleCache(path).put(make())
-    any_bit(path, iter(range(path.read_bytes().index(b"CREATE TABLE"), 4096)))  # to the end of the first page
+    any_bit(path, iter(range(path.stat().st_size)))
 
 
 def test_an_empty_file_is_a_new_cache(path: Path) -> None:
