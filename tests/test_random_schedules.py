@@ -28,6 +28,7 @@ from convsched.kernels.run.kernel import Kernel
 from convsched.kernels.source.printer import run_source
 from convsched.machine import Machine, host
 from convsched.plan.families import named
+from convsched.plan.plan import Plan, Target
 from convsched.problem import Conv2d, Linear, Problem
 from convsched.problem.layout import from_layout, to_layout
 from convsched.problem.reference import convolve
@@ -325,9 +326,9 @@ def runs_as_machine_code(problem: Problem, name: str, layout: str, schedule: Sch
     expected = convolve(problem, x, weight, bias, residual)
     given_z = None if residual is None else to_layout(residual, layout)
     for threads in (1, 3):
-        kernel = Kernel(problem, schedule, layout=layout, threads=threads, machine=host.machine(), algorithm=name)
+        kernel = Kernel(Plan(problem, Target(host.machine(), layout, threads), named(name, problem), schedule))
         y = kernel(to_layout(x, layout), weight, bias, residual=given_z)
-        assert_equal(kernel.program, from_layout(y, problem.output_shape, layout), expected)
+        assert_equal(kernel.plan.program, from_layout(y, problem.output_shape, layout), expected)
 
 
 def drawn(data: st.DataObject, choose: Callable[[Draw, Problem], str], recipe: bool) -> tuple[
