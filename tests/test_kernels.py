@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import convsched as cs
@@ -37,10 +37,7 @@ RUNS: dict[Isa, tuple[Isa, ...]] = {
     "generic": (),
 }
 
-property_test = settings(
-    deadline=None, max_examples=60,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
-)
+FEW = settings(max_examples=settings().max_examples // 3)  # each is compiled
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -154,20 +151,20 @@ def for_machine(problem: Problem, layout: Any, machine: Machine) -> Kernel:
 
 # Tests
 
-@property_test
+@FEW
 @given(problems, st.sampled_from(LAYOUTS), st.integers(0, 9))
 def test_kernels_equal_the_oracle(problem: Problem, layout: Any, seed: int) -> None:
     check_exact(cs.compile(problem, algorithm="direct", layout=layout, threads=1), seed)
 
 
-@settings(property_test, max_examples=30)
+@FEW
 @given(problems, st.sampled_from(LAYOUTS), st.integers(0, 9))
 def test_unscheduled_kernels_equal_the_oracle(problem: Problem, layout: Any, seed: int) -> None:
     check_exact(cs.compile(problem, schedule=cs.Schedule(), layout=layout, threads=1), seed)
 
 
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "sse", "neon"])
-@settings(property_test, max_examples=30)
+@FEW
 @given(problem=problems, layout=st.sampled_from(LAYOUTS), seed=st.integers(0, 9))
 def test_kernels_for_each_instruction_set_equal_the_oracle(
     isa: Isa, problem: Problem, layout: Any, seed: int
@@ -177,7 +174,7 @@ def test_kernels_for_each_instruction_set_equal_the_oracle(
     check_exact(for_machine(problem, layout, Machine.example(isa)), seed)
 
 
-@settings(property_test, max_examples=20)
+@FEW
 @given(convolutions([None, "relu", "relu6"]), st.sampled_from(LAYOUTS), st.integers(0, 9))
 def test_infinities_and_nans_reach_their_outputs(problem: Conv2d, layout: Any, seed: int) -> None:
     """By every algorithm that says so."""

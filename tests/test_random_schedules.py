@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from convsched.errors import LoweringError, ScheduleError
@@ -345,31 +345,10 @@ CHECKS = {"nest": equals_the_unscheduled_nest, "machine code": runs_as_machine_c
 CHOICES = {"direct or im2col": algorithm, "other families": fast_algorithm}
 
 
-def examples(count: int) -> settings:
-    return settings(max_examples=count, deadline=None, suppress_health_check=list(HealthCheck))
-
-
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("choose", CHOICES)
-@examples(12)
+@pytest.mark.parametrize("recipe", [False, True], ids=["any", "near a recipe"])
+@settings(max_examples=settings().max_examples // 4)  # each is interpreted or compiled
 @given(data=st.data())
-def test_random_schedules(check: str, choose: str, data: st.DataObject) -> None:
-    CHECKS[check](*drawn(data, CHOICES[choose], recipe=False))
-
-
-@pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("choose", CHOICES)
-@examples(6)
-@given(data=st.data())
-def test_schedules_near_recipes(check: str, choose: str, data: st.DataObject) -> None:
-    CHECKS[check](*drawn(data, CHOICES[choose], recipe=True))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("choose", CHOICES)
-@pytest.mark.parametrize("recipe", [False, True])
-@examples(300)
-@given(data=st.data())
-def test_many_random_schedules(check: str, choose: str, recipe: bool, data: st.DataObject) -> None:
+def test_random_schedules(check: str, choose: str, recipe: bool, data: st.DataObject) -> None:
     CHECKS[check](*drawn(data, CHOICES[choose], recipe=recipe))

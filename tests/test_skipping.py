@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import convsched as cs
@@ -51,7 +51,7 @@ def padded(draw: st.DrawFn) -> Conv2d:
                   activation=draw(st.sampled_from([None, "relu"])))  # fmt: skip
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
+@settings(max_examples=settings().max_examples // 4)  # each is compiled
 @given(problem=padded().filter(meets_input), data=st.data(), layout=st.sampled_from(["nchw", "nhwc"]))
 def test_kernels_that_skip_equal_the_oracle(problem: Conv2d, data: st.DataObject, layout: str) -> None:
     small = st.integers(1, 3)
