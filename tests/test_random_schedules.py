@@ -193,11 +193,9 @@ def locals_of(program: Program) -> list[str]:
 
 
 def draw_order(draw: Draw, program: Program, tensor: str) -> tuple[str, ...]:
-    """The axes of a tensor in any order, one of them perhaps in blocks; those of packed weights are left whole, see
-    test_written_schedules.test_packed_weights_stored_in_blocks_that_are_not_loops."""
+    """The axes of a tensor in any order, one of them perhaps in blocks."""
     axes = list(program.by_name[tensor].letters) if tensor in program.by_name else ["c"]
-    packed = {leaf.tensor for stage in program.stages if stage.when == "bind" for _, leaf in leaves(stage.body)}
-    if tensor not in packed and draw(st.booleans()):
+    if draw(st.booleans()):
         axis, block = draw(st.sampled_from(axes)), draw(st.integers(2, 4))
         axes = [*(a for a in axes if a != axis), f"{axis}/{block}", f"{axis}%{block}"]
     return tuple(draw(st.permutations(axes)))
