@@ -6,17 +6,20 @@ Everything takes the writer and SSA names of ``<lanes x float>`` values, or ``fl
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 from convsched.kernels.emit.writer import Writer, float_literal
 
 Mask = tuple[bool, ...] | str  # static lanes, or the SSA name of an <lanes x i1> (i1 where lanes is 1)
 
 
+@cache
 def vector_type(lanes: int, element: str = "float") -> str:
     """The LLVM type of a value of that many lanes."""
     return f"<{lanes} x {element}>" if lanes > 1 else element
 
 
+@cache
 def constant(number: float, lanes: int) -> str:
     """A literal, the same in all lanes."""
     return f"splat (float {float_literal(number)})" if lanes > 1 else float_literal(number)
@@ -116,6 +119,7 @@ def multiply_add(w: Writer, a: str, b: str, c: str, lanes: int, fused: bool) -> 
     return w.let(f"call {kind} {name}({kind} {a}, {kind} {b}, {kind} {c})")
 
 
+@cache
 def suffix(lanes: int) -> str:
     """The type suffix of an overloaded intrinsic."""
     return f"v{lanes}f32" if lanes > 1 else "f32"

@@ -25,6 +25,7 @@ class Scope:
     pointers: dict[tuple[str, str, int], str] = field(default_factory=dict)
     conditions: dict[tuple[object, ...], str] = field(default_factory=dict)
     digits: dict[tuple[object, ...], str] = field(default_factory=dict)
+    ready: dict[tuple[object, ...], str] = field(default_factory=dict)  # pointers by what they depend on
 
 
 def float_literal(number: float) -> str:
@@ -43,6 +44,8 @@ class Writer:
     def __init__(self) -> None:
         self.counter = 0
         self.scopes = [Scope()]
+        self.lines = self.scopes[0].lines  # where lines go
+        self.pointers = self.scopes[0].ready
         self.depths: dict[str, int] = {}  # the scope of each variable: its loop, or where a digit is computed
         self.label = "entry"
         self.declarations: set[str] = set()
@@ -55,12 +58,13 @@ class Writer:
 
     def line(self, text: str) -> None:
         """Append a line to the innermost scope."""
-        self.scopes[-1].lines.append(text)
+        self.lines.append(text)
 
     def let(self, expression: str) -> str:
         """``%new = expression``."""
-        name = self.fresh()
-        self.scopes[-1].lines.append(f"  {name} = {expression}")
+        self.counter += 1
+        name = f"%v{self.counter}"
+        self.lines.append(f"  {name} = {expression}")
         return name
 
     def start_block(self, label: str) -> None:
@@ -85,16 +89,25 @@ class Writer:
         """Begin the body of a run-time loop."""
         self.depths[var] = len(self.scopes)
         self.scopes.append(Scope())
+        self._write_to_innermost()
+
+    def close_scope(self) -> Scope:
+        """End the body of a run-time loop."""
+        scope = self.scopes.pop()
+        self._write_to_innermost()
+        return scope
+
+    def _write_to_innermost(self) -> None:
+        self.lines, self.pointers = self.scopes[-1].lines, self.scopes[-1].ready
 
     @contextmanager
     def at_start(self, depth: int) -> Iterator[None]:
         """Lines written meanwhile stand at the start of a scope's body."""
-        scope, lines = self.scopes[-1], self.scopes[-1].lines
-        scope.lines = self.scopes[depth].hoisted
+        lines, self.lines = self.lines, self.scopes[depth].hoisted
         try:
             yield
         finally:
-            scope.lines = lines
+            self.lines = lines
 
     def pointer(self, base: str, terms: list[tuple[str, str, int]]) -> str:
         """``base + sum(coefficient * value)`` floats, each term (var, value, coefficient) in its scope."""
