@@ -33,9 +33,11 @@ class Constants:
         steps = [0 if place is None else place.affine.coefficient(var) for place in matrix.places]
         key = (matrix.tensor, *start, *steps, extent)
         if key not in self._useful:
-            nonzero = self._nonzero(matrix.tensor)
-            self._useful[key] = [value for value in range(extent) if nonzero[tuple(
-                slice(None) if at is None else at + step * value for at, step in zip(start, steps, strict=True))].any()]
+            undecided = tuple([axis for axis, at in enumerate(start) if at is None])
+            decided = self._nonzero(matrix.tensor).any(axis=undecided)
+            values = np.arange(extent)
+            places = tuple([at + step * values for at, step in zip(start, steps, strict=True) if at is not None])
+            self._useful[key] = np.flatnonzero(decided[places]).tolist()
         return self._useful[key]
 
     def _nonzero(self, name: str) -> NDArray[np.bool_]:

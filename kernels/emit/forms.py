@@ -7,7 +7,7 @@ affine expression is evaluated again.
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from convsched.ir import Affine, Index, Tensor
@@ -152,6 +152,21 @@ class Site:
     def form(self, a: Affine) -> Form:
         """An affine expression here."""
         return form(a, self.known, self.lanes.var, self.extents)
+
+    def flat(self, index: Index, sizes: Sequence[int]) -> Form:
+        """The number of an element among those of an array of the given sizes, rows last."""
+        constant = 0
+        known: dict[str, int] = {}
+        stride = 0
+        for a, size in zip(index, sizes, strict=True):
+            constant, stride = constant * size + a.constant, stride * size
+            known = {var: c * size for var, c in known.items()}
+            for var, c in a.terms:
+                if var == self.lanes.var:
+                    stride += c
+                else:
+                    known[var] = known.get(var, 0) + c
+        return Form(Affine(), constant, [*known.items()], [], stride, 0, 0)
 
     def load(self, tensor: Tensor, index: Index) -> Reference:
         """A load here."""

@@ -70,18 +70,22 @@ Term = Union[Held, Literal, Coefficient, Operation, Reference]
 
 @dataclass(slots=True)
 class Statement:
-    """A statement in its lanes. ``read``: references of its loads. ``factor`` and ``other``: of a product with an
-    element of a constant that it adds. ``contributes``: whether a guard selects what is added, rather than elements."""
+    """A statement in its lanes. ``own``: the load of what a sum in memory adds to. ``read``: its loads from memory, by
+    tensor. ``contributes``: whether a guard selects what is added, rather than elements. ``matrix``: the element of a
+    constant by which it multiplies what it adds; ``factor`` the same, and ``other`` what it multiplies, where the
+    element is known."""
 
     leaf: Leaf
+    site: Site
     lanes: Lanes
     adds: bool
     guards: list[tuple[Affine, Form]]
     target: Held | Reference
-    own: Reference | None  # the load of what a sum in memory adds to
+    own: Reference | None
     value: Term
     read: list[tuple[str, Reference]]
     contributes: bool
+    matrix: Load | None
     factor: Coefficient | None = None
     other: Term | None = None
 
@@ -117,14 +121,22 @@ class Digit:
 @dataclass(slots=True)
 class Repeated:
     """A run-time loop. ``guards``: of those that all its statements share, the ones that may become its bounds.
-    ``writes``: the registers that its body may write, each with the distances from its place in the first iterations
-    of the loops inside to its places in all."""
+    ``writes``: the registers that its body may write."""
 
     loop: Loop
     body: list[Node]
     site: Site
     guards: list[Form]
-    writes: list[tuple[Held, list[int]]]
+    writes: list[Written]
+
+
+@dataclass(slots=True)
+class Written:
+    """Registers that the loops inside a run-time loop write: the element in the first iterations, and the distances
+    of the places from there in all of them."""
+
+    first: Held
+    moves: list[int]
 
 
 Node = Union[Statement, Unrolled, Digit, Repeated]
@@ -136,53 +148,37 @@ class Nest:
     def __init__(self, program: Program, stage: Stage, width: int) -> None:
         self.program = program
         self.on_stack = on_stack(program, stage)
+        self.statements: list[Statement] = []  # as they stand, so that those of a loop are neighbours
         self.body = self._body(stage.body, Site({}, frozenset(), {}, frozenset(), ONE, width))
 
     def _body(self, body: Body, site: Site) -> list[Node]:
         nodes: list[Node] = []
         for part in body:
             if not isinstance(part, Loop):
-                nodes.append(self._statement(part, site))
+                self.statements.append(self._statement(part, site))
+                nodes.append(self.statements[-1])
             elif part.kind == "vector" and part.extent > 1:
-                inside = replace(site, extents={**site.extents, part.var: part.extent},
-                                 lanes=Lanes(part.var, part.extent))
-                nodes += self._body(part.body, inside)
+                nodes += self._body(part.body, replace(site, extents={**site.extents, part.var: part.extent},
+                                                       lanes=Lanes(part.var, part.extent)))
             else:
                 nodes.append(self._loop(part, site))
         return nodes
 
     def _loop(self, loop: Loop, site: Site) -> Node:
-        extents, known = {**site.extents, loop.var: loop.extent}, site.known | {loop.var}
+        extents, known, start = {**site.extents, loop.var: loop.extent}, site.known | {loop.var}, len(self.statements)
         if loop.kind == "digit":
             of = site.form(loop.of)
-            inside = replace(site, extents=extents, known=site.known if of.dynamic else known,
-                             digits=site.digits | {loop.var})
-            return Digit(loop, of, self._body(loop.body, inside))
+            return Digit(loop, of, self._body(loop.body, replace(
+                site, extents=extents, known=site.known if of.dynamic else known, digits=site.digits | {loop.var})))
         if loop.kind == "unroll" or (loop.extent == 1 and loop.kind != "parallel"):
             inside = replace(site, extents=extents, known=known, unrolled={**site.unrolled, loop.var: loop.extent})
-            return Unrolled(loop, self._body(loop.body, inside), self._sums_over(loop), self._matrix(loop, inside))
+            body = self._body(loop.body, inside)
+            statements = self.statements[start:]
+            return Unrolled(loop, body, _sums_over(loop, statements), _matrix(loop, statements, inside))
         inside = replace(site, extents=extents)
-        return Repeated(loop, self._body(loop.body, inside), inside, _shared_guards(loop, inside),
-                        self._written(loop.body, inside))
-
-    def _sums_over(self, loop: Loop) -> bool:
-        """Whether iterations add products of data to the same registers."""
-        return loop.extent > 1 and any(
-            isinstance(leaf, Reduce) and self.in_registers(leaf.tensor) and matrix_of(self.program, leaf) is None
-            and all(loop.var not in a.variables for a in leaf.index) for _, leaf in leaves(loop.body))
-
-    def _matrix(self, loop: Loop, site: Site) -> Matrix | None:
-        """The element of a constant by which all that a loop does is multiplied, if the loop moves it and if each of
-        its places follows one loop."""
-        (_, leaf), *others = leaves(loop.body)
-        load = None if others else matrix_of(self.program, leaf)
-        if load is None or any(len(a.terms) > 1 for a in load.index):
-            return None
-        if loop.var not in {var for a in load.index for var, _ in a.terms}:
-            return None
-        known = [all(var in site.known for var, _ in a.terms) for a in load.index]
-        return Matrix(load.tensor, [site.form(a) if is_known else None
-                                    for a, is_known in zip(load.index, known, strict=True)])
+        body = self._body(loop.body, inside)
+        statements = self.statements[start:]
+        return Repeated(loop, body, inside, _shared_guards(loop, statements, inside), _written(statements, inside))
 
     # Registers
 
@@ -191,27 +187,9 @@ class Nest:
         return self.program.tensor(tensor).role == "register" and tensor not in self.on_stack
 
     def _held(self, tensor: str, index: Index, site: Site) -> Held:
-        place = Affine()
-        for a in index:
-            place = place * APART + a
-        across = any(site.lanes.var == var for a in index for var, _ in a.terms)
-        count = site.lanes.count if across else 1
-        return Held(tensor, site.form(place), count, "zeroinitializer" if count > 1 else "0.0",
-                    count < site.lanes.count)
-
-    def _written(self, body: Body, site: Site) -> list[tuple[Held, list[int]]]:
-        """The register elements that a body may write, in the order it does."""
-        found = []
-        for around, leaf in leaves(body):
-            if not self.in_registers(leaf.tensor):
-                continue
-            lanes = next((Lanes(lp.var, lp.extent) for lp in around if lp.kind == "vector" and lp.extent > 1), ONE)
-            extents = {**site.extents, **{lp.var: lp.extent for lp in around}}
-            held = self._held(leaf.tensor, leaf.index, replace(site, lanes=lanes, extents=extents))
-            steps = {var: c for var, c in held.place.dynamic}
-            moves = [[steps[lp.var] * i for i in range(lp.extent)] for lp in around if lp.var in steps]
-            found.append((held, [sum(move) for move in itertools.product(*moves)]))
-        return found
+        place = site.flat(index, [APART] * len(index))
+        count = site.lanes.count if place.stride else 1
+        return Held(tensor, place, count, "zeroinitializer" if count > 1 else "0.0", count < site.lanes.count)
 
     # Statements
 
@@ -221,8 +199,8 @@ class Nest:
         target = self._held(leaf.tensor, leaf.index, site) if in_registers else site.store(tensor, leaf.index)
         own = site.load(tensor, leaf.index) if adds and not in_registers else None
         value = self._term(leaf.value, site)
-        made = Statement(leaf, site.lanes, adds, [(w, site.form(w)) for w in leaf.where], target, own, value,
-                         _read(value), _selects_contributions(leaf))
+        made = Statement(leaf, site, site.lanes, adds, [(w, site.form(w)) for w in leaf.where], target, own, value,
+                         _read(value), _selects_contributions(leaf), matrix_of(self.program, leaf))
         if adds and in_registers and isinstance(value, Operation) and value.name == "mul":
             pairs = (value.operands, value.operands[::-1])
             found = next(((one, other) for one, other in pairs if isinstance(one, Coefficient)), None)
@@ -247,18 +225,51 @@ class Nest:
         tensor = self.program.tensor(load.tensor)
         if not all(var in site.known for a in load.index for var, _ in a.terms):
             return Coefficient(load.tensor, tensor.values, None, site.load(tensor, load.index))
-        place = Affine()
-        for a, size in zip(load.index, tensor.shape, strict=True):
-            place = place * size + a
-        return Coefficient(load.tensor, tensor.values, site.form(place), None)
+        return Coefficient(load.tensor, tensor.values, site.flat(load.index, tensor.shape), None)
 
 
-def _shared_guards(loop: Loop, site: Site) -> list[Form]:
+def _sums_over(loop: Loop, statements: list[Statement]) -> bool:
+    """Whether iterations add products of data to the same registers."""
+    return loop.extent > 1 and any(
+        s.adds and isinstance(s.target, Held) and s.matrix is None
+        and all(var != loop.var for var, _ in s.target.place.known) for s in statements)
+
+
+def _matrix(loop: Loop, statements: list[Statement], site: Site) -> Matrix | None:
+    """The element of a constant by which all that a loop does is multiplied, if the loop moves it and if each of its
+    places follows one loop."""
+    load = statements[0].matrix if len(statements) == 1 else None
+    if load is None or any(len(a.terms) > 1 for a in load.index):
+        return None
+    if all(var != loop.var for a in load.index for var, _ in a.terms):
+        return None
+    return Matrix(load.tensor, [site.form(a) if all(var in site.known for var, _ in a.terms) else None
+                                for a in load.index])
+
+
+def _shared_guards(loop: Loop, statements: list[Statement], site: Site) -> list[Form]:
     """The guards that all statements of a loop share, that depend on its variable and on nothing inside."""
-    shared: list[Affine] | None = None
-    for _, leaf in leaves(loop.body):
-        shared = [w for w in (leaf.where if shared is None else shared) if w in leaf.where]
-    return [site.form(w) for w in shared or () if loop.var in w.variables and w.variables <= site.extents.keys()]
+    shared = statements[0].leaf.where
+    for statement in statements[1:]:
+        if not shared:
+            return []
+        shared = tuple(w for w in shared if w in statement.leaf.where)
+    return [site.form(w) for w in shared if loop.var in w.variables and w.variables <= site.extents.keys()]
+
+
+def _written(statements: list[Statement], site: Site) -> list[Written]:
+    """The registers that a loop's statements may write, in the order they do."""
+    found = []
+    for statement in statements:
+        if not isinstance(held := statement.target, Held):
+            continue
+        here = [(var, c) for var, c in held.place.known if var in site.known]
+        steps = {var: c for var, c in held.place.known if var not in site.known}
+        moves = [[step * i for i in range(extent)] for var, extent in statement.site.extents.items()
+                 if (step := steps.get(var))]
+        place = replace(held.place, known=here)
+        found.append(Written(replace(held, place=place), [sum(move) for move in itertools.product(*moves)]))
+    return found
 
 
 def _read(term: Term) -> list[tuple[str, Reference]]:

@@ -36,11 +36,11 @@ class Statements:
     def written(self, repeated: Repeated) -> dict[Register, str]:
         """The registers that a loop's body may write, in the order it does, and what they hold before it."""
         found: dict[Register, str] = {}
-        for held, moves in repeated.writes:
-            tensor, place, count = self.register(held)
-            for move in moves:
+        for written in repeated.writes:
+            tensor, place, count = self.register(written.first)
+            for move in written.moves:
                 register = tensor, place + move, count
-                found[register] = self.registers.get(register, held.empty)
+                found[register] = self.registers.get(register, written.first.empty)
         return found
 
     def statement(self, statement: Statement) -> None:

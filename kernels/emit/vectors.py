@@ -60,8 +60,12 @@ def shuffle(w: Writer, a: str, b: str, lanes: int, picks: Sequence[int]) -> str:
     if a == b == "poison":
         return "poison"
     kind = vector_type(lanes)
-    where = ", ".join(f"i32 {p}" for p in picks)
-    return w.let(f"shufflevector {kind} {a}, {kind} {b}, <{len(picks)} x i32> <{where}>")
+    return w.let(f"shufflevector {kind} {a}, {kind} {b}, {_picked(tuple(picks))}")
+
+
+@cache
+def _picked(picks: tuple[int, ...]) -> str:
+    return f"<{len(picks)} x i32> <{', '.join([f'i32 {p}' for p in picks])}>"
 
 
 def transpose(w: Writer, rows: Sequence[str], lanes: int) -> list[str]:
@@ -71,26 +75,28 @@ def transpose(w: Writer, rows: Sequence[str], lanes: int) -> list[str]:
     """
     full = [*rows, *["poison"] * (lanes - len(rows))]
     blocks = lanes // 4
-
-    def per_block(pattern: Sequence[int]) -> list[int]:
-        return [(p % 4) + 4 * block + (lanes if p >= 4 else 0) for block in range(blocks) for p in pattern]
-
+    low, high, left, right = _unpacking(lanes)
     quads: list[list[str]] = []  # quads[g][q]: block k is column 4 k + q of rows 4 g .. 4 g + 3
     for g in range(blocks):
         a, b, c, d = full[4 * g:4 * g + 4]
-        ab_low, ab_high = (shuffle(w, a, b, lanes, per_block(p)) for p in ((0, 4, 1, 5), (2, 6, 3, 7)))
-        cd_low, cd_high = (shuffle(w, c, d, lanes, per_block(p)) for p in ((0, 4, 1, 5), (2, 6, 3, 7)))
-        quads.append([
-            shuffle(w, ab_low, cd_low, lanes, per_block((0, 1, 4, 5))),
-            shuffle(w, ab_low, cd_low, lanes, per_block((2, 3, 6, 7))),
-            shuffle(w, ab_high, cd_high, lanes, per_block((0, 1, 4, 5))),
-            shuffle(w, ab_high, cd_high, lanes, per_block((2, 3, 6, 7))),
-        ])
+        ab_low, ab_high = (shuffle(w, a, b, lanes, picks) for picks in (low, high))
+        cd_low, cd_high = (shuffle(w, c, d, lanes, picks) for picks in (low, high))
+        quads.append([shuffle(w, ab, cd, lanes, picks)
+                      for ab, cd in ((ab_low, cd_low), (ab_high, cd_high)) for picks in (left, right)])
     columns = [""] * lanes
     for q in range(4):
         for k, column in enumerate(_exchange_blocks(w, [quads[g][q] for g in range(blocks)], lanes)):
             columns[4 * k + q] = column
     return columns
+
+
+@cache
+def _unpacking(lanes: int) -> list[tuple[int, ...]]:
+    """Picks inside each block of 128 bits of two rows: their low and high halves interleaved, element by element and
+    in pairs."""
+    patterns = ((0, 4, 1, 5), (2, 6, 3, 7), (0, 1, 4, 5), (2, 3, 6, 7))
+    return [tuple([(p % 4) + 4 * block + (lanes if p >= 4 else 0) for block in range(lanes // 4) for p in pattern])
+            for pattern in patterns]
 
 
 def _exchange_blocks(w: Writer, rows: list[str], lanes: int) -> list[str]:
