@@ -34,7 +34,7 @@ class Constants:
         key = (matrix.tensor, *start, *steps, extent)
         if key not in self._useful:
             undecided = tuple([axis for axis, at in enumerate(start) if at is None])
-            decided = self._nonzero(matrix.tensor).any(axis=undecided)
+            decided = np.asarray(self._nonzero(matrix.tensor).any(axis=undecided))
             values = np.arange(extent)
             places = tuple([at + step * values for at, step in zip(start, steps, strict=True) if at is not None])
             self._useful[key] = np.flatnonzero(decided[places]).tolist()

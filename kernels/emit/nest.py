@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, replace
-from typing import Union
 
 from convsched.ir import (
     Affine,
@@ -65,7 +64,7 @@ class Operation:
     operands: list[Term]
 
 
-Term = Union[Held, Literal, Coefficient, Operation, Reference]
+Term = Held | Literal | Coefficient | Operation | Reference
 
 
 @dataclass(slots=True)
@@ -139,7 +138,7 @@ class Written:
     moves: list[int]
 
 
-Node = Union[Statement, Unrolled, Digit, Repeated]
+Node = Statement | Unrolled | Digit | Repeated
 
 
 class Nest:
