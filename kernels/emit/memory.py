@@ -172,7 +172,7 @@ class Memory(Addresses):
                 reach = None
             rows = [self.contiguous(place.pointer, first + lane * place.stride, count, reach, condition)
                     for lane in range(count)]
-            for i, column in enumerate(transpose(self.w, rows, count)[:length]):
+            for i, column in enumerate(transpose(self.w, rows, count, length)):
                 held[key(i)] = column
         return held[key(here - chunk)]
 
@@ -265,7 +265,7 @@ class Memory(Addresses):
                     self._scatter(Place(pointer, first, stride), run[0][0], lanes, mask)
                     continue
                 reach = None if len(run) == lanes else tuple(i < len(run) for i in range(lanes))
-                for lane, row in enumerate(transpose(self.w, [value for value, _ in run], lanes)):
+                for lane, row in enumerate(transpose(self.w, [value for value, _ in run], lanes, lanes)):
                     if mask is None or mask[lane]:
                         self._store_contiguous(pointer, first + lane * stride, row, lanes, reach)
 
