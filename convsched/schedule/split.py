@@ -65,7 +65,7 @@ def split(program: Program, loop: str, factor: int, outer: str, inner: str, tail
     found = [loop_ for stage in program.stages for loop_ in find_loops(stage.body, loop)]
     if any(f.kind == "vector" for f in found):
         raise fail(program, step, f"{loop} is a vector loop", "split first, then vectorize", loop)
-    most = max(4096, *(f.extent for f in found))  # beyond the extent a factor only pads, as a vector loop may need
+    most = max(4096, *(2 * f.extent for f in found))  # beyond the extent a factor pads: a vector, or a block of tiles
     if factor > most:
         raise fail(program, step, f"the factor is {factor}", f"use one of at most {most}", loop)
     ragged = sorted(f.extent for f in found if f.extent % factor)

@@ -18,6 +18,7 @@ from convsched.schedule.checks import PADDING, SMALL, checked, fail, require_loo
 from convsched.schedule.footprint import Box, Request, box_of, redirected, require_axes, uses, within
 from convsched.schedule.legality import fills_first, is_separated, touching
 from convsched.schedule.step import Where, _Checked
+from convsched.schedule.write_back import written
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,20 @@ def stage(program: Program, tensor: str, at: str, where: Where, order: Sequence[
           t[4 f0 + f1] += x_at_f0[s, f1] * w[s]
     <BLANKLINE>
 
+    An output is made in a "window", and copied out where the iteration ends (see ``write_back``).
+
+    >>> relu = attach(attach(filtered(8, 3, pad=1), "init", "f"), "epilogue", "f")
+    >>> print(nests(stage(split(relu, "f", 4, "f0", "f1"), "y", "f0", "window")))
+    conv:
+      for f0 < 2:
+        for f1 < 4:
+          t[4 f0 + f1] = 0
+          for s < 3:
+            t[4 f0 + f1] += x[4 f0 + f1 + s - 1] * w[s]
+          y_at_f0[f1] = max(0, t[4 f0 + f1])
+        for y.w < 4:
+          y[4 f0 + y.w] = y_at_f0[y.w]
+
     ``at="root"`` copies once, before the first use (once for all calls, if the tensor is a weight).
     ``align`` rounds the stride of an entry of ``order`` up to a multiple (elements).
     """
@@ -93,12 +108,13 @@ def stage(program: Program, tensor: str, at: str, where: Where, order: Sequence[
     request = Request(program, step, program.tensor(tensor), at, tuple(order), dict(align or {}))
     if where in ("registers", "buffer"):
         return checked(program, step, _shrunk(request, "register" if where == "registers" else "local"))
-    if program.tensor(tensor).role not in ("input", "weight"):
+    is_output = program.tensor(tensor).role == "output" and where == "window"
+    if program.tensor(tensor).role not in ("input", "weight") and not is_output:
         raise request.fail(f"{tensor} is written by the program", "stage it in registers")
     loops = [loop for item in program.stages for loop in extents_of(item.body)]
     if request.target in program.by_name or any(loop.startswith(f"{tensor}.") for loop in loops):
         raise request.fail(f"{tensor} is staged already", "stage it once")
-    return checked(program, step, _copied(request, packed=where == "packed"))
+    return checked(program, step, written(request) if is_output else _copied(request, packed=where == "packed"))
 
 
 @dataclass(frozen=True)
