@@ -19,10 +19,10 @@ class Statements:
 
     def __init__(self, program: Program, machine: Machine) -> None:
         self.program = program
-        self.fused = machine.isa != "sse"
+        self.fused = machine.fma
         self.w = Writer()
         self.point = Point({}, {})
-        self.memory = Memory(self.w, self.point, machine.isa == "avx512")
+        self.memory = Memory(self.w, self.point, machine.masks)
         self.constants = Constants(program, self.point)
         self.registers: dict[Register, str] = {}
         self.set_under: dict[Register, tuple[Affine, ...]] = {}  # the guards of what last set a register
