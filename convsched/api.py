@@ -191,8 +191,8 @@ def _check_cache(cache: object) -> None:
         return
     from convsched.autotune.store.cache import ScheduleCache
     if not isinstance(cache, ScheduleCache):
-        raise LoweringError(f"cache={cache!r}: use a convsched.autotune.store.cache.ScheduleCache, None or True for the "
-                            "one in the cache folder, or False for none")
+        raise LoweringError(f"cache={cache!r}: use a convsched.autotune.store.cache.ScheduleCache, None or True for "
+                            "the one in the cache folder, or False for none")
 
 
 def _thread_count(threads: object) -> int:

@@ -80,7 +80,11 @@ class LoweringError(ConvschedError):
 
 
 class ModelError(ConvschedError):
-    """A model file that cannot be imported."""
+    """A model, network or image that is not known or cannot be read."""
+
+
+class ModelWarning(UserWarning):
+    """A model file whose data are not what they should be, such as weights that are NaN."""
 
 
 class CacheWarning(UserWarning):

@@ -57,6 +57,10 @@ def test_one_algorithm_may_be_asked_for() -> None:
     target = Target(DENSE, MACHINE, algorithm="winograd")
     assert algorithms(target) == {"winograd(4,3)"}
     assert {choice.algorithm for choice in candidates(target)} == {"winograd(4,3)"}
+    with pytest.raises(LoweringError, match=r"winograd\(4,3\) makes NaN of finite outputs"):
+        candidates(replace(target, accuracy="strict"))
+    with pytest.raises(LoweringError, match=r"winograd\(6,3\) has an expected error"):
+        candidates(replace(target, algorithm="winograd(6,3)", problem=replace(DENSE, in_channels=512)))
     with pytest.raises(LoweringError, match="a stride and a dilation"):
         candidates(Target(replace(DENSE, stride=2, dilation=2), MACHINE, algorithm="winograd"))
 

@@ -63,6 +63,29 @@ def misaligned(array: Any) -> Any:
 
 # Bad arrays
 
+class Tensor:
+    """As torch's: it becomes an array without the history that its gradient needs."""
+
+    def detach(self) -> "Tensor":
+        return self
+
+    def numpy(self) -> Any:
+        return f32(*X)
+
+
+class Eager:
+    """As TensorFlow's."""
+
+    def numpy(self) -> Any:
+        return f32(*X)
+
+
+class Detachable:
+    """Something else: it has no array to give."""
+
+    def detach(self) -> None: ...
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -78,6 +101,11 @@ def misaligned(array: Any) -> Any:
         ({"x": np.zeros(X, np.complex64)}, "x has dtype complex64"),
         ({"x": np.zeros(X, object)}, "x has dtype object"),
         ({"x": f32(*X).tolist()}, r"x is a list; give a NumPy array of shape \(1, 5, 6, 9\), float32"),
+        ({"x": Tensor()}, r"x is a Tensor; give .* float32: x\.detach\(\)\.numpy\(\)$"),
+        ({"x": Eager()}, r"x is a Eager; give .* float32: x\.numpy\(\)$"),
+        ({"x": Detachable()}, "x is a Detachable; give .* float32$"),
+        ({"weight": Tensor()}, r"weight is a Tensor; give .* float32: weight\.detach\(\)\.numpy\(\)$"),
+        ({"bias": Tensor()}, r"bias is a Tensor; give .* float32: bias\.detach\(\)\.numpy\(\)$"),
         ({"x": None}, "x is a NoneType"),
         ({"x": np.ma.masked_array(f32(*X))}, "x is a MaskedArray; give a NumPy array"),
         ({"x": 1.0}, "x is a float"),

@@ -111,7 +111,8 @@ def test_a_remainder_of_channels_stays_in_registers_where_padding_is_left_out(is
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("problem", [
-    Conv2d(64, 64, 3, padding=36, dilation=36, input_size=32), Conv2d(64, 64, 3, padding=40, dilation=40, input_size=33),
+    Conv2d(64, 64, 3, padding=36, dilation=36, input_size=32),
+    Conv2d(64, 64, 3, padding=40, dilation=40, input_size=33),
     Conv2d(16, 32, (1, 7), padding=(0, 99), dilation=(1, 33), input_size=(4, 33)),
 ], ids=["rows that collide", "rows that do not", "seven taps"])
 def test_a_dilation_beyond_the_image_leaves_products_out_both_ways(problem: Conv2d, layout: Any) -> None:

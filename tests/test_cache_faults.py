@@ -142,9 +142,9 @@ def test_a_flipped_bit_anywhere(path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_flipped_bit_in_any_byte(path: Path) -> None:
+def test_a_flipped_bit_in_any_byte_of_the_schema(path: Path) -> None:
     ScheduleCache(path).put(make())
-    any_bit(path, iter(range(path.stat().st_size)))
+    any_bit(path, iter(range(path.read_bytes().index(b"CREATE TABLE"), 4096)))  # to the end of the first page
 
 
 def test_an_empty_file_is_a_new_cache(path: Path) -> None:

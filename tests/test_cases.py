@@ -77,7 +77,7 @@ def test_an_image_file_is_scaled(tmp_path: Path) -> None:
 
 def test_files_that_are_no_images(tmp_path: Path) -> None:
     np.save(tmp_path / "vector.npy", np.ones(5))
-    with pytest.raises(ModelError, match=r"an array of shape \(5,\) is no image"):
+    with pytest.raises(ModelError, match=r"an array of shape \(5,\) is not an image"):
         read_image(tmp_path / "vector.npy")
     (tmp_path / "broken.npy").write_bytes(b"not an array")
     with pytest.raises(ModelError, match="cannot be read as an array"):

@@ -138,7 +138,7 @@ def test_ctrl_c_prints_what_was_measured(monkeypatch: pytest.MonkeyPatch, tmp_pa
     fake(monkeypatch, make)
     file = tmp_path / "result.json"
     result = run("bench", "lenet5", "--json", str(file), *QUICK)
-    assert result.exit_code == cli.INTERRUPTED
+    assert result.exit_code == cli.INTERRUPTED_EXIT_CODE
     assert "2 of 5 layers so far" in result.output
     data = json.loads(file.read_text())
     assert (data["complete"], len(data["layers"])) == (False, 2)
@@ -174,7 +174,7 @@ def test_the_table_has_a_line_for_each_layer(monkeypatch: pytest.MonkeyPatch, co
         (["nosuchnet"], "network 'nosuchnet' is not known; use one of lenet5, alexnet"),
         (["missing.onnx"], "missing.onnx: there is no such file"),
         (["lenet5", "--layer", "c=5000"], "no layer of lenet5 has 'c=5000' in its name or text"),
-        (["lenet5", "--input-size", "8x8"], "a built-in network has a fixed size"),
+        (["lenet5", "--input-size", "8x8"], "a built-in network has a fixed input size"),
         (["x.onnx", "--input-size", "8by8"], "'8by8' is not a size such as 224x224"),
         (["x.onnx", "--input-size", "0x8"], "'0x8' is not a size such as 224x224"),
         (["lenet5", "--threads", "0"], "--threads"),
@@ -185,7 +185,7 @@ def test_the_table_has_a_line_for_each_layer(monkeypatch: pytest.MonkeyPatch, co
         (["lenet5", "--layout", "chwn"], "--layout"),
         (["x.onnx", "--input-size", "9" * 5000], "a side of more than 9 digits"),
         (["lenet5", "--json"], "Option '--json' requires an argument"),
-        (["lenet5", "--json", "/dev/null"], "/dev/null is no regular file"),
+        (["lenet5", "--json", "/dev/null"], "/dev/null is not a regular file"),
         (["."], "network '.' is not known"),
         (["lenet5", "--json", "no/such/folder/x.json"], "the folder of no/such/folder/x.json does not exist"),
         (["lenet5", "--image", "none.png"], "none.png: there is no such file"),
@@ -310,7 +310,7 @@ def test_ctrl_c_between_layers_ends_a_process() -> None:
         assert "conv2d c=3 m=64" in process.stdout.readline()
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors) == (cli.INTERRUPTED, "stopped\n")
+    assert (process.returncode, errors) == (cli.INTERRUPTED_EXIT_CODE, "stopped\n")
     assert "of 9 layers so far" in output
 
 

@@ -238,7 +238,7 @@ def test_a_strange_cpu_name_is_one_line() -> None:
 
 @pytest.mark.parametrize("change", [("avx512", "avx1024"), ("48K", "048K"), ("48K", "49152"), (" line=64", "")])
 def test_a_text_that_is_no_key(change: tuple[str, str]) -> None:
-    with pytest.raises(MachineError, match=r"write 'example \[avx2"):
+    with pytest.raises(MachineError, match=r"write it like 'example \[avx2"):
         MachineKey.parse(machine_key(Machine.example("avx512")).replace(*change))
 
 

@@ -222,6 +222,25 @@ def test_a_name_that_is_not_utf_8(tmp_path: Path) -> None:
         read(tmp_path, content)
 
 
+def test_a_name_of_several_lines_is_one_line(tmp_path: Path) -> None:
+    node = helper.make_node("Conv", ["x", "y"], ["z"], name="one\ntwo")
+    assert read(tmp_path, make([CONV, node], [WEIGHT])).skipped[0].startswith("Conv one?two: 'y' is computed by Conv")
+
+
+def test_operators_of_other_domains_are_not_those_of_onnx(tmp_path: Path) -> None:
+    """Neither a layer, nor an activation, nor folded, though their names are the same."""
+    nodes = [
+        helper.make_node("Identity", ["w"], ["v"], domain="d"),
+        helper.make_node("Conv", ["x", "w"], ["c"]),
+        helper.make_node("Relu", ["c"], ["y"], domain="d"),
+        helper.make_node("Conv", ["x", "w"], ["z"], domain="d"),
+        helper.make_node("Conv", ["x", "v"], ["u"]),
+    ]
+    found = read(tmp_path, make(nodes, [WEIGHT]))
+    assert [(layer.count, layer.problem.activation) for layer in found.layers] == [(1, None)]
+    assert found.skipped == ("Conv u: 'v' is computed by d.Identity v, not a constant",)
+
+
 def seeds() -> dict[str, bytes]:
     """Models with what the reader looks at: layers, what is folded, sizes, subgraphs, functions."""
     values = {"scale": np.ones(8, np.float32), "six": np.array(6, np.float32), "zero": np.array(0, np.float32),

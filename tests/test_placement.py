@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from convsched.errors import ScheduleError
-from convsched.ir import Loop, Program, Stage
+from convsched.ir import Loop, Program, Stage, leaves
 from convsched.ir.examples import filtered, nests, product
 from convsched.ir.interp import interpret
 from convsched.lower.direct import lower_direct
@@ -139,6 +139,25 @@ def test_window_only_where_it_is_used() -> None:
     assert text.count("x_at_e[x.n, x.c, x.h, x.w] =") == 1
 
 
+@pytest.mark.parametrize("steps", [
+    "stage y at e window n h w c",
+    "stage y at m window",
+    "split f 4 -> f0 f1 tail=mask; stage y at e window n w c h; split y.w 4 -> y.w0 y.w1 tail=mask; peel y.w0; "
+    "unroll y.w1",
+    "split e 2 -> e0 e1 tail=mask; reorder n e0; stage y at e0 window n h w c align=h:64; vectorize y.c",
+    "split m 4 -> m0 m1 tail=mask; reorder n m0 e f m1; stage y at e window n h w c; vectorize y.c",
+])
+def test_an_output_is_made_in_a_window(steps: str) -> None:
+    done = after(LAYER, steps)
+    assert sum(leaf.tensor == "y" for stage in done.stages for _, leaf in leaves(stage.body)) >= 1
+    assert "y_at_" in nests(done)
+    np.testing.assert_array_equal(outputs(done), outputs(LAYER))
+
+
+def test_an_output_that_is_summed_into_is_not_made_in_a_window() -> None:
+    refused(product(8, 4), "", "stage y at m window", "y is read inside m", "all that sums into it", "m")
+
+
 def test_packed_in_the_order_of_use() -> None:
     done = after(LAYER, "reorder n e; stage x at e packed c r s f align=c:64")
     assert done.tensor("x_at_e").letters == ("c", "r", "s", "f")
@@ -162,7 +181,10 @@ PARTS = "the order {} does not name the axes n c h w"
 
 
 @pytest.mark.parametrize(("before", "step", "why", "fix", "marked"), [
-    ("", "stage y at e window", "y is written by the program", "in registers", "e"),
+    ("", "stage y at root window", "all of y would be made twice", "makes a part of it", None),
+    ("peel m", "stage y at n window", "2 statements use y inside n", "stage before peel", "n"),
+    ("split e 4 -> e0 e1 tail=mask; split f 4 -> f0 f1 tail=mask; reorder n e0 m e1 f0 f1; peel e0",
+     "stage y at m window n c h q", PARTS.format("n c h q"), "once", "m"),
     ("", "stage t at e window", "t is written by the program", "in registers", "e"),
     ("", "stage x at q window", "there is no loop q", "use one of", None),
     ("", "stage b at r window", "nothing inside r uses b", "another loop", "r"),

@@ -76,7 +76,7 @@ def test_ctrl_c(tune: Callable[..., Result]) -> None:
         return None
 
     done = tune(answer=press)
-    assert done.exit_code == tune_cli.INTERRUPTED
+    assert done.exit_code == tune_cli.INTERRUPTED_EXIT_CODE
     assert done.output == "interrupted; what was measured is kept, and the next run goes on from there\n"
 
 

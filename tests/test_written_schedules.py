@@ -37,6 +37,32 @@ def test_ragged_packing_is_refused(tail: str) -> None:
     assert "pack w (bind):" in caught.value.nest
 
 
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="the copy at bind has one stride a loop")
+@pytest.mark.parametrize("order", ["c m/2 m%2", "m c/4 c%4"])
+def test_packed_weights_stored_in_blocks_that_are_not_loops(order: str) -> None:
+    """They are right, or refused by the errors that say what to do."""
+    layer = cs.Conv2d(6, 4, 1, bias=False, input_size=3)
+    rng = np.random.default_rng(0)
+    x, weight = (rng.integers(-3, 4, shape).astype(np.float32) for shape in (layer.input_shape, layer.weight_shape))
+    try:
+        kernel = cs.compile(layer, algorithm="direct", schedule=f"layout w m c; layout w_packed {order}", threads=1,
+                            cache=False)
+    except cs.ConvschedError:
+        return
+    np.testing.assert_array_equal(kernel(x, weight), convolve(layer, x, weight))
+
+
+@pytest.mark.parametrize("steps", ["peel gx1 last; unroll gx2 gx1", "unroll gx2; peel gx1 first; unroll gx1"])
+def test_unrolled_loops_of_which_no_iteration_does_anything(steps: str) -> None:
+    """Some copies of the nest have only products with zeros of a sparse matrix."""
+    layer = cs.Conv2d(2, 2, 1, 2, input_size=(3, 6))
+    rng = np.random.default_rng(0)
+    x, weight, bias = (rng.integers(-3, 4, shape).astype(np.float32) for shape in (
+        layer.input_shape, layer.weight_shape, layer.bias_shape))
+    kernel = cs.compile(layer, algorithm="strassen(1)", schedule=steps, threads=1, cache=False)
+    np.testing.assert_array_equal(kernel(x, weight, bias), convolve(layer, x, weight, bias))
+
+
 def test_zeros_of_the_border_and_elements_at_the_same_address_are_told_apart() -> None:
     """x[0, 0, 0, 1] lies in the border, where x[0, 0, 1, 0] is stored."""
     layer = cs.Conv2d(1, 2, (1, 2), padding=(0, 0, 0, 1), input_size=(2, 1), bias=False)

@@ -265,7 +265,8 @@ class _Ledger:
         return tuple(record for record in self.known if record.key == key)
 
     def put(self, record: Record) -> bool:
-        """Send a record. Raises ClusterError when the caller wants no more."""
+        """Send a record. Raises ClusterError when the caller wants no more, CacheError where it could not read it."""
+        record.check()
         self.known.append(record)
         self.note(record.to_json())
         if self.farm in _stopped:

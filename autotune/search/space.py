@@ -45,8 +45,11 @@ def domains(target: Target) -> tuple[Domain, ...]:
 
 
 def candidates(target: Target) -> tuple[Choice, ...]:
-    """All candidates, the analytic default first. Raises LoweringError where the algorithm does not apply."""
+    """All candidates, the analytic default first. Raises LoweringError where the algorithm asked for does not apply, or
+    does not fit the class of accuracy: ``compile`` would not take what is found."""
     p, machine = target.problem, target.machine
+    if target.algorithm:
+        named(target.algorithm, p).require(target.accuracy)
     algorithm = (named(target.algorithm, p) if target.algorithm
                  else choose(p, machine, target.layout, target.threads, target.accuracy))
     found = dict.fromkeys([Choice(algorithm.name, algorithm.default(machine, target.layout, target.threads))])

@@ -19,11 +19,9 @@ from numpy.typing import NDArray
 from convsched.errors import ModelError
 from convsched.graph.onnx.layers import ModelLayer
 from convsched.problem import Conv2d, Problem
+from convsched.problem.reference import not_finite
 
 Array = NDArray[np.float32]
-
-
-# The bound that answers are held to: max |error| / rms(output) against the oracle in float64.
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +44,13 @@ class Arrays:
     weight: Array
     bias: Array | None
     residual: Array | None
+
+
+    def flaw(self) -> str:
+        """Which array is not finite, so that no answer can be checked; empty where all are."""
+        arrays = {"input": self.x, "weights": self.weight, "bias": self.bias, "residual": self.residual}
+        found = {kind: not_finite(array) for kind, array in arrays.items() if array is not None}
+        return "; ".join(f"{flaw} of its {kind} are not finite" for kind, flaw in found.items() if flaw)
 
 
 def table_case(name: str, problem: Problem, count: int) -> Case:
@@ -125,7 +130,7 @@ def _rgb(path: Path, array: NDArray[Any]) -> Array:
         array = array.transpose(1, 2, 0)
     if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or not array.size:
         shapes = "(H, W, 3), (3, H, W) or (H, W)"
-        raise ModelError(f"{path}: an array of shape {array.shape} is no image: use {shapes}")
+        raise ModelError(f"{path}: an array of shape {array.shape} is not an image: use {shapes}")
     color = array[:, :, :3] if array.shape[2] > 1 else np.repeat(array, 3, axis=2)
     return np.asarray(color, np.float32)
 
@@ -134,7 +139,8 @@ def _read_pixels(path: Path) -> NDArray[Any]:
     try:
         reader = importlib.import_module("skimage.io")
     except ImportError as error:
-        raise ModelError("reading an image file needs scikit-image; a .npy array needs nothing") from error
+        fix = "pip install scikit-image, or give a .npy array"
+        raise ModelError(f"reading a picture needs scikit-image: {fix}") from error
     try:
         return np.asarray(reader.imread(io.BytesIO(path.read_bytes())))  # by itself it leaves files open
     except Exception as error:  # each image format's reader raises errors of its own

@@ -16,7 +16,7 @@ from convsched.benchmark.run import Row, Settings, Total, total
 from convsched.machine import host
 from convsched.problem.parse import names_within
 
-GAP = 2  # columns of the terminal between two of the table
+GAP_COLUMNS = 2  # columns of the terminal between two of the table
 COLUMNS = ("layer", "count", "algorithm", "ms", "GFLOP/s", "% peak", "x NumPy", "error")
 
 
@@ -44,7 +44,7 @@ class Report:
     @property
     def failures(self) -> tuple[Row, ...]:
         """The rows without a right answer."""
-        return tuple(row for row in self.rows if row.status not in ("ok", "n/a"))
+        return tuple(row for row in self.rows if row.status in ("WRONG", "FAILED"))
 
     def share_of_peak(self, flops_per_second: float) -> float:
         """Of the peak of all threads, in percent."""
@@ -66,11 +66,10 @@ def table(report: Report, columns: int, last: int | None = None) -> Table:
     numbers = [cells(report, row) for row in rows]
     sums = total_cells(report)
     widths = [max(map(len, column)) for column in zip(COLUMNS[1:], sums[1:], *numbers, strict=True)]
-    names = names_within([row.problem for row in rows], columns - sum(widths) - GAP * len(widths))
+    names = names_within([row.problem for row in rows], columns - sum(widths) - GAP_COLUMNS * len(widths))
     for row, name, shown in zip(rows, names, numbers, strict=True):
-        style = {"ok": None, "WRONG": "bold red", "FAILED": "red", "n/a": "dim"}[row.status]
-        why = row.failure or row.inapplicable
-        view.add_row(f"{name}\n{why}" if why else name, *shown, style=style)
+        style = {"ok": None, "WRONG": "bold red", "FAILED": "red", "n/a": "dim", "not finite": "yellow"}[row.status]
+        view.add_row(f"{name}\n{row.reason}" if row.reason else name, *shown, style=style)
     view.add_section()
     view.add_row(*sums, style="bold")
     return view
@@ -107,7 +106,7 @@ def tuned_line(report: Report) -> str:
 
 def cells(report: Report, row: Row) -> tuple[str, ...]:
     """A row of the table, without the layer's name."""
-    if row.failure or row.inapplicable:
+    if row.reason:
         return (str(row.count), row.algorithm, "", "", "", "", row.status)
     rate = row.flops_per_second
     return (
@@ -139,8 +138,8 @@ def total_cells(report: Report) -> tuple[str, ...]:
 
 def line(report: Report, row: Row) -> str:
     """A row as one line of plain text, for output that is no terminal."""
-    if row.failure or row.inapplicable:
-        return f"{row.status}  {row.problem.text}: {row.failure or row.inapplicable}"
+    if row.reason:
+        return f"{row.status}  {row.problem.text}: {row.reason}"
     count, algorithm, ms, rate, share, speedup, error = cells(report, row)
     numbers = f"{ms} ms  {rate} GFLOP/s  {share}% of peak  {speedup}x NumPy  error {error}"
     return f"{row.problem.text}  x{count}  {algorithm}  {numbers}"
@@ -148,29 +147,38 @@ def line(report: Report, row: Row) -> str:
 
 def to_json(report: Report) -> dict[str, Any]:
     """Everything, in plain types; what was not measured is null. Times are in seconds a call."""
-    sums = report.total
-    machine = host.machine()
     return {
         "network": report.network,
         "complete": report.complete,
         "threads": report.settings.threads,
         "layout": report.settings.layout,
-        "machine": machine.text,
-        "cores": machine.cores,
-        "peak_flops_per_second": report.peak,
+        **_machine_json(report.peak),
         "accuracy": report.settings.accuracy,
         "error_bound": BOUNDS[report.settings.accuracy],
-        "versions": versions(),
         "layers": [_row_json(report, row) for row in report.rows],
         "skipped": list(report.skipped),
-        "total": {
-            "layers": sums.layers,
-            "seconds": sums.seconds,
-            "baseline_seconds": sums.baseline_seconds,
-            "flops": sums.flops,
-            "flops_per_second": sums.flops / sums.seconds if sums.seconds else None,
-            "compile_seconds": sums.compile_seconds,
-        },
+        "total": _total_json(report.total),
+    }
+
+
+def _total_json(sums: Total) -> dict[str, Any]:
+    return {
+        "layers": sums.layers,
+        "seconds": sums.seconds,
+        "baseline_seconds": sums.baseline_seconds,
+        "flops": sums.flops,
+        "flops_per_second": sums.flops / sums.seconds if sums.seconds else None,
+        "compile_seconds": sums.compile_seconds,
+    }
+
+
+def _machine_json(peak: float) -> dict[str, Any]:
+    machine = host.machine()
+    return {
+        "machine": machine.text,
+        "cores": machine.cores,
+        "peak_flops_per_second": peak,
+        "versions": versions(),
     }
 
 
@@ -181,10 +189,17 @@ def _row_json(report: Report, row: Row) -> dict[str, Any]:
         "count": row.count,
         "status": row.status,
         "failure": row.failure or None,
+        "not_finite": row.not_finite or None,
         "algorithm": row.algorithm or None,
         "schedule": row.schedule or None,
         "tuned": row.tuned,
         "error": _finite(row.error),
+        **_speed_json(report, row),
+    }
+
+
+def _speed_json(report: Report, row: Row) -> dict[str, Any]:
+    return {
         "compile_seconds": _finite(row.compile_seconds),
         "flops": row.problem.flops,
         "flops_per_second": _finite(row.flops_per_second),

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from convsched.algebra.accuracy import BOUNDS
 from convsched.autotune.measure.measure import Timing, interleave, once
@@ -24,7 +25,7 @@ from convsched.options import Accuracy
 from convsched.plan.families import named
 from convsched.problem import Linear, Problem
 from convsched.problem.layout import from_layout, to_layout
-from convsched.problem.reference import convolve
+from convsched.problem.reference import convolve, not_finite
 
 
 class Compiled(Protocol):
@@ -63,7 +64,8 @@ class Settings:
 @dataclass(frozen=True)
 class Row:
     """One layer's result. Where it could not be compiled or run, `failure` says why and the rest is empty, as it is
-    where the algorithm asked for does not apply; `inapplicable` then says why.
+    where the algorithm asked for does not apply; `inapplicable` then says why. Where the layer's data or its right
+    output are not finite, which is no fault of a kernel, there is nothing to compare; `not_finite` then says what.
 
     `tuned`: whether the schedule is from the schedule cache, and not the analytic default. `error` is
     max |error| / rms(output), and at most `bound`; times are seconds of one execution of the layer.
@@ -81,16 +83,25 @@ class Row:
     baseline: Timing | None = None
     failure: str = ""
     inapplicable: str = ""
+    not_finite: str = ""
     bound: float = BOUNDS["normal"]
 
     @property
     def status(self) -> str:
-        """ok, WRONG (the answer is not within the bound), FAILED (there is no answer) or n/a (not asked for)."""
+        """ok, WRONG (the answer is not within the bound), FAILED (there is no answer), n/a (not asked for) or
+        not finite (there is no right answer)."""
         if self.inapplicable:
             return "n/a"
         if self.failure:
             return "FAILED"
+        if self.not_finite:
+            return "not finite"
         return "ok" if self.error <= self.bound else "WRONG"
+
+    @property
+    def reason(self) -> str:
+        """Why there are no numbers; empty where there are."""
+        return self.failure or self.inapplicable or self.not_finite
 
     @property
     def flops_per_second(self) -> float:
@@ -159,9 +170,14 @@ def _measure_layer(case: Case, compile_layer: Compile, settings: Settings, layou
                               algorithm=settings.algorithm)
     )
     arrays = make_arrays(case, settings.image)
+    if flaw := arrays.flaw():
+        return Row(case.name, problem, case.count, not_finite=f"{case.name}: {flaw}")
     call, output = bound_call(kernel, problem, arrays, layout)
     call()
     expected = convolve(problem, arrays.x, arrays.weight, arrays.bias, arrays.residual)
+    if flaw := not_finite(_rounded(expected)):
+        return Row(case.name, problem, case.count, not_finite=f"{case.name}: {flaw} of its right outputs are "
+                   "beyond float32")
     error = relative_error(from_layout(output, problem.output_shape, layout), expected)
     row = Row(
         case.name, problem, case.count, str(kernel.algorithm), str(kernel.schedule), kernel.recipe is None,
@@ -180,6 +196,12 @@ def _measure_layer(case: Case, compile_layer: Compile, settings: Settings, layou
         budget=settings.seconds,
     )
     return replace(row, kernel=timings["kernel"], baseline=timings["baseline"])
+
+
+def _rounded(expected: NDArray[np.float64]) -> Array:
+    """The truth in float32, infinite where that has no number for it."""
+    with np.errstate(over="ignore"):
+        return expected.astype(np.float32)
 
 
 def bound_call(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 LIST_COLUMNS = ("problem", "layout", "threads", "accuracy", "algorithm", "ms", "default", "speed-up", "tried",
                "failed", "tuning", "machine")  # fmt: skip
 SHOW_COLUMNS = ("", "ms", "cold ms", "spread", "KiB", "error", "status", "flags", "algorithm", "recipe or schedule")
-SHOWN = 10  # candidates of a key, unless all are asked for
+SHOWN_CANDIDATES = 10  # candidates of a key, unless all are asked for
 SIZE_DIGITS = 15  # of a size in bytes
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
@@ -206,7 +206,7 @@ def _list_row(entry: Entry) -> tuple[str, ...]:
 def _shown(entry: Entry, records: Sequence[Record], everything: bool) -> list[Record]:
     """A key's candidates, the best first; without the failures and the slow ones, unless all are wanted."""
     ranked = sorted(records, key=lambda record: (record != entry.winner, record.hot or float("inf")))
-    return ranked if everything else [record for record in ranked if record.status == "ok"][:SHOWN]
+    return ranked if everything else [record for record in ranked if record.status == "ok"][:SHOWN_CANDIDATES]
 
 
 def _show_row(record: Record, is_best: bool) -> tuple[str, ...]:

@@ -8,18 +8,18 @@ from datetime import datetime
 from convsched.autotune.measure.calibrate import Calibration, calibration, current_conditions
 from convsched.benchmark.environment import describe
 
-WIDTH = 9  # of the names: the longest of them, convsched
+NAME_COLUMNS = 9  # of the names: the longest of them, convsched
 
 
 def print_info(echo: Callable[[str], None], refresh: bool = False) -> None:
     """Prints what is known at once, then what may have to be measured first (about 2 s)."""
     for name, value in describe().items():
-        echo(f"{name:<{WIDTH}}  {value}")
+        echo(f"{name:<{NAME_COLUMNS}}  {value}")
     measured = calibration(refresh)
     for name, value in calibration_lines(measured):
-        echo(f"{name:<{WIDTH}}  {value}")
+        echo(f"{name:<{NAME_COLUMNS}}  {value}")
     for reason in current_conditions(measured) or ("nothing is known to disturb it",):
-        echo(f"{'timing':<{WIDTH}}  {reason}")
+        echo(f"{'timing':<{NAME_COLUMNS}}  {reason}")
 
 
 def calibration_lines(measured: Calibration) -> Iterator[tuple[str, str]]:

@@ -19,7 +19,8 @@ import click
 
 from convsched.cli.cache import cache
 from convsched.cli.verify import verify
-from convsched.options import ACCURACIES, MAX_THREADS, Accuracy
+from convsched.errors import shortened
+from convsched.options import ACCURACIES, INTERRUPTED_EXIT_CODE, MAX_THREADS, Accuracy
 from convsched.problem.layout import LAYOUTS
 
 if TYPE_CHECKING:
@@ -30,8 +31,7 @@ if TYPE_CHECKING:
 
 PATH = click.Path(path_type=Path, dir_okay=False)
 THREADS = click.IntRange(min=1, max=MAX_THREADS)
-DIGITS = 9  # of a side of an image
-INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended: 128 + SIGINT
+SIDE_DIGITS = 9  # of a side of an image
 
 
 def _size(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, int] | None:
@@ -40,9 +40,9 @@ def _size(context: click.Context, parameter: click.Parameter, value: str | None)
         return None
     sides = value.lower().split("x")
     if len(sides) > 2 or not all(side.isascii() and side.isdigit() and side.strip("0") for side in sides):
-        raise click.BadParameter(f"{value!r} is not a size such as 224x224")
-    if any(len(side) > DIGITS for side in sides):
-        raise click.BadParameter(f"a side of more than {DIGITS} digits")
+        raise click.BadParameter(f"{shortened(value)} is not a size such as 224x224")
+    if any(len(side) > SIDE_DIGITS for side in sides):
+        raise click.BadParameter(f"{shortened(value)} has a side of more than {SIDE_DIGITS} digits")
     return int(sides[0]), int(sides[-1])
 
 
@@ -74,7 +74,7 @@ def _writable(context: click.Context, parameter: click.Parameter, value: Path | 
     if not folder.is_dir():
         raise click.BadParameter(f"the folder of {value} does not exist")
     if value.exists() and not value.is_file():
-        raise click.BadParameter(f"{value} is no regular file")
+        raise click.BadParameter(f"{value} is not a regular file")
     try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
@@ -150,7 +150,8 @@ def bench(
 ) -> None:
     """Compile, check and time every layer of NETWORK: a known network's name, or an .onnx file.
 
-    The exit code is 1 if any layer's answer is wrong or missing.
+    The exit code is 1 if any layer's answer is wrong or missing. A layer whose weights, input or right answer are not
+    finite is told as such, and is no failure.
     """
     from convsched.autotune.measure.measure import measure_peak
     from convsched.benchmark.cases import read_image
@@ -164,7 +165,7 @@ def bench(
     if json_file is not None:
         _write_atomically(json_file, json.dumps(to_json(report), indent=1) + "\n")
     if not report.complete:
-        context.exit(INTERRUPTED)
+        context.exit(INTERRUPTED_EXIT_CODE)
     context.exit(1 if report.failures else 0)
 
 
@@ -214,7 +215,8 @@ def _read_cases(
         model = read_model(network, input_size=input_size)
         cases, skipped = [model_case(layer) for layer in model.layers], model.skipped
     elif input_size is not None:
-        raise click.BadParameter("a built-in network has a fixed size", param_hint="--input-size")
+        why = "a built-in network has a fixed input size; sizes are for .onnx files"
+        raise click.BadParameter(why, param_hint="--input-size")
     else:
         from convsched.networks.known import network as known_network
 
@@ -223,7 +225,7 @@ def _read_cases(
         ]
     chosen = [case for case in cases if wanted in case.name or wanted in case.problem.text]
     if not chosen:
-        why = f"no layer of {network} has {wanted!r} in its name or text"
+        why = f"no layer of {network} has {wanted!r} in its name or text; leave out --layer to see all"
         raise click.BadParameter(why, param_hint="--layer")
     return chosen, skipped
 

@@ -64,7 +64,7 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int) ->
         whole = column == "problem" or column in NUMBERS
         table.add_column(column, justify="right" if column in NUMBERS else "left", overflow="fold", no_wrap=whole)
     for row in rows:
-        table.add_row(*map(Text, row))  # brackets are no markup
+        table.add_row(*map(Text, row))  # brackets are not markup
     return table
 
 

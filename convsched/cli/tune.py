@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from convsched.autotune.search import budget
+from convsched.options import INTERRUPTED_EXIT_CODE
 from convsched.problem.parse import names_within
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from convsched.benchmark.cases import Case
     from convsched.options import Accuracy
 
-INTERRUPTED = 130
 BAR_COLUMNS = 20  # of the terminal, for the bar of the budget
 
 
@@ -46,7 +46,7 @@ def run(cases: list[Case], budget: str, threads: int, layout: str, file: Path | 
     if network.layers:
         click.echo(wrapped(total(network), _columns()))
     if network.interrupted:
-        return INTERRUPTED
+        return INTERRUPTED_EXIT_CODE
     return 1 if network.failures else 0
 
 

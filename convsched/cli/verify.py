@@ -10,11 +10,10 @@ import click
 
 from convsched.cli.output import _file, _opened, _print
 from convsched.machine import host
+from convsched.options import INTERRUPTED_EXIT_CODE
 
 if TYPE_CHECKING:
     from convsched.autotune.store.recheck import Check
-
-INTERRUPTED = 130
 
 
 @click.command()
@@ -56,7 +55,7 @@ def verify(context: click.Context, layers: tuple[str, ...], budget: str, forget:
         except KeyboardInterrupt:
             interrupted = True
         _report(checks, len(records), "interrupted" if interrupted else "the budget is spent")
-        context.exit(INTERRUPTED if interrupted else 1 if any(check.is_bad for check in checks) else 0)
+        context.exit(INTERRUPTED_EXIT_CODE if interrupted else 1 if any(check.is_bad for check in checks) else 0)
 
 
 def _report(checks: Sequence[Check], records: int, why: str) -> None:

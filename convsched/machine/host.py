@@ -48,7 +48,11 @@ _IDENTITY = (
 
 SETTING_DIGITS = 9  # of a number in the environment
 # (L1 data, L2, L3, line) in bytes where the system does not tell: the smallest that are common.
-_CACHES = (32 * _KIB, 512 * _KIB, 8 * _MIB, 64)
+_CACHE_BYTES = (32 * _KIB, 512 * _KIB, 8 * _MIB, 64)
+
+
+_KEY_PATTERN = (r"(.*) \[(?P<isa>\w+)(?: stepping=(\S+))? l1=(\d{1,15}K?) l2=(\d{1,15}K?) l3=(\d{1,15}K?)"
+        r" line=(\d{1,9}) cores=(\d{1,9})\]")  # fmt: skip
 
 
 @cache
@@ -159,7 +163,7 @@ def _caches(root: Path) -> tuple[int, int, int, int]:
             continue
         sizes[int(level)] = size
         line = line or _bytes(_read(index / "coherency_line_size").strip())
-    l1, l2, l3, usual_line = _CACHES
+    l1, l2, l3, usual_line = _CACHE_BYTES
     if 1 not in sizes:
         return (l1, l2, l3, line or usual_line)
     l2 = sizes.get(2, max(l2, sizes[1]))

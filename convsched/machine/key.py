@@ -7,8 +7,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
-from convsched.errors import MachineError
-from convsched.machine.host import _bytes
+from convsched.errors import MachineError, shortened
+from convsched.machine.host import _KEY_PATTERN, _bytes
 from convsched.machine.machine import _KIB, Isa, Machine
 
 Tier: TypeAlias = Literal["exact", "same microarchitecture", "same isa", "none"]
@@ -44,14 +44,15 @@ class MachineKey:
     @staticmethod
     def parse(text: str) -> MachineKey:
         """The key of a text: parse(key.text) == key. Raises MachineError."""
-        match = re.fullmatch(_KEY, text)
+        match = re.fullmatch(_KEY_PATTERN, text)
         if match and match["isa"] in get_args(Isa):
             design, isa, stepping, l1, l2, l3, line, cores = match.groups("")
             key = MachineKey(design, isa, stepping, _bytes(l1), _bytes(l2), _bytes(l3),  # type: ignore[arg-type]
                              int(line), int(cores))  # fmt: skip
             if key.text == text:
                 return key
-        raise MachineError(f"machine {text!r} is none: write {MachineKey.of(Machine.example('avx2')).text!r}")
+        example = MachineKey.of(Machine.example("avx2")).text
+        raise MachineError(f"{shortened(text)} is not a machine's key: write it like {example!r}")
 
     @property
     def text(self) -> str:
@@ -75,10 +76,6 @@ class MachineKey:
         """How far apart caches and cores are: the sum of |log2| of their ratios."""
         pairs = ((self.l1, other.l1), (self.l2, other.l2), (self.l3, other.l3), (self.cores, other.cores))
         return sum(abs(math.log2(max(1, a) / max(1, b))) for a, b in pairs)
-
-
-_KEY = (r"(.*) \[(?P<isa>\w+)(?: stepping=(\S+))? l1=(\d{1,15}K?) l2=(\d{1,15}K?) l3=(\d{1,15}K?)"
-        r" line=(\d{1,9}) cores=(\d{1,9})\]")  # fmt: skip
 
 
 def machine_key(machine: Machine) -> str:

@@ -16,12 +16,14 @@ from convsched.model.blocking import best_blocking
 from convsched.model.tiling import WAYS, _register_tile, _Tiling
 from convsched.problem import Conv2d, Linear, Problem
 from convsched.problem.problem import is_flat, meets_input
-from convsched.recipes.direct import Channels, Depthwise, Pixels
+from convsched.recipes.direct import BLOCK, Channels, Depthwise, Pixels
 from convsched.recipes.im2col import Toeplitz
 from convsched.recipes.recipe import Recipe
 from convsched.recipes.strassen import StrassenBlocks
 from convsched.recipes.tiles import Tiles
 
+WRITTEN = 8192  # statements, with their tests: half of what ``checks`` allows
+MOST_COPIES = 8  # of a nest, for tiles that reach over a border
 MOST_TAPS = 5  # of a row; each that reaches over a border has a copy of the nest
 FEW_TILES = 128  # of a block, up to which its filter is fetched ahead
 PREFETCH = 16  # iterations of the loop over channels
@@ -90,6 +92,11 @@ def _channels(problem: Problem, machine: Machine, layout: str, threads: int) -> 
     rows, columns = tiling.rows, tiling.columns
     vectors, height, width = _register_tile(tiling, machine, _tallest(problem, machine, layout))
     depth, unroll = _sum_blocks(channels, channels if flat else 64)
+    if "w" in skip and isinstance(problem, Conv2d):
+        copies = (1 + _edge_tiles(problem, 1, width)) * problem.S
+        ragged = (1 + (columns % width > 0)) * (1 + (rows % height > 0))
+        if copies * ragged * vectors * height * width * unroll > WRITTEN:
+            pack, skip = "window", "h"  # a copy with a border: all tiles of a row are alike
     if flat:
         stays = 4 * problem.weights <= machine.l2 // 2  # the weights, beside a small block of input
         fit = machine.l2 // (8 if stays and pack == "none" else 2) // (4 * channels * width)
@@ -125,6 +132,18 @@ def _input_copy(problem: Problem, machine: Machine, layout: str,
     return ("packed" if layout == "nchw" and is_flat(problem) and (small or collides) else "none"), ""
 
 
+def _edge_tiles(problem: Conv2d, axis: int, size: int) -> int:
+    """How many tiles of so many outputs along the rows (axis 0) or the columns (1) have a tap in the padding; 0 where
+    all have, as ``peel guarded`` leaves them alone then."""
+    outputs, taps, extent = problem.output_shape[2 + axis], (problem.R, problem.S)[axis], (problem.H, problem.W)[axis]
+    stride, before = problem.stride[axis], problem.padding[axis]
+    low = -(-before // stride)
+    high = (extent - 1 + before - (taps - 1) * problem.dilation[axis]) // stride
+    tiles = [(start, min(start + size, outputs) - 1) for start in range(0, outputs, size)]
+    inside = sum(low <= first and last <= high for first, last in tiles)
+    return len(tiles) - inside if inside else 0
+
+
 def _pixels(problem: Conv2d, machine: Machine) -> Pixels:
     maps = problem.M // problem.groups
     columns = problem.E * problem.F if is_flat(problem) else problem.F
@@ -140,9 +159,11 @@ def _pixels(problem: Conv2d, machine: Machine) -> Pixels:
         tile = min(maps, 4, max(1, accumulators // vectors))
         rows = 1 if is_flat(problem) else min(max(2, 8 // (vectors * tile)), 7, problem.E)
     products = problem.R * problem.S * tile * rows * vectors  # vector FMAs of a tile and input channel
-    copies = min(3, -(-problem.E // rows))  # of the nest, with the first and last rows peeled
+    edges = 0 if is_flat(problem) else _edge_tiles(problem, 0, rows)
+    copies = max(min(3, -(-problem.E // rows)), 1 + edges)  # of the nest, with the first and last rows peeled
+    peels = products * copies <= 800 and edges <= MOST_COPIES and meets_input(problem)
     return Pixels(lanes=lanes, maps=tile, rows=rows, vectors=vectors, unroll_taps=products <= 400,
-                  peel_borders=products * copies <= 800 and meets_input(problem), order="rows" if many else "taps")
+                  peel_borders=peels, order="rows" if many else "taps")
 
 
 def _depthwise_tile(problem: Conv2d, machine: Machine, whole: int) -> tuple[int, int, bool]:
@@ -164,12 +185,21 @@ def _depthwise(problem: Conv2d, machine: Machine) -> Depthwise:
     accumulators = 16 if machine.registers >= 32 else 6
     pixels = _near_divisor(problem.F, min(accumulators, 8))
     rows = max(1, min(problem.E, accumulators // pixels, 2))
-    return Depthwise(machine.lanes, rows, pixels, problem.R * problem.S * rows * pixels <= 400)
+    products = problem.R * problem.S * rows * pixels
+    wide = sum(edges > 2 for edges in (_edge_tiles(problem, 0, rows), _edge_tiles(problem, 1, pixels)))
+    channels = 1 + (problem.groups % machine.lanes > 0) + (problem.groups % BLOCK > 0)
+    written = products * channels * 9 * (1 + 2 * wide)  # tiles that are peeled at both ends, and tests in between
+    return Depthwise(machine.lanes, rows, pixels, products <= 400 and written <= 2 * WRITTEN)
 
 
 def default_tiles(problem: Conv2d, shape: Shape, machine: Machine, layout: str = "nchw", threads: int = 1,
                   by_lines: bool = False) -> Tiles:
-    """The recipe of a bilinear algorithm."""
+    """The recipe of a bilinear algorithm, by lines where that is asked for or a tile is too large to be written out."""
+    (high, wide), (down, across) = shape.outputs, shape.points
+    side_by_side = max(1, machine.lanes // wide) if layout == "nchw" else 1  # tiles whose rows are stored as one
+    tests = 1 + (problem.M // problem.groups % machine.lanes > 0)
+    sums = high * across * (down + wide)  # of the way out; the way in has up to three times as many
+    by_lines = by_lines or sums * (side_by_side + 3) * tests > WRITTEN
     plane = Plane(problem, shape.outputs, shape.fold)
     best = best_blocking(plane, shape.points, machine, threads, by_lines)
     most = 4 if machine.isa == "avx512" else 8  # short code for long vectors

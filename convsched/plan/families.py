@@ -43,6 +43,7 @@ OUTPUTS = {2: (4,), 3: (4, 2)}  # of Winograd tiles along a side of so many taps
 MANY_TAPS = (2, 4)  # the same for other sides
 FAST_OUTPUTS = {2: (6,), 3: (5, 6)}  # further ones, of more error than accuracy="normal" allows
 MOST_SPLIT = 16  # taps of a side, for Winograd
+MOST_READ = 64  # pixels that a tile of Winograd's reads along a side: each is written out, those between taps too
 MARGIN = 4 / 3  # that an estimate must be below direct's: in doubt, direct
 FFT_TAPS = 7  # of a side, from which FFT is tried
 STRASSEN_CHANNELS = 512  # in and out, from which Strassen's products are tried
@@ -159,7 +160,8 @@ def _winograd(problem: Problem, sizes: tuple[tuple[int, ...], ...]) -> Algorithm
     The two algorithms of short tiles are made, and proved, where more than their sizes is needed.
     """
     conv = _convolution("winograd", problem)
-    taps = [r for r in (conv.R, conv.S) if r > 1]
+    steps = [(r, stride) for r, stride in zip((conv.R, conv.S), conv.stride, strict=True) if r > 1]
+    taps = [r for r, _ in steps]
     if not taps:
         raise LoweringError(f"winograd: {problem.text} has one tap; use direct")
     if any(s > 1 and d > 1 for s, d in zip(conv.stride, conv.dilation, strict=True)):
@@ -167,7 +169,7 @@ def _winograd(problem: Problem, sizes: tuple[tuple[int, ...], ...]) -> Algorithm
     if max(taps) > MOST_SPLIT:
         raise LoweringError(f"winograd: {problem.text} has {max(taps)} taps along a side, more than {MOST_SPLIT}; "
                             "use fft")
-    sizes = sizes or tuple((OUTPUTS.get(r, MANY_TAPS)[0], r) for r in taps)
+    sizes = sizes or tuple((OUTPUTS.get(r, MANY_TAPS)[0] if stride <= r else 2, r) for r, stride in steps)
     if len(sizes) == 1:
         sizes = sizes * len(taps)
     if any(len(pair) != 2 for pair in sizes) or [r for _, r in sizes] != taps or any(m < 2 for m, _ in sizes):
@@ -175,6 +177,10 @@ def _winograd(problem: Problem, sizes: tuple[tuple[int, ...], ...]) -> Algorithm
         raise LoweringError(f"winograd{given}: {problem.text} has "
                             f"{' and '.join(map(str, taps))} taps; write (m,r) with r={taps[0]} and m of at least 2, "
                             "once for both sides, or (m,r)x(m,r)")
+    reads = [(m - 1) * stride + r for (m, r), (_, stride) in zip(sizes, steps, strict=True)]
+    if max(reads) > MOST_READ:
+        raise LoweringError(f"winograd: a tile would read {max(reads)} pixels along a side of {problem.text}, more "
+                            f"than {MOST_READ}; use fewer outputs or direct")
     along = iter(sizes)
     sides = [(*(next(along) if r > 1 else (1, 1)), stride)
              for r, stride in zip((conv.R, conv.S), conv.stride, strict=True)]

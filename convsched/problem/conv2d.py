@@ -21,7 +21,7 @@ from typing import SupportsIndex
 
 from convsched.problem.rules import Activation, Check, Pair, _common_words, _side, by
 
-_BYTES = 4  # of a float32
+FLOAT32_BYTES = 4
 
 
 @dataclass(frozen=True, init=False)
@@ -190,7 +190,7 @@ class Conv2d:
     def bytes(self) -> int:
         """Bytes of float32 input, weights, bias, residual and output, each touched once."""
         outputs = (1 + self.residual) * math.prod(self.output_shape)
-        return _BYTES * (math.prod(self.input_shape) + self.parameters + outputs)
+        return FLOAT32_BYTES * (math.prod(self.input_shape) + self.parameters + outputs)
 
     @property
     def is_depthwise(self) -> bool:

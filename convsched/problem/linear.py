@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, SupportsIndex
 
-from convsched.problem.conv2d import _BYTES, Conv2d
+from convsched.problem.conv2d import FLOAT32_BYTES, Conv2d
 from convsched.problem.rules import Activation, Check, _common_words
 
 
@@ -127,7 +127,7 @@ class Linear:
     @property
     def bytes(self) -> int:
         """Bytes of float32 input, weights, bias, residual and output, each touched once."""
-        return _BYTES * (self.N * self.C + self.parameters + (1 + self.residual) * self.N * self.M)
+        return FLOAT32_BYTES * (self.N * self.C + self.parameters + (1 + self.residual) * self.N * self.M)
 
     @property
     def text(self) -> str:

@@ -27,6 +27,8 @@ _KEYS = {
     },
     "linear": {"c": "in_features", "m": "out_features", **_COMMON_KEYS},
 }  # fmt: skip
+_EXAMPLES = {"k": "k=3x3", "in": "in=56x56", "stride": "stride=2x2", "dil": "dil=2x2", "pad": "pad=1,1,1,1",
+             "act": "act=clip(0.0,6.0)"}  # fmt: skip
 _REQUIRED = {"conv2d": ("c", "m", "k", "in"), "linear": ("c", "m")}
 
 
@@ -48,7 +50,7 @@ def parse_words(text: str) -> tuple[str, dict[str, object]]:
     """
     kind, *words = text.split() or [""]
     if kind not in _KEYS:
-        raise ProblemError("parse_problem", "text", text, "starts with neither conv2d nor linear")
+        raise ProblemError("parse_problem", "text", text, "must start with conv2d or linear")
     keys = _KEYS[kind]
     arguments: dict[str, object] = {"bias": False}
     seen: set[str] = set()
@@ -81,7 +83,8 @@ def _value(text: str, word: str, key: str, value: str) -> object:
             return (call[1], *map(float, call[2].split(","))) if call else value
         return int(value)
     except ValueError:
-        raise ProblemError("parse_problem", "text", text, f"{word!r} does not hold numbers") from None
+        rule = f"{word!r} must hold numbers, such as {_EXAMPLES.get(key, f'{key}=1')}"
+        raise ProblemError("parse_problem", "text", text, rule) from None
 
 
 def parse_problem(text: str) -> Problem:

@@ -85,6 +85,14 @@ def activate_as_is(activation: Activation, values: Floats) -> Floats:
     return _FUNCTIONS[str(name)](values, *parameters)
 
 
+def not_finite(values: Floats) -> str:
+    """How many elements are not finite, such as "2 of 9 (1 NaN)"; empty where all are."""
+    finite = np.isfinite(values)
+    if finite.all():
+        return ""
+    return f"{values.size - np.count_nonzero(finite)} of {values.size} ({np.count_nonzero(np.isnan(values))} NaN)"
+
+
 def check_shapes(
     problem: Problem,
     x: ArrayLike,

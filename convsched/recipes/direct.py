@@ -131,6 +131,7 @@ def _skip(problem: Problem, axes: str) -> list[Skip]:
     return [Skip("x", found)] if found else []
 
 
+BLOCK = 16  # channels that the layout nchw16c keeps together
 PADDED = {"nchw": "h", "nhwc": "w", "nchw16c": "c/16"}  # what ``align`` sets apart in a window
 
 
@@ -252,16 +253,18 @@ class Depthwise:
     def schedule(self, problem: Problem, layout: str = "nchw16c") -> Schedule:
         """The steps for a problem with as many groups as channels in and out."""
         assert isinstance(problem, Conv2d)
-        g = Axis.cut("g", problem.groups, self.lanes)
+        # where a block of the layout has several vectors, each is a loop of its own: lanes lie side by side
+        factors = (BLOCK, self.lanes) if layout == "nchw16c" and self.lanes < BLOCK else (self.lanes,)
+        g = Axis.cut("g", problem.groups, *factors)
         row, column = Axis.cut("e", problem.E, self.rows), Axis.cut("f", problem.F, self.pixels)
         at = column.names[0]
         steps: list[Step] = [*g.steps, *row.steps, *column.steps]
-        steps.append(Reorder(("n", g.names[0], row.names[0], at, "m", "c", *taps(problem), row.names[1],
-                              column.names[1], g.names[1])))
+        steps.append(Reorder(("n", *g.names[:-1], row.names[0], at, "m", "c", *taps(problem), row.names[1],
+                              column.names[1], g.names[-1])))
         steps += [Attach("init", at), Attach("epilogue", at), StageAt("t", at, "registers")]
-        steps.append(Layout("w", (g.names[0], "m", "c", *taps(problem), g.names[1])))
+        steps.append(Layout("w", (*g.names[:-1], "m", "c", *taps(problem), g.names[-1])))
         steps.append(Unroll((*(taps(problem) if self.unroll_taps else ()), row.names[1], column.names[1])))
-        steps += [Vectorize((g.names[1],)), Parallel(g.names[0])]
+        steps += [Vectorize((g.names[-1],)), Parallel(g.names[0]), *g.peels(problem.groups, *factors)]
         if any(problem.padding):
             steps += [Peel(row.names[0], "first"), Peel(at, "first")]
         steps += [Peel(row.names[0]), Peel(at)]

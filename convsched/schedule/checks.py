@@ -10,16 +10,30 @@ from collections.abc import Sequence
 from math import prod
 
 from convsched.errors import ScheduleError
-from convsched.ir import Body, Leaf, Load, Loop, Program, Stage, Store, find_loops, leaves, loop_names, matrix_of
+from convsched.ir import (
+    Affine,
+    Body,
+    Leaf,
+    Load,
+    Loop,
+    Program,
+    Stage,
+    Store,
+    find_loops,
+    leaves,
+    loop_names,
+    matrix_of,
+)
 from convsched.ir.address import offset
 from convsched.ir.text import print_nest
+from convsched.ir.walk import indices
 from convsched.schedule.legality import race
 from convsched.schedule.step import Step
 
 DEPTH = 20  # the most loops around a statement, as Python nests no more; recipes have up to 15
 COPIES = 512  # the most statements of a nest, as printed; recipes have up to 40
 LANES = 512  # the most iterations of a vector loop; recipes have one vector, at most 16
-STATEMENTS = 16384  # the most statements that unrolled loops write out; recipes have up to 5000
+STATEMENTS = 16384  # the most statements, with their tests, that unrolled loops write out: 2 s of LLVM or less
 REGISTERS = 65536  # the most elements of all register tensors: 256 KiB of stack; recipes have up to 512
 PADDING = 256  # the most a schedule may add: elements of a buffer for one that is copied, or statements run for one
 SMALL = 2**20  # elements (4 MiB) or statements (1 ms) that are few enough whatever is added
@@ -130,18 +144,19 @@ def _broken_packing(program: Program, stage: Stage) -> tuple[str, str] | None:
 def bounded(before: Program, program: Program) -> Program:
     """A finished program, if what it writes out can be compiled (unrolled loops, vectors and registers), and runs
     not many more statements than the unscheduled one: each ragged split may double them."""
-    written = [(_statements(program, path, leaf), path)
-               for stage in program.stages for path, leaf in stage.paths]
-    for loop in (loop for _, path in written for loop in path):
+    counts = _written(program)
+    for loop in (loop for _, path in counts for loop in path):
         if loop.kind == "vector" and loop.extent > LANES:
             raise fail(program, f"vectorize {loop.var}", f"{loop.var} has {loop.extent} iterations",
                        f"split it first: a vector loop has at most {LANES}", loop.var)
-    total = sum(count for count, _ in written)
+    total = sum(count for count, _ in counts)
     if total > STATEMENTS:
-        unrolled = [loop for loop in max(written, key=lambda found: found[0])[1] if loop.kind == "unroll"]
+        unrolled = [loop for loop in max(counts, key=lambda found: found[0])[1] if loop.kind == "unroll"]
         names = " ".join(loop.var for loop in unrolled)
-        raise fail(program, f"unroll {names}", f"{total} statements would be written out", f"unroll fewer or shorter "
-                   f"loops: at most {STATEMENTS}", max(unrolled, key=lambda loop: loop.extent).var)
+        step, mark = ((f"unroll {names}", max(unrolled, key=lambda loop: loop.extent).var) if unrolled else
+                      ("schedule", None))
+        raise fail(program, step, f"{total} statements would be written out, tests of borders and remainders counted",
+                   f"unroll fewer or shorter loops, or peel less: at most {STATEMENTS}", mark)
     elements = sum(t.elements for t in program.tensors if t.role == "register")
     if elements > REGISTERS:
         names = " ".join(t.name for t in program.tensors if t.role == "register")
@@ -152,6 +167,34 @@ def bounded(before: Program, program: Program) -> Program:
         raise fail(program, "schedule", f"{runs} statements would run where the nest without it runs {needed}",
                    f"use factors that divide: at most {PADDING} times as many")
     return program
+
+
+def _tests(program: Program, path: Sequence[Loop], leaf: Leaf) -> int:
+    """How many tests each written statement has: of guards and of borders that a run-time loop decides, and of each
+    lane of a gather or scatter."""
+    extents = {loop.var: loop.extent for loop in path}
+    running = {loop.var for loop in path if loop.kind not in ("unroll", "vector") and loop.extent > 1}
+    lanes = {loop.var: loop.extent for loop in path if loop.kind == "vector"}
+    ends, scattered = set(leaf.where), 0
+    for name, index in indices(leaf):
+        tensor = program.tensor(name)
+        if tensor.role in ("register", "constant"):
+            continue
+        if tensor.border:
+            ends |= {end for a, size in zip(index, tensor.shape, strict=True) for end in (Affine() - a - 1, a - size)}
+        rest = offset(tensor, index, extents).rest
+        scattered += max((lanes[var] for a, *_ in rest for var in a.variables if var in lanes), default=0)
+    return scattered + sum(1 for end in ends if end.variables & running and end.bounds(extents)[1] >= 0)
+
+
+def written(program: Program) -> int:
+    """How many statements a program writes out, unrolled loops and tests of borders and remainders counted."""
+    return sum(count for count, _ in _written(program))
+
+
+def _written(program: Program) -> list[tuple[int, Sequence[Loop]]]:
+    return [(_statements(program, path, leaf) * (1 + _tests(program, path, leaf)), path)
+            for stage in program.stages for path, leaf in stage.paths]
 
 
 def _runs(program: Program) -> int:

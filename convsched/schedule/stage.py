@@ -31,6 +31,7 @@ from convsched.schedule.checks import PADDING, SMALL, checked, fail, require_loo
 from convsched.schedule.footprint import Box, Request, box_of, redirected, require_axes, within
 from convsched.schedule.legality import fills_first, separated
 from convsched.schedule.step import Step
+from convsched.schedule.write_back import written
 
 Where = Literal["registers", "buffer", "window", "packed"]
 
@@ -79,6 +80,19 @@ class StageAt(Step):
         for f1 < 4: for s < 3:
           t[4 f0 + f1] += x_at_f0[s, f1] * w[s]
     <BLANKLINE>
+
+    An output is made in a "window", and copied out where the iteration ends (see ``write_back``).
+
+    >>> print(nests(StageAt("y", "f0", "window").apply(Split("f", 4, "f0", "f1").apply(relu))))
+    conv:
+      for f0 < 2:
+        for f1 < 4:
+          t[4 f0 + f1] = 0
+          for s < 3:
+            t[4 f0 + f1] += x[4 f0 + f1 + s - 1] * w[s]
+          y_at_f0[f1] = max(0, t[4 f0 + f1])
+        for y.w < 4:
+          y[4 f0 + y.w] = y_at_f0[y.w]
 
     ``at="root"`` copies once, before the first use (once for all calls, if the tensor is a weight).
     ``align`` rounds the stride of an entry of ``order`` up to a multiple (elements).
@@ -175,14 +189,15 @@ def _require_fresh(request: Request, path: tuple[Loop, ...], body: Body) -> None
 
 
 def copied(request: Request, packed: bool) -> Program:
-    """An input or weight read from a copy: a window of it, or packed in the order of use."""
+    """An input or weight read from a copy: a window of it, or packed in the order of use; or an output made in one."""
     program, name = request.program, request.tensor.name
-    if request.tensor.role not in ("input", "weight"):
+    is_output = request.tensor.role == "output" and not packed
+    if request.tensor.role not in ("input", "weight") and not is_output:
         raise request.fail(f"{name} is written by the program", "stage it in registers")
     loops = [loop for item in program.stages for loop in item.facts.names]
     if request.target in program.by_name or any(loop.startswith(f"{name}.") for loop in loops):
         raise request.fail(f"{name} is staged already", "stage it once")
-    return checked(program, request.step, _filled(request, packed))
+    return checked(program, request.step, written(request) if is_output else _filled(request, packed))
 
 
 def _filled(request: Request, packed: bool) -> Program:

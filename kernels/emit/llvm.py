@@ -68,7 +68,7 @@ class _Emitter:
         self.program = program
         self.stage = stage
         self.fused = machine.isa != "sse"
-        self.w = Writer()
+        self.w = Writer(machine.isa)
         self.point = Point()
         self.memory = Memory(self.w, self.point, machine.lanes, machine.isa == "avx512")
         self.registers: dict[Register, str] = {}
@@ -123,7 +123,8 @@ class _Emitter:
                     self.w.line(BARRIER)
                 self.point.known[loop.var] = value
                 self.body(loop.body)
-            del self.point.known[loop.var], self.point.unrolled[loop.var]
+            self.point.known.pop(loop.var, None)  # not there where no iteration does anything
+            del self.point.unrolled[loop.var]
         else:
             self.run_time_loop(loop)
 

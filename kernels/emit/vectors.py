@@ -83,6 +83,8 @@ def transpose(w: Writer, rows: Sequence[str], lanes: int) -> list[str]:
             shuffle(w, ab_high, cd_high, lanes, per_block((0, 1, 4, 5))),
             shuffle(w, ab_high, cd_high, lanes, per_block((2, 3, 6, 7))),
         ])
+    if blocks > 1:
+        quads = [[w.kept(column, vector_type(lanes)) for column in quad] for quad in quads]
     columns = [""] * lanes
     for q in range(4):
         for k, column in enumerate(_exchange_blocks(w, [quads[g][q] for g in range(blocks)], lanes)):

@@ -13,6 +13,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from convsched.machine import Isa
+
+REGISTERS: dict[Isa, str] = {"avx512": "v", "avx2": "x", "sse": "x", "neon": "w"}
+"""How a piece of assembler names the class of vector registers (LLVM's language reference, "constraint codes")."""
+
 ZEROS = "@zeros"  # a vector of zeros, of any width
 
 
@@ -40,7 +45,8 @@ def float_literal(number: float) -> str:
 class Writer:
     """Builds one function's text."""
 
-    def __init__(self) -> None:
+    def __init__(self, isa: Isa = "generic") -> None:
+        self.register = REGISTERS.get(isa, "")
         self.counter = 0
         self.scopes = [Scope()]
         self.depths: dict[str, int] = {}  # the scope of each variable: its loop, or where a digit is computed
@@ -62,6 +68,11 @@ class Writer:
         name = self.fresh()
         self.scopes[-1].lines.append(f"  {name} = {expression}")
         return name
+
+    def kept(self, value: str, kind: str) -> str:
+        """A vector that LLVM keeps in a register and does not look through. Its search for better shuffles goes back
+        along chains of them: without this, squares that are transposed take three times as long to compile."""
+        return self.let(f'call {kind} asm "", "={self.register},0"({kind} {value})') if self.register else value
 
     def start_block(self, label: str) -> None:
         """Begin a basic block in the innermost scope."""

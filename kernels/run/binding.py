@@ -1,9 +1,9 @@
 """What happens to weights once, when they are bound: copies in the order of use, and transforms by constants.
 
 A transform is a chain of sums such as ``a[g, s, m, c] = sum_r A[g, r] w[m, c, r, s]`` and
-``u[g, h, m, c] = sum_s B[h, s] a[g, s, m, c]``. It is made block by block of the loops that no matrix has (``m c``): the
-weights that a block needs are gathered in the order of the target, the matrices applied one after another in float64,
-and the results rounded, flushed and stored. No tensor between them is made as a whole.
+``u[g, h, m, c] = sum_s B[h, s] a[g, s, m, c]``. It is made block by block of the loops that no matrix has (``m c``):
+the weights of a block are gathered in the order of the target, the matrices applied one after another in float64, and
+the results rounded, stored and flushed. No tensor between them is made as a whole.
 
 ``bindings(program)`` are the bind stages as plain data, which an object cache keeps beside the code.
 """
@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from convsched.errors import LoweringError
-from convsched.ir import Affine, Const, Index, Load, Op, Program, Reduce, Stage, Store, leaves
+from convsched.ir import Affine, Const, Index, Load, Op, Program, Reduce, Stage, Store, leaves, loads
 from convsched.kernels.run.packing import (
     BLOCK,
     Array,
@@ -102,7 +102,8 @@ class Transform:
         rows = tuple(extent for factor in self.factors for extent in factor.extents)
         steps = source_steps(source, self.coefficients, len(self.summed) + len(self.extents))
         sizes = block_sizes(self.extents, (steps[len(self.summed):], self.strides),
-                            max(1, 2 * BLOCK // self._largest(matrices)))
+                            max(1, 2 * BLOCK // self._largest))
+        whole_rows = [slice(None)] * len(rows)
         row_strides = [stride for factor in self.factors for stride in factor.strides]
         to = np.lib.stride_tricks.as_strided(packed, (*rows, *self.extents),
                                              [4 * stride for stride in (*row_strides, *self.strides)])
@@ -110,17 +111,18 @@ class Transform:
         for block in blocks(self.extents, sizes):
             sides = [side.stop - side.start for side in block]
             values = _apply(matrices, self._gather(pieces, block, sides))
-            part = to[(..., *block)]
+            part = to[(*whole_rows, *block)]
             with np.errstate(over="ignore"):
                 part[...] = values.reshape(part.shape)
             flush_denormals(part)
         return packed
 
-    def _largest(self, matrices: Sequence[Doubles]) -> int:
+    @property
+    def _largest(self) -> int:
         """The most elements that a point of a block has before, between and after the factors."""
-        counts = [prod(matrix.shape[1] for matrix in matrices)]
-        for matrix in matrices:
-            counts.append(counts[-1] // matrix.shape[1] * matrix.shape[0])
+        counts = [prod(self.summed)]
+        for factor in self.factors:
+            counts.append(counts[-1] // prod(factor.summed) * prod(factor.extents))
         return max(counts)
 
     def _pieces(self, source: Array, steps: Sequence[int]) -> list[tuple[Box, Array]]:
@@ -181,7 +183,9 @@ def bindings(program: Program) -> tuple[Binding, ...]:
             made.append(copy_of(program, stage))
         else:
             sums[statement.tensor] = _sum_of(program, stage)
-    inner = {one.data.tensor for one in sums.values()}
+    read = {load.tensor for stage in program.stages if stage.when == "run"
+            for _, leaf in leaves(stage.body) for load in loads(leaf.value)}
+    inner = {one.data.tensor for one in sums.values()} - read
     return (*made, *(_transform(program, name, sums) for name in sums if name not in inner))
 
 
@@ -277,7 +281,7 @@ def _transform(program: Program, name: str, sums: Mapping[str, _Sum]) -> Transfo
 
 def _factor(program: Program, load: Load, parts: Sequence[tuple[int, int, int, str]], extents: Mapping[str, int],
             axes: Mapping[str, int]) -> Factor:
-    """A matrix with its rows in the order of storage: parts (step, size, stride, letter); rows past the end are zero."""
+    """A matrix with its rows as they are stored, in parts (step, size, stride, letter); rows past the end are zero."""
     letters = _letters(load.index)
     tensor = program.tensor(load.tensor)
     values = np.array(tensor.values).reshape(tensor.shape)

@@ -31,6 +31,7 @@ from convsched.graph.onnx.read import (
     data_inputs,
     first_line,
     known_shape,
+    operator,
     read_file,
     require_onnx,
     title,
@@ -162,7 +163,7 @@ class Graph:
             outputs = [onnx.helper.make_value_info(output, onnx.TypeProto())]
             graph = onnx.helper.make_graph(nodes, "part", inputs, outputs)
             imports = {item.domain: item.version for item in self.model.opset_import}
-            if any(node.op_type == "DequantizeLinear" for node in nodes):
+            if any(operator(node) == "DequantizeLinear" for node in nodes):
                 imports[""] = max(imports.get("", 19), 19)  # the evaluator starts at 19, with the same meaning
             opsets = [onnx.helper.make_opsetid(*item) for item in imports.items()]
             model = onnx.helper.make_model(graph, opset_imports=opsets)
@@ -179,7 +180,7 @@ class Graph:
         """The value of a tensor whose node's inputs, if it has any, are in `_values`."""
         if node is None:
             return self._read(tensor, self._initializers[tensor]) if tensor in self._initializers else None
-        if node.op_type == "Constant" and any(item.name == "value" for item in node.attribute):
+        if operator(node) == "Constant" and any(item.name == "value" for item in node.attribute):
             return self._read(tensor, attributes(node)["value"])
         shape = self.shapes.get(tensor)
         feeds = {name: self._values.get(name) for name in node.input if name}
@@ -284,7 +285,7 @@ class Graph:
         if not node.input or not node.output or not self._is_small(node.output[0]):
             return
         try:
-            pair = self._read_sizes(node) if node.op_type == "Shape" else self._move_sizes(node)
+            pair = self._read_sizes(node) if operator(node) == "Shape" else self._move_sizes(node)
         except (TensorError, TypeError, ValueError):  # malformed: nothing is known
             return
         if pair is None:
@@ -305,8 +306,8 @@ class Graph:
 
     def _move_sizes(self, node: Node) -> tuple[np.ndarray, np.ndarray] | None:
         """Both arrays of the output of a node that moves numbers of which there are two; None for other nodes."""
-        moved = {*(node.input if node.op_type == "Concat" else node.input[:1])} & self._sizes.keys()
-        if node.op_type not in _MOVES or not moved:
+        moved = {*(node.input if operator(node) == "Concat" else node.input[:1])} & self._sizes.keys()
+        if operator(node) not in _MOVES or not moved:
             return None
         others = {name: self.constant(name) for name in node.input if name and name not in moved}
         if any(value is None for value in others.values()):
@@ -316,7 +317,7 @@ class Graph:
 
 
 def _is_foldable(node: Node) -> bool:
-    return node.op_type == "Constant" or node.op_type in FOLDABLE
+    return operator(node) == "Constant" or operator(node) in FOLDABLE
 
 
 def _read_names(node: Node) -> Iterator[str]:
@@ -327,9 +328,9 @@ def _read_names(node: Node) -> Iterator[str]:
 def _check_inferable(node: Node) -> None:
     """Raises TensorError for a node whose inference would take memory without measure."""
     inner = [*with_inner([node])]
-    if len(inner) > 1 and sum(part.op_type.startswith("Gather") for part in inner) > INNER_GATHERS:
+    if len(inner) > 1 and sum(operator(part).startswith("Gather") for part in inner) > INNER_GATHERS:
         raise TensorError(f"{title(node)}: its branches are too large to follow")
     for part in inner:
         parts = next((item.i for item in part.attribute if item.name == "num_outputs"), 0)
-        if part.op_type == "Split" and parts > len(part.output):  # inference makes a list of so many sizes
+        if operator(part) == "Split" and parts > len(part.output):  # inference makes a list of so many sizes
             raise TensorError(f"{title(part)}: num_outputs={parts}, but it has {len(part.output)} outputs")

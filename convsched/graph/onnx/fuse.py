@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from convsched.errors import ModelWarning
 from convsched.graph.onnx.file import Graph, TensorError
-from convsched.graph.onnx.read import Node, attributes, title
+from convsched.graph.onnx.read import Node, attributes, operator, title
 from convsched.problem.rules import Activation
 
 # Elementwise nodes of which exporters build the two self-gated activations.
@@ -40,7 +42,7 @@ def follow(graph: Graph, tensor: str, channels: int, axis: int, rank: int) -> En
         tensor = node.output[0]
     if node is None:
         return Ending(scale, shift, _gated(graph, tensor))
-    if node.op_type == "HardSigmoid" and not _is_usual_hard_sigmoid(node):
+    if operator(node) == "HardSigmoid" and not _is_usual_hard_sigmoid(node):
         slope, offset = _hard_sigmoid(node)  # clip(slope y + offset, 0, 1)
         return Ending(scale * slope, shift * slope + offset, ("clip", 0.0, 1.0))
     return Ending(scale, shift, _activation(graph, node))
@@ -51,11 +53,11 @@ Affine = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 def _affine(graph: Graph, node: Node, tensor: str, channels: int, axis: int, rank: int) -> Affine | None:
     """(scale, shift) of a node that is affine in each channel, else None."""
-    if node.op_type == "Identity":
+    if operator(node) == "Identity":
         return np.ones(channels), np.zeros(channels)
-    if node.op_type == "BatchNormalization":
+    if operator(node) == "BatchNormalization":
         return _batch_norm(graph, node) if axis == 1 and node.input[0] == tensor else None
-    if node.op_type not in ("Add", "Sub", "Mul", "Div") or len(set(node.input)) != 2:
+    if operator(node) not in ("Add", "Sub", "Mul", "Div") or len(set(node.input)) != 2:
         return None
     left = node.input[0] == tensor
     constant = graph.constant(node.input[1 if left else 0])
@@ -65,7 +67,7 @@ def _affine(graph: Graph, node: Node, tensor: str, channels: int, axis: int, ran
     if value is None:
         return None
     ones, zeros = np.ones(channels), np.zeros(channels)
-    match node.op_type:
+    match operator(node):
         case "Add":
             return ones, value
         case "Sub":
@@ -98,16 +100,18 @@ def _batch_norm(graph: Graph, node: Node) -> Affine | None:
     if len(found) < 4:
         return None
     gamma, beta, mean, variance = found
-    if not np.all(variance + values.get("epsilon", 1e-5) > 0):
-        raise ValueError(f"the variance of {title(node)} plus its epsilon is not above 0")
-    scale = gamma / np.sqrt(variance + values.get("epsilon", 1e-5))
+    spread = variance + values.get("epsilon", 1e-5)
+    if bad := np.count_nonzero(~(spread > 0)):  # NaN too
+        warnings.warn(f"{title(node)}: {bad} of {spread.size} variances plus epsilon are not positive, so that their "
+                      "channels are not finite", ModelWarning, stacklevel=2)
+    scale = gamma / np.sqrt(spread)
     return scale, beta - scale * mean
 
 
 def _activation(graph: Graph, node: Node) -> Activation:
     """The activation that one node is, or None."""
     values = attributes(node)
-    match node.op_type:
+    match operator(node):
         case "Relu":
             return "relu"
         case "Sigmoid":
@@ -195,7 +199,7 @@ def _next_gate_node(graph: Graph, nodes: list[Node], inside: set[str]) -> Node |
 
     for tensor in sorted(inside):
         for node in graph.consumers.get(tensor, []):
-            if node not in nodes and node.op_type in _GATE_OPS and all(map(usable, node.input)):
+            if node not in nodes and operator(node) in _GATE_OPS and all(map(usable, node.input)):
                 return node
     return None
 

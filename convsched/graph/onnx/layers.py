@@ -11,6 +11,7 @@ then one activation. A residual addition is not folded: it stays a node of its o
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,13 +21,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from convsched.errors import ModelError, ProblemError
+from convsched.errors import ModelError, ModelWarning, ProblemError
 from convsched.graph.onnx.file import Graph, TensorError
 from convsched.graph.onnx.fuse import follow
-from convsched.graph.onnx.read import Node, Shape, attributes, title
+from convsched.graph.onnx.read import Node, Shape, attributes, operator, title
 from convsched.problem import Conv2d, Linear, Problem
+from convsched.problem.reference import not_finite
 
-# Nodes that multiply and add but are no layer read here, with the reason.
+# Nodes that multiply and add but are not read as layers, with the reason.
 OTHER_CONTRACTIONS = {
     "ConvTranspose": "transposed convolution is not supported",
     "DeformConv": "deformable convolution is not supported",
@@ -76,16 +78,18 @@ def read_model(path: str | Path, *, input_size: tuple[int, int] | None = None) -
     """The distinct layers of an ONNX file for batch 1, in the file's order, and what was passed over.
 
     `input_size` is (height, width), for models that leave it open. Raises ModelError for a file that is
-    missing or cannot be read, and for one without any layer.
+    missing or cannot be read, and for one without any layer; a ModelWarning names each layer whose weights are not
+    finite.
     """
     graph = Graph.load(path, input_size)
     found: list[ModelLayer] = []
     skipped: list[str] = []
     for node in graph.nodes:
-        if node.op_type not in _READERS and node.op_type not in OTHER_CONTRACTIONS:
+        if operator(node) not in _READERS and operator(node) not in OTHER_CONTRACTIONS:
             continue
         try:
-            found.append(_read_layer(graph, node))
+            with np.errstate(all="ignore"):  # what is not finite is said with the layer's name
+                found.append(_read_layer(graph, node))
         except (_SkipError, ProblemError, TensorError) as reason:
             skipped.append(f"{title(node)}: {reason}")
         except (ValueError, TypeError, IndexError, OverflowError) as error:  # sizes that ONNX does not allow
@@ -110,16 +114,20 @@ class _Core:
 
 
 def _read_layer(graph: Graph, node: Node) -> ModelLayer:
-    if node.op_type in OTHER_CONTRACTIONS:
-        raise _SkipError(OTHER_CONTRACTIONS[node.op_type])
+    if operator(node) in OTHER_CONTRACTIONS:
+        raise _SkipError(OTHER_CONTRACTIONS[operator(node)])
     if len(node.input) < 2:
-        raise _SkipError("it has no weights")
-    core = _READERS[node.op_type](graph, node)
+        raise _SkipError("it has one input, and no weights")
+    core = _READERS[operator(node)](graph, node)
     channel_axis = 1 if isinstance(core.problem, Conv2d) else -1
     rank = len(graph.shapes.get(node.output[0], ()))
     ending = follow(graph, node.output[0], core.problem.M, channel_axis % rank if rank else 1, rank)
     weight = core.weight * ending.scale.reshape(-1, *[1] * (core.weight.ndim - 1))
     bias = core.bias * ending.scale + ending.shift
+    for kind, values in (("weights", weight), ("bias", bias)):
+        if flaw := not_finite(values.astype(np.float32)):
+            warnings.warn(f"{title(node)}: {flaw} of its {kind}, with what is folded into it, are not "
+                          "finite float32 numbers", ModelWarning, stacklevel=2)
     problem = _with(core.problem, bool(np.any(bias)) or core.problem.bias, ending.activation)
     return ModelLayer(
         str(node.name or node.output[0]),
@@ -177,7 +185,7 @@ def _gemm(graph: Graph, node: Node) -> _Core:
     """Gemm: alpha A B + beta C, with B (or its transpose) and C constant."""
     values = attributes(node)
     if values.get("transA", 0):
-        raise _SkipError("its input is transposed")
+        raise _SkipError("its input is transposed (transA), which is not supported")
     weight = _weights(graph, node.input[1]) * values.get("alpha", 1.0)
     weight = weight if values.get("transB", 0) else weight.T
     batch, features = _shape(graph, node.input[0], 2)
@@ -228,7 +236,7 @@ def _padding(
             small, large = [total // 2 for total in totals], [total - total // 2 for total in totals]
             return small + large if mode == "SAME_UPPER" else large + small
         case other:
-            raise _SkipError(f"auto_pad {other!r} is unknown")
+            raise _SkipError(f"its auto_pad {other!r} is not one of NOTSET, VALID, SAME_UPPER, SAME_LOWER")
 
 
 def _weights(graph: Graph, tensor: str) -> NDArray[np.float64]:
@@ -254,7 +262,7 @@ def _reads_input(graph: Graph, tensor: str) -> bool:
     """Whether a tensor is the network's input, up to the order of axes and scaling."""
     while tensor not in graph.inputs:
         node = graph.producers.get(tensor)
-        if node is None or node.op_type not in _PREPARES:
+        if node is None or operator(node) not in _PREPARES:
             return False
         computed = [name for name in node.input if name and graph.constant(name) is None]
         if len(computed) != 1:

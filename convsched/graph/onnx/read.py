@@ -43,7 +43,7 @@ def read_file(path: Path, input_size: tuple[int, int] | None) -> Model:
     except Exception as error:  # protobuf's errors, and those of the file with the external data
         raise ModelError(f"{path}: cannot be read as an ONNX model: {first_line(error)}") from error
     if not model.graph.node:
-        raise ModelError(f"{path}: cannot be read as an ONNX model: it holds no graph")
+        raise ModelError(f"{path}: cannot be read as an ONNX model: it has no nodes")
     if model.functions:
         model = _inline(path, model)
     _check_order(path, model)
@@ -70,9 +70,15 @@ def attributes(node: Node) -> dict[str, Any]:
     return {name: value.decode() if isinstance(value, bytes) else value for name, value in values.items()}
 
 
+def operator(node: Node) -> str:
+    """The name of a node's operator; one of another domain than ONNX's own has the domain in front."""
+    return str(node.op_type) if node.domain in ("", "ai.onnx") else f"{node.domain}.{node.op_type}"
+
+
 def title(node: Node) -> str:
-    """A node as messages name it: its operator, and its name or else its first output's."""
-    return f"{node.op_type} {node.name or next(iter(node.output), '') or 'without a name'}"
+    """A node as messages name it, in one line: its operator, and its name or else its first output's."""
+    text = f"{operator(node)} {node.name or next(iter(node.output), '') or 'without a name'}"
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def with_inner(nodes: Iterable[Node]) -> Iterator[Node]:
@@ -183,13 +189,13 @@ def _check_order(path: Path, model: Model) -> None:
     sparse = (tensor.values for tensor in graph.sparse_initializer)
     known = {"", *(value.name for value in (*graph.input, *graph.initializer, *sparse))}
     for node in graph.node:
-        what = f"{path}: cannot be read as an ONNX model: {node.op_type} {node.name or 'without a name'}"
+        what = f"{path}: cannot be read as an ONNX model: {title(node)}"
         for name in node.input:
             if name not in known:
-                raise ModelError(f"{what} reads {name!r}, which nothing before it makes")
+                raise ModelError(f"{what} reads {name!r}, which nothing before it makes: export the model again")
         for name in filter(None, node.output):
             if name in known:
-                raise ModelError(f"{what} makes {name!r}, which is there already")
+                raise ModelError(f"{what} makes {name!r}, which is there already: export the model again")
             known.add(name)
 
 
@@ -201,7 +207,7 @@ def _fix_size(path: Path, value: Any, input_size: tuple[int, int] | None) -> Non
     given = (input_size or ())[-len(spatial) :] if spatial else ()
     for axis, size in zip(spatial, given, strict=bool(given)):
         if shape[axis] not in (None, size):
-            fixed = f"has the fixed shape {_show(shape)}, which {given} does not fit"
+            fixed = f"has the fixed shape {_show(shape)}, which {given} does not fit: leave the size out"
             raise ModelError(f"{path}: its input {value.name!r} {fixed}")
         wanted[axis] = size
     if any(shape[axis] is None and axis not in wanted for axis in spatial):
