@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from convsched.errors import ScheduleError
-from convsched.ir import Body, Index, Leaf, Load, Loop, Program, Tensor, holding, map_value, rebuilt
+from convsched.ir import Block, Body, Index, Leaf, Let, Load, Loop, Path, Program, Tensor, holding, map_value, rebuilt
 from convsched.ir.walk import indices, map_touching, touching
 from convsched.schedule.checks import fail
 from convsched.schedule.step import Step
 
-Scope = tuple[tuple[Loop, ...], Body]  # the loops around a body, the body
+Scope = tuple[Path, Body]  # the loops around a body, the body
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,10 @@ class Box:
         return tuple(a - b for a, b in zip(index, self.base, strict=True))
 
 
-def _loops_named(body: Body, var: str, tensor: str, path: tuple[Loop, ...] = ()) -> Iterator[Scope]:
+def _loops_named(body: Body, var: str, tensor: str, path: Path = ()) -> Iterator[Scope]:
     """The loops of a name in which a tensor is used."""
     for statement in body:
-        if isinstance(statement, Loop) and var in statement.facts.names and tensor in statement.facts.tensors:
+        if isinstance(statement, Block) and var in statement.facts.names and tensor in statement.facts.tensors:
             if statement.var == var:
                 yield (*path, statement), statement.body
             yield from _loops_named(statement.body, var, tensor, (*path, statement))
@@ -108,9 +108,9 @@ def box_of(request: Request) -> Box:
 def within(request: Request, change: Callable[[Body], Body]) -> Program:
     """The program with the bodies of the loops ``at`` that use the tensor changed."""
     def walk(body: Body) -> Body:
-        return rebuilt(body, [loop(s) if isinstance(s, Loop) else s for s in body])
+        return rebuilt(body, [within_block(s) if isinstance(s, Block) else s for s in body])
 
-    def loop(found: Loop) -> Loop:
+    def within_block(found: Loop | Let) -> Loop | Let:
         if request.at not in found.facts.names or request.tensor.name not in found.facts.tensors:
             return found
         return holding(found, change(found.body) if found.var == request.at else walk(found.body))

@@ -15,7 +15,7 @@ from convsched.ir import (
     Body,
     Index,
     Load,
-    Loop,
+    Path,
     Program,
     Stage,
     Store,
@@ -167,7 +167,7 @@ def _shrunk(request: Request, role: Literal["register", "local"]) -> Program:
     return within(request, lambda body: redirected(body, name, name, access)).with_tensor(tile)
 
 
-def _require_fresh(request: Request, path: tuple[Loop, ...], body: Body) -> None:
+def _require_fresh(request: Request, path: Path, body: Body) -> None:
     """Raise unless each iteration sets the tensor before it reads it, and hands nothing on to the next."""
     name = request.tensor.name
     if path[-1].kind == "vector":

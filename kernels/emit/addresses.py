@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from convsched.ir import Affine, Index, Loop, Tensor
+from convsched.ir import Affine, Index, Let, Loop, Tensor
 from convsched.ir.address import Offset, offset
 from convsched.kernels.emit.vectors import Mask, both, splat, vector_type
 from convsched.kernels.emit.writer import Writer
@@ -95,7 +95,7 @@ class Addresses:
         self.granted: list[Affine] = []  # guards that hold here: the bounds of loops ensure them
         self.accesses: dict[tuple[str, int], Access] = {}
 
-    def enter(self, loop: Loop) -> None:
+    def enter(self, loop: Loop | Let) -> None:
         """Take a loop's extent; what is remembered for another one is forgotten."""
         if self.point.extents.get(loop.var, loop.extent) != loop.extent:
             self.accesses.clear()
@@ -157,8 +157,8 @@ class Addresses:
         literal = str(by) if count == 1 else f"splat (i64 {by})"
         return self.w.let(f"{operation} {vector_type(count, 'i64')} {value}, {literal}")
 
-    def digit(self, loop: Loop) -> int | str:
-        """The value of a loop that runs once: a number, or an i64 at the start of the scope it depends on."""
+    def digit(self, loop: Let) -> int | str:
+        """The value of a named digit: a number, or an i64 at the start of the scope it depends on."""
         constant, terms, _ = self.point.split(loop.of, Lanes())
         if not terms:
             return constant // loop.step % loop.extent

@@ -15,9 +15,11 @@ import itertools
 
 from convsched.ir import (
     Affine,
+    Block,
     Body,
     Const,
     Leaf,
+    Let,
     Load,
     Loop,
     Op,
@@ -104,6 +106,8 @@ class _Emitter:
         for statement in body:
             if isinstance(statement, Loop):
                 self.loop(statement)
+            elif isinstance(statement, Let):
+                self.let(statement)
             else:
                 self.leaf(statement, Lanes())
 
@@ -111,10 +115,8 @@ class _Emitter:
         self.memory.enter(loop)
         if loop.kind == "vector" and loop.extent > 1:
             for leaf in loop.body:
-                assert not isinstance(leaf, Loop)
+                assert not isinstance(leaf, Block)
                 self.leaf(leaf, Lanes(loop.var, loop.extent))
-        elif loop.kind == "digit":
-            self.digit(loop)
         elif loop.kind == "unroll" or (loop.extent == 1 and loop.kind != "parallel"):
             self.point.unrolled[loop.var] = loop.extent
             barrier = self.sums_over(loop)
@@ -128,13 +130,14 @@ class _Emitter:
         else:
             self.run_time_loop(loop)
 
-    def digit(self, loop: Loop) -> None:
-        """A loop that runs once, for a value that is known or computed where the loops it depends on begin."""
-        value = self.memory.digit(loop)
+    def let(self, named: Let) -> None:
+        """Statements for which a variable has a value: known, or computed where the loops it depends on begin."""
+        self.memory.enter(named)
+        value = self.memory.digit(named)
         values: dict[str, int] | dict[str, str] = self.point.known if isinstance(value, int) else self.point.dynamic
-        values[loop.var] = value  # type: ignore[assignment]
-        self.body(loop.body)
-        del values[loop.var]
+        values[named.var] = value  # type: ignore[assignment]
+        self.body(named.body)
+        del values[named.var]
 
     def sums_over(self, loop: Loop) -> bool:
         """Whether iterations add products of data to the same registers."""
@@ -396,7 +399,7 @@ def _on_stack(program: Program, stage: Stage) -> set[str]:
             if program.tensor(name).role != "register":
                 continue
             used = [kinds[v] for a in index for v in a.variables]
-            if any(lp.kind in ("parallel", "digit") or (lp.kind == "serial" and lp.extent > 1) for lp in used):
+            if any(lp.kind in ("parallel", "let") or (lp.kind == "serial" and lp.extent > 1) for lp in used):
                 stacked.add(name)
             width = next((lp.extent for lp in used if lp.kind == "vector"), 1)
             if seen.setdefault(name, width) != width:
