@@ -22,7 +22,9 @@ def with_kind(program: Program, step: Step, loops: Sequence[str], kind: Kind) ->
         if not isinstance(statement, Block) or named.isdisjoint(statement.facts.names):
             return statement
         inside = holding(statement, within(statement.body))
-        return replace(inside, kind=kind) if isinstance(inside, Loop) and inside.var in named else inside
+        if isinstance(inside, Loop) and inside.var in named and inside.kind != kind:
+            return replace(inside, kind=kind)
+        return inside
 
     def within(body: Body) -> Body:
         return rebuilt(body, [change(statement) for statement in body])
