@@ -60,10 +60,10 @@ def _needed(loop: Block, extents: Mapping[str, int]) -> int:
     A guard ``k v + rest < 0`` with ``rest >= low`` may hold up to ``v = (-low - 1) // k``, or from
     ``v = low // -k + 1`` where ``k < 0``.
     """
+    if not all(leaf.where for leaf in loop.leaves):
+        return loop.extent
     last = 0
     for around, leaf in leaves(loop.body):
-        if not leaf.where:
-            return loop.extent
         inside = {**extents, **{found.var: found.extent for found in around}}
         start, end = 0, loop.extent - 1
         for guard in leaf.where:

@@ -73,18 +73,20 @@ def require_new(program: Program, step: Step, names: Sequence[str], loop: str) -
 
 def checked(before: Program, step: Step, after: Program) -> Program:
     """The program after a step, if loops still hold what they may, and weights are packed by plain copies."""
-    deepest = max(after.stages, key=lambda stage: stage.facts.depth)
-    if deepest.facts.depth > DEPTH:
+    facts = [stage.facts for stage in after.stages]
+    depth = max([found.depth for found in facts])
+    if depth > DEPTH:
+        deepest = next(stage for stage in after.stages if stage.facts.depth == depth)
         outermost = max((s for s in deepest.body if isinstance(s, Block)), key=lambda block: block.facts.depth)
-        raise fail(before, step, f"{deepest.facts.depth} loops would be around a statement", f"leave at most {DEPTH}",
+        raise fail(before, step, f"{depth} loops would be around a statement", f"leave at most {DEPTH}",
                    outermost.var)
-    copies = sum(stage.facts.statements for stage in after.stages)
+    copies = sum([found.statements for found in facts])
     if copies > COPIES:
         raise fail(before, step, f"the nest would have {copies} statements", f"peel less: at most {COPIES}")
     known = {id(stage) for stage in before.stages}
     for stage in (stage for stage in after.stages if id(stage) not in known):
-        facts = stage.facts
-        found = _misplaced(stage.body) if "let" in facts.kinds or not facts.is_nested_well else None
+        is_plain = stage.facts.is_nested_well and "let" not in stage.facts.kinds
+        found = None if is_plain else _misplaced(stage.body)
         if found is not None:
             loop, why, fix = found
             raise fail(before, step, why, fix, loop)

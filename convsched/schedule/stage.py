@@ -138,7 +138,7 @@ def _shrunk(request: Request, role: Literal["register", "local"]) -> Program:
         raise request.fail(f"a {role} tensor holds the tile of one loop", "name the loop")
     if role == "register" and (request.order or request.align):
         raise request.fail("registers have no order in memory", "leave the order and align out")
-    scopes = list(request.scopes())
+    scopes = request.scopes
     everywhere = sum(name in leaf.facts.tensors for s in program.stages if name in s.facts.tensors for leaf in s.leaves)
     inside = sum(name in leaf.facts.tensors for _, body in scopes for leaf in leaves_of(body))
     users = [s.name for s in program.stages if name in s.facts.tensors]
@@ -268,7 +268,7 @@ def _packed_copy(request: Request, box: Box) -> _Copy:
 
 def _source_index(request: Request) -> Index:
     """The one index by which the tensor is read (packing has one order of use)."""
-    found = {index for _, body in request.scopes() for _, leaf in touching(body, {request.tensor.name})
+    found = {index for _, body in request.scopes for _, leaf in touching(body, {request.tensor.name})
              for n, index in indices(leaf) if n == request.tensor.name}
     if len(found) != 1:
         raise request.fail(f"{request.tensor.name} is read by {len(found)} different indices",

@@ -24,7 +24,7 @@ def written(request: Request) -> Program:
     order = request.order or output.order
     require_axes(request, order)
     box = box_of(request)
-    guards = {guard for _, body in request.scopes() for guard in _require_filled(request, box, body)}
+    guards = {guard for _, body in request.scopes for guard in _require_filled(request, box, body)}
     names = [f"{output.name}.{letter}" for letter in output.letters]
     place = tuple(b + n for b, n in zip(box.base, names, strict=True))
     extents = {**request.around(), **dict(zip(names, box.sizes, strict=True))}
