@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
-from convsched.ir import Body, Loop, Program, Statement, holding, leaves_of, rebuilt
+from convsched.ir import Block, Body, Let, Loop, Program, Statement, holding, leaves_of, rebuilt
 from convsched.ir.grammar import extents_of
 from convsched.schedule.checks import checked, fail, require_loop
 from convsched.schedule.legality import carried
@@ -45,20 +45,20 @@ class Reorder(Step):
         return checked(program, self, done)
 
     def _permuted(self, program: Program, rank: Mapping[str, int], body: Body, outside: Mapping[str, int]) -> Body:
-        return rebuilt(body, [s if not isinstance(s, Loop) or s.facts.names.isdisjoint(rank)
+        return rebuilt(body, [s if not isinstance(s, Block) or s.facts.names.isdisjoint(rank)
                               else self._chain(program, rank, s, outside) for s in body])
 
-    def _chain(self, program: Program, rank: Mapping[str, int], top: Loop, outside: Mapping[str, int]) -> Statement:
+    def _chain(self, program: Program, rank: Mapping[str, int], top: Loop | Let,
+               outside: Mapping[str, int]) -> Statement:
         """A loop and those perfectly nested in it, in their order."""
         loops = [top]
-        while len(loops[-1].body) == 1 and isinstance(loops[-1].body[0], Loop):
-            loops.append(loops[-1].body[0])
-        core = loops[-1].body
+        while len(core := loops[-1].body) == 1 and isinstance(core[0], Block):
+            loops.append(core[0])
         slots = [i for i, loop in enumerate(loops) if loop.var in rank]
         chosen = sorted((loops[i] for i in slots), key=lambda loop: rank[loop.var])
         if [loops[i].var for i in slots] != [loop.var for loop in chosen]:
             extents = {**outside, **extents_of((top,))}
-            commutes = len(core) == 1 and not isinstance(core[0], Loop)
+            commutes = len(core) == 1 and not isinstance(core[0], Block)
             found = carried([loop.var for loop in chosen], leaves_of(core), extents, commutative=commutes)
             if found is not None:
                 var, tensor = found
