@@ -119,8 +119,7 @@ def _broken(program: Program, stage: Stage, packed: set[str], around: Path,
     """The rules that a statement breaks."""
     extents = {loop.var: loop.extent for loop in around}
     read = leaf.loads
-    accesses = [(leaf.tensor, leaf.index), *((load.tensor, load.index) for load in read)]
-    yield from _broken_names(program, accesses, leaf.where, extents)
+    yield from _broken_names(program, leaf, extents)
     yield from _broken_ops(leaf.value)
     yield from _broken_roles(program, stage, packed, leaf, read)
     if any(w.bounds(extents)[0] >= 0 for w in leaf.where):
@@ -130,20 +129,13 @@ def _broken(program: Program, stage: Stage, packed: set[str], around: Path,
         yield from _out_of_range(program.tensor(load.tensor), load.index, leaf.where, extents, is_load=True)
 
 
-def _broken_names(program: Program, accesses: Iterable[tuple[str, Index]], where: Index,
-                  extents: Mapping[str, int]) -> Iterator[str]:
-    for name, index in accesses:
+def _broken_names(program: Program, leaf: Leaf, extents: Mapping[str, int]) -> Iterator[str]:
+    for name, index in leaf.accesses:
         if name not in program.by_name:
             yield f"there is no tensor {name}"
         elif len(index) != len(program.tensor(name).shape):
             yield f"{name} has {len(program.tensor(name).shape)} axes, not {len(index)}"
-        yield from _unbound(index, extents)
-    yield from _unbound(where, extents)
-
-
-def _unbound(expressions: Index, extents: Mapping[str, int]) -> Iterator[str]:
-    names = {name for a in expressions for name in a.variables} - extents.keys()
-    yield from (f"no loop {name} is around it" for name in sorted(names))
+    yield from (f"no loop {name} is around it" for name in sorted(leaf.variables - extents.keys()))
 
 
 def _broken_ops(value: Value) -> Iterator[str]:

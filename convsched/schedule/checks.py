@@ -181,9 +181,11 @@ def _tests(program: Program, path: Sequence[Loop | Let], leaf: Leaf) -> int:
         if tensor.role in ("register", "constant"):
             continue
         if tensor.border:
-            ends |= {end for a, size in zip(index, tensor.shape, strict=True) for end in (Affine() - a - 1, a - size)}
-        rest = offset(tensor, index, extents).rest
-        scattered += max((lanes[var] for a, *_ in rest for var in a.variables if var in lanes), default=0)
+            ends |= {end for a, size in zip(index, tensor.shape, strict=True) if not running.isdisjoint(a.variables)
+                     for end in (Affine() - a - 1, a - size)}
+        if any(name in lanes for a in index for name, _ in a.terms):
+            rest = offset(tensor, index, extents).rest
+            scattered += max((lanes[var] for a, *_ in rest for var in a.variables if var in lanes), default=0)
     return scattered + sum(1 for end in ends if end.variables & running and end.bounds(extents)[1] >= 0)
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 
 from convsched.ir import Block, Body, Let, Loop, Program, Statement, holding, leaves_of, rebuilt
 from convsched.ir.grammar import extents_of
@@ -35,10 +34,8 @@ class Reorder(Step):
             twice = next(name for name in self.loops if self.loops.count(name) > 1)
             raise fail(program, self, f"{twice} is named twice", "name each loop once", twice)
         done = program.with_body(lambda body: self._permuted(program, rank, body, {}))
-        for around, _ in (path for stage in done.stages if not stage.facts.names.isdisjoint(rank)
-                          for path in stage.paths):
-            named = [loop.var for loop in around if loop.var in rank]
-            for left, right in pairwise(named):
+        for stage in done.stages:
+            for left, right in _nested_pairs(stage.body, rank):
                 if rank[left] > rank[right]:
                     raise fail(program, self, f"{left} and {right} are not perfectly nested",
                                "reorder before other statements come between them", left)
@@ -71,3 +68,13 @@ class Reorder(Step):
             body = rebuilt(loop.body, [*body])
             body = (holding(loop, body),)
         return body[0]
+
+
+def _nested_pairs(body: Body, names: Collection[str], outer: str | None = None) -> Iterator[tuple[str, str]]:
+    """Loops of some names, each with the next one around it."""
+    for block in body:
+        if isinstance(block, Block) and not block.facts.names.isdisjoint(names):
+            is_named = block.var in names
+            if is_named and outer is not None:
+                yield outer, block.var
+            yield from _nested_pairs(block.body, names, block.var if is_named else outer)
