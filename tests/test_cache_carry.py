@@ -16,11 +16,12 @@ import pytest
 from convsched.autotune.store.cache import Counts, ScheduleCache
 from convsched.autotune.store.record import CacheError, Key, Record
 from convsched.machine import Machine, MachineKey, host
+from convsched.plan.plan import Target
 from convsched.problem import Conv2d
 
 PROBLEM = Conv2d(8, 16, 3, padding=1, input_size=14)
 MACHINE = Machine.example("avx512")
-KEY = Key.of(PROBLEM, MACHINE)
+KEY = Key.of(PROBLEM, Target(MACHINE))
 
 
 def make(schedule: str = "unroll c", hot: float | None = 1.0, key: Key = KEY, **values: Any) -> Record:

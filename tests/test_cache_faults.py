@@ -23,9 +23,10 @@ from convsched.autotune.store.cache import ScheduleCache
 from convsched.autotune.store.record import CacheError, Key, Record
 from convsched.errors import CacheWarning
 from convsched.machine import Machine
+from convsched.plan.plan import Target
 from convsched.problem import Conv2d
 
-KEY = Key.of(Conv2d(8, 16, 3, padding=1, input_size=14), Machine.example("avx512"))
+KEY = Key.of(Conv2d(8, 16, 3, padding=1, input_size=14), Target(Machine.example("avx512")))
 
 
 def make(schedule: str = "unroll c", hot: float = 1.0, time: float = 1.0) -> Record:

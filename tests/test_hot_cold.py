@@ -20,13 +20,14 @@ import hot_cold
 from convsched.autotune.store.cache import ScheduleCache
 from convsched.autotune.store.record import Key, Record
 from convsched.machine import host
+from convsched.plan.plan import Target
 from convsched.problem import Conv2d
 
 LAYER = Conv2d(8, 8, 3, padding=1, input_size=8)
 
 
 def record(schedule: str, hot: float | None, cold: float | None, **fields: Any) -> Record:
-    key = Key.of(LAYER, host.machine())
+    key = Key.of(LAYER, Target(host.machine()))
     return Record(**{**vars(key), "algorithm": "direct", "schedule": schedule, "status": "ok", "hot": hot, "cold": cold,
                      "time": 1.0, **fields})
 

@@ -17,7 +17,8 @@ from convsched.ir.interp import interpret
 from convsched.kernels.run.kernel import Kernel
 from convsched.machine import Isa, Machine, host
 from convsched.plan.defaults import default_recipe
-from convsched.plan.families import applicable
+from convsched.plan.families import applicable, named
+from convsched.plan.plan import Plan, Target
 from convsched.problem import Conv2d, Linear, Problem, layout
 from convsched.problem.layout import activation_shape, from_layout, to_layout
 from convsched.problem.reference import convolve
@@ -145,8 +146,7 @@ def check_exact(kernel: Kernel, seed: int) -> None:
 def for_machine(problem: Problem, layout: Any, machine: Machine) -> Kernel:
     """The default kernel for another machine."""
     recipe = default_recipe(problem, machine, layout, 1)
-    return Kernel(problem, recipe.schedule(problem, layout), layout=layout, threads=1, machine=machine,
-                  recipe=recipe)  # fmt: skip
+    return Kernel(Plan.of(named("direct", problem), Target(machine, layout), recipe))
 
 
 # Tests

@@ -269,7 +269,7 @@ LAYERS: list[Problem] = [
 @pytest.mark.parametrize("problem", LAYERS, ids=str)
 def test_every_candidate_is_legal_and_has_a_bound(problem: Problem, layout: str) -> None:
     threads = 1 + (layout == "nchw")
-    found = [c.recipe for c in candidates(Target(problem, MACHINE, layout, threads, algorithm="direct"))]
+    found = [c.recipe for c in candidates(problem, Target(MACHINE, layout, threads), named("direct", problem))]
     for recipe in random.Random(0).sample(found, min(4, len(found))):
         assert isinstance(recipe, Channels | Pixels | Depthwise)
         seconds = estimate(problem, recipe, layout, threads).seconds

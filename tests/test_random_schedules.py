@@ -28,6 +28,7 @@ from convsched.kernels.run.kernel import Kernel
 from convsched.kernels.source.printer import run_source
 from convsched.machine import Machine, host
 from convsched.plan.families import named
+from convsched.plan.plan import Plan, Target
 from convsched.problem import Conv2d, Linear, Problem
 from convsched.problem.layout import from_layout, to_layout
 from convsched.problem.reference import convolve
@@ -192,11 +193,9 @@ def locals_of(program: Program) -> list[str]:
 
 
 def draw_order(draw: Draw, program: Program, tensor: str) -> tuple[str, ...]:
-    """The axes of a tensor in any order, one of them perhaps in blocks; those of packed weights are left whole, see
-    test_written_schedules.test_packed_weights_stored_in_blocks_that_are_not_loops."""
+    """The axes of a tensor in any order, one of them perhaps in blocks."""
     axes = list(program.by_name[tensor].letters) if tensor in program.by_name else ["c"]
-    packed = {leaf.tensor for stage in program.stages if stage.when == "bind" for _, leaf in leaves(stage.body)}
-    if tensor not in packed and draw(st.booleans()):
+    if draw(st.booleans()):
         axis, block = draw(st.sampled_from(axes)), draw(st.integers(2, 4))
         axes = [*(a for a in axes if a != axis), f"{axis}/{block}", f"{axis}%{block}"]
     return tuple(draw(st.permutations(axes)))
@@ -325,9 +324,9 @@ def runs_as_machine_code(problem: Problem, name: str, layout: str, schedule: Sch
     expected = convolve(problem, x, weight, bias, residual)
     given_z = None if residual is None else to_layout(residual, layout)
     for threads in (1, 3):
-        kernel = Kernel(problem, schedule, layout=layout, threads=threads, machine=host.machine(), algorithm=name)
+        kernel = Kernel(Plan(problem, Target(host.machine(), layout, threads), named(name, problem), schedule))
         y = kernel(to_layout(x, layout), weight, bias, residual=given_z)
-        assert_equal(kernel.program, from_layout(y, problem.output_shape, layout), expected)
+        assert_equal(kernel.plan.program, from_layout(y, problem.output_shape, layout), expected)
 
 
 def drawn(data: st.DataObject, choose: Callable[[Draw, Problem], str], recipe: bool) -> tuple[

@@ -21,6 +21,7 @@ from convsched.lower.strassen import blocks_of, lower_strassen
 from convsched.machine import host
 from convsched.plan.defaults import default_strassen
 from convsched.plan.families import named
+from convsched.plan.plan import Plan, Target
 from convsched.problem import Conv2d, Linear, Problem
 from convsched.problem.layout import from_layout, to_layout
 from convsched.problem.problem import is_flat
@@ -135,8 +136,7 @@ def test_several_blocks_of_rows_with_taps_strides_and_a_ragged_last_one(levels: 
                      activation="relu")
     recipe = replace(default_strassen(problem, levels, host.machine(), layout), block=5 - levels)
     assert blocks_of(problem, levels).block[2] % recipe.block
-    kernel = Kernel(problem, recipe.schedule(problem, layout), layout=layout, threads=2, machine=host.machine(),
-                    algorithm=f"strassen({levels})")
+    kernel = Kernel(Plan.of(named(f"strassen({levels})", problem), Target(host.machine(), layout, threads=2), recipe))
     data, wanted = data_of(problem)
     x, z = (to_layout(data[name], layout) for name in "xz")
     found = kernel(x, data["w"], data["b"], residual=z)
@@ -221,7 +221,6 @@ def test_predicted_error_is_kept(levels: int, problem: Problem) -> None:
     exact = convolve(problem, x, w)
     algorithm = named(f"strassen({levels})", problem)
     assert algorithm.terms == 2**-levels * problem.C * problem.R * problem.S
-    kernel = Kernel(problem, algorithm.default(host.machine(), "nchw", 1).schedule(problem), layout="nchw", threads=1,
-                    machine=host.machine(), algorithm=algorithm.name)
+    kernel = Kernel(Plan.of(algorithm, Target(host.machine())))
     error = float(np.abs(kernel(x, w) - exact).max() / np.sqrt((exact**2).mean()))
     assert error < 1.5 * algorithm.prediction.expected
