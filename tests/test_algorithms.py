@@ -20,6 +20,7 @@ from convsched.lower.plane import Plane
 from convsched.machine import host
 from convsched.plan.defaults import default_recipe
 from convsched.plan.families import FAMILIES, Algorithm, applicable, named
+from convsched.plan.plan import Plan, Target
 from convsched.problem import Conv2d, Linear, Problem
 from convsched.problem.layout import from_layout, to_layout
 from convsched.problem.problem import is_flat
@@ -43,7 +44,7 @@ def dense(draw: st.DrawFn, taps: tuple[int, int] | None = None, stride: int = 1)
     r, s = taps or (draw(st.integers(1, 4)), draw(st.integers(1, 4)))
     size = (draw(st.integers(r, 13)), draw(st.integers(s, 21)))
     channels = st.sampled_from([1, 3, 4, 7, 8, 16, 17, 20, 33])
-    return Conv2d(draw(channels), draw(channels), (r, s), stride, draw(st.tuples(*[st.integers(0, 2)] * 4)),  # type: ignore[arg-type]
+    return Conv2d(draw(channels), draw(channels), (r, s), stride, draw(st.tuples(*[st.integers(0, 2)] * 4)),
                   bias=draw(st.booleans()), input_size=size, batch_size=draw(st.sampled_from([1, 1, 2])),
                   activation=draw(st.sampled_from([None, "relu"])), residual=draw(st.booleans()))  # fmt: skip
 
@@ -157,7 +158,7 @@ def test_kernels_of_both_forms_of_im2col(problem: Conv2d, layout: Any, indirect:
     """The matrix stored or not: exact, on two threads, from the same program."""
     schedule = Toeplitz(8, 2, 6, problem.E, 4, indirect=indirect).schedule(problem, layout)
     kernel = cs.compile(problem, algorithm="im2col", schedule=schedule, layout=layout, threads=2, cache=False)
-    assert ("i" in kernel.program.by_name) is not indirect
+    assert ("i" in kernel.plan.program.by_name) is not indirect
     rng = np.random.default_rng(0)
     x, w, b = (rng.integers(-3, 4, shape).astype(np.float32) for shape in (
         problem.input_shape, problem.weight_shape, problem.bias_shape))
@@ -226,7 +227,7 @@ def test_the_usual_members_of_the_families() -> None:
 def test_kernels_of_different_algorithms_do_not_share_code() -> None:
     problem = Conv2d(8, 8, 3, input_size=9)
     schedule = default_recipe(problem, host.machine()).schedule(problem)
-    kernel = Kernel(problem, schedule, layout="nchw", threads=1, machine=host.machine())
+    kernel = Kernel(Plan(problem, Target(host.machine()), named("direct", problem), schedule))
     assert kernel.algorithm == "direct"
     with pytest.raises(ScheduleError):
-        Kernel(problem, schedule, layout="nchw", threads=1, machine=host.machine(), algorithm="winograd(2,3)")
+        Kernel(Plan(problem, Target(host.machine()), named("winograd(2,3)", problem), schedule))

@@ -19,9 +19,10 @@ from convsched.autotune.store.cache import ScheduleCache
 from convsched.autotune.store.record import Key, Record
 from convsched.errors import CacheWarning
 from convsched.machine import Machine
+from convsched.plan.plan import Target
 from convsched.problem import Conv2d
 
-KEY = Key.of(Conv2d(8, 16, 3, padding=1, input_size=14), Machine.example("avx512"))
+KEY = Key.of(Conv2d(8, 16, 3, padding=1, input_size=14), Target(Machine.example("avx512")))
 PUTS = 100
 
 # A process that puts records without end or so many, and says after each that it is kept.

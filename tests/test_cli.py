@@ -30,6 +30,7 @@ from convsched.benchmark.run import Settings, run_layers, total
 from convsched.cli import main as cli
 from convsched.errors import ScheduleError
 from convsched.machine import host
+from convsched.plan.plan import Target
 from convsched.problem import Conv2d, Problem
 from convsched.problem.layout import LAYOUTS
 
@@ -322,7 +323,7 @@ def test_tuned_schedules_are_used_without_a_search(tmp_path: Path) -> None:
     from convsched.networks.known import network
 
     problem = network("lenet5").layers[1].problem
-    key = Key.of(problem, host.machine(), threads=1)
+    key = Key.of(problem, Target(host.machine()))
     schedule = "unroll s"
     cache = ScheduleCache(tmp_path / "schedules.sqlite")
     cache.put(Record(**vars(key), algorithm="direct", schedule=schedule, status="ok", hot=1e-3, time=1.0))

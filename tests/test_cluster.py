@@ -21,6 +21,7 @@ from convsched.autotune.search.cluster import ClusterError, alone, tune_on
 from convsched.autotune.store.cache import ScheduleCache
 from convsched.autotune.store.record import Key, Record, Run, parse_line
 from convsched.machine import host
+from convsched.plan.plan import Target
 from convsched.problem import Problem
 
 distributed = pytest.importorskip("distributed")
@@ -58,7 +59,7 @@ def cache(tmp_path: Path) -> ScheduleCache:
 
 def known(cache: ScheduleCache, layer: Problem) -> set[str]:
     """The schedules measured for a layer on this machine, which all workers share."""
-    return {record.schedule for record in cache.records(Key.of(layer, host.machine()))}
+    return {record.schedule for record in cache.records(Key.of(layer, Target(host.machine())))}
 
 
 def test_layers_are_tuned_and_the_caller_writes(client: Any, cache: ScheduleCache, folder: Path) -> None:
@@ -77,7 +78,7 @@ def test_layers_are_tuned_and_the_caller_writes(client: Any, cache: ScheduleCach
     for layer, tuned in zip(LAYERS, found, strict=True):
         assert tuned.schedule.text in known(cache, layer)
         assert known(cache, layer) == {record.schedule for record in reported if record.problem == layer.text}
-        run = cache.run_of(Key.of(layer, host.machine()))
+        run = cache.run_of(Key.of(layer, Target(host.machine())))
         assert run is not None
         assert run.tried == COUNT
     assert len(reported) == len(set(reported))

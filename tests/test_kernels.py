@@ -17,7 +17,8 @@ from convsched.ir.interp import interpret
 from convsched.kernels.run.kernel import Kernel
 from convsched.machine import Isa, Machine, host
 from convsched.plan.defaults import default_recipe
-from convsched.plan.families import applicable
+from convsched.plan.families import applicable, named
+from convsched.plan.plan import Plan, Target
 from convsched.problem import Conv2d, Linear, Problem, layout
 from convsched.problem.layout import activation_shape, from_layout, to_layout
 from convsched.problem.reference import convolve
@@ -145,8 +146,7 @@ def check_exact(kernel: Kernel, seed: int) -> None:
 def for_machine(problem: Problem, layout: Any, machine: Machine) -> Kernel:
     """The default kernel for another machine."""
     recipe = default_recipe(problem, machine, layout, 1)
-    return Kernel(problem, recipe.schedule(problem, layout), layout=layout, threads=1, machine=machine,
-                  recipe=recipe)  # fmt: skip
+    return Kernel(Plan.of(named("direct", problem), Target(machine, layout), recipe))
 
 
 # Tests
@@ -209,7 +209,7 @@ def test_an_algorithm_says_whether_it_keeps_infinities_where_they_belong(problem
         assert algorithm.fits("strict") == algorithm.keeps_nonfinite
 
 
-NORMAL_LAYERS = [
+NORMAL_LAYERS: list[dict[str, Any]] = [
     {"c": 40, "m": 24, "kernel_size": 3, "padding": 1, "input_size": 9, "residual": True},
     {"c": 33, "m": 17, "kernel_size": 1, "input_size": (5, 7), "bias": False},
     {"c": 20, "m": 20, "kernel_size": 3, "stride": 2, "padding": "same", "groups": 20, "input_size": 19},
@@ -221,7 +221,7 @@ NORMAL_LAYERS = [
 def test_normal_data_is_within_the_strict_bound(activation: Activation, layout: Any) -> None:
     for sizes in NORMAL_LAYERS:
         arguments = dict(sizes)
-        problem = Conv2d(arguments.pop("c"), arguments.pop("m"), **arguments, activation=activation)  # type: ignore[arg-type]
+        problem = Conv2d(arguments.pop("c"), arguments.pop("m"), **arguments, activation=activation)
         data = normal(problem, 0)
         expected = convolve(problem, *data)
         y = run(cs.compile(problem, layout=layout, threads=1), data)
@@ -234,7 +234,7 @@ def test_activations_of_large_numbers_and_nan(activation: Activation) -> None:
     values = [0.0, -0.0, 1e-30, -1e-30, 5.0, -5.0, 30.0, -30.0, 100.0, -100.0, 1e30, -1e30, np.nan]
     x = np.array(values, np.float32).reshape(1, 1, 1, -1)
     problem = Conv2d(1, 1, 1, bias=False, input_size=x.shape[2:], activation=activation)
-    data = [x, np.ones((1, 1, 1, 1), np.float32), None, None]
+    data: list[Any] = [x, np.ones((1, 1, 1, 1), np.float32), None, None]
     y = run(cs.compile(problem, threads=1), data)
     np.testing.assert_allclose(y, convolve(problem, *data), rtol=1e-5, atol=1e-5)
 

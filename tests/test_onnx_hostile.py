@@ -95,7 +95,7 @@ def nested(levels: int) -> list[Any]:
 def test_what_doubles_and_is_not_needed_is_not_made(tmp_path: Path, kind: str) -> None:
     """2^40 numbers, or axes, of which no layer asks."""
     one = numpy_helper.from_array(np.ones((1, 1) if kind == "Gather" else 1, np.int64), "s0")
-    attributes = {"axis": 0} if kind != "Add" else {}
+    attributes: dict[str, Any] = {"axis": 0} if kind != "Add" else {}
     nodes = [helper.make_node(kind, [f"s{i}"] * 2, [f"s{i + 1}"], **attributes) for i in range(40)]
     if kind == "Gather":
         with pytest.raises(ModelError, match=r"the tensor 's6' has 65 axes; up to 64 are read"):

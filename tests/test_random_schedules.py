@@ -28,6 +28,7 @@ from convsched.kernels.run.kernel import Kernel
 from convsched.kernels.source.printer import run_source
 from convsched.machine import Machine, host
 from convsched.plan.families import named
+from convsched.plan.plan import Plan, Target
 from convsched.problem import Conv2d, Linear, Problem
 from convsched.problem.layout import from_layout, to_layout
 from convsched.problem.reference import convolve
@@ -48,7 +49,6 @@ from convsched.schedule import (
     Unroll,
     Vectorize,
     apply,
-    apply_step,
     parse_schedule,
 )
 
@@ -122,7 +122,7 @@ def names_of(program: Program) -> list[str]:
     return list(dict.fromkeys(n for stage in program.stages for n in loop_names(stage.body)))
 
 
-def draw_step(draw: Draw, program: Program, kind: str, number: int) -> Step:
+def draw_step(draw: Draw, program: Program, kind: str, number: int) -> Step:  # noqa: C901
     """A step of a kind with arguments that are names of the program, sensible or not."""
     names = names_of(program)
     own = [n for n in names if "." not in n]
@@ -281,7 +281,7 @@ class Legal:
     def add(self, step: Step) -> None:
         """Take a step, unless it is refused."""
         try:
-            after = apply_step(self.program, step)
+            after = step.apply(self.program)
         except ScheduleError:
             return
         verify(after)
@@ -324,9 +324,9 @@ def runs_as_machine_code(problem: Problem, name: str, layout: str, schedule: Sch
     expected = convolve(problem, x, weight, bias, residual)
     given_z = None if residual is None else to_layout(residual, layout)
     for threads in (1, 3):
-        kernel = Kernel(problem, schedule, layout=layout, threads=threads, machine=host.machine(), algorithm=name)
+        kernel = Kernel(Plan(problem, Target(host.machine(), layout, threads), named(name, problem), schedule))
         y = kernel(to_layout(x, layout), weight, bias, residual=given_z)
-        assert_equal(kernel.program, from_layout(y, problem.output_shape, layout), expected)
+        assert_equal(kernel.plan.program, from_layout(y, problem.output_shape, layout), expected)
 
 
 def drawn(data: st.DataObject, choose: Callable[[Draw, Problem], str], recipe: bool) -> tuple[

@@ -70,7 +70,8 @@ def test_unrolled_loops_of_which_no_iteration_does_anything(steps: str) -> None:
 def test_zeros_of_the_border_and_elements_at_the_same_address_are_told_apart() -> None:
     """x[0, 0, 0, 1] lies in the border, where x[0, 0, 1, 0] is stored."""
     layer = cs.Conv2d(1, 2, (1, 2), padding=(0, 0, 0, 1), input_size=(2, 1), bias=False)
-    x, weight = np.float32([2, 3]).reshape(layer.input_shape), np.float32([1, 5, 7, 11]).reshape(layer.weight_shape)
+    x = np.array([2, 3], np.float32).reshape(layer.input_shape)
+    weight = np.array([1, 5, 7, 11], np.float32).reshape(layer.weight_shape)
     kernel = cs.compile(layer, schedule="reorder n c s e f m; attach init at n; attach epilogue at n;"
                                         "stage t at n registers; unroll s e; vectorize m")
     np.testing.assert_array_equal(kernel(x, weight), convolve(layer, x, weight))
