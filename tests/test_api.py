@@ -256,7 +256,7 @@ def test_the_names_agree_with_their_types() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_text_is_there_before_the_first_call(backend: Any) -> None:
-    kernel = cs.compile(LAYER, backend=backend, threads=1)
+    kernel = cs.compile(LAYER, backend=backend, schedule="", threads=1)
     for text, part in ((kernel.llvm, "define "), (kernel.assembly, "ret"), (kernel.source, "def run("),
                        (kernel.nest, "conv:"), (kernel.explain(), LAYER.text)):  # fmt: skip
         assert part in text
@@ -283,7 +283,7 @@ DUPLICATES: list[Callable[[Any], Any]] = [copy.copy, copy.deepcopy, lambda given
     "options",
     [
         {}, {"algorithm": "winograd(2,3)"},
-        {"threads": 2, "layout": "nchw16c", "accuracy": "fast"}, {"schedule": ""}, {"backend": "numba"},
+        {"threads": 2, "layout": "nchw16c", "accuracy": "fast"}, {"schedule": ""}, {"backend": "numba", "schedule": ""},
         {"schedule": "split m 8 -> m0 m1 tail=mask; layout w m0 c r s m1; reorder m0 e f c r s m1; vectorize m1"},
     ],
     ids=["default", "algorithm", "options", "unscheduled", "numba", "packed"],

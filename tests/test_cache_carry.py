@@ -120,11 +120,11 @@ def test_export_to_no_folder(cache: ScheduleCache, tmp_path: Path) -> None:
 
 def test_prune_keeps_winners_and_defaults(cache: ScheduleCache) -> None:
     fill(cache)
-    before = [cache.best(replace(KEY, threads=i), regime=r) for i in (1, 2, 3) for r in ("hot", "cold")]  # type: ignore[arg-type]
+    before = [cache.best(replace(KEY, threads=i), regime=r) for i in (1, 2, 3) for r in ("hot", "cold")]
     cache.mark_run(KEY, True, "10s", 20, 1.0)
     removed, kept, size = cache.prune()
     assert (removed, kept, size) == (51, 9, cache.path.stat().st_size)
-    after = [cache.best(replace(KEY, threads=i), regime=r) for i in (1, 2, 3) for r in ("hot", "cold")]  # type: ignore[arg-type]
+    after = [cache.best(replace(KEY, threads=i), regime=r) for i in (1, 2, 3) for r in ("hot", "cold")]
     assert before == after
     assert cache.run_of(KEY) is not None
 

@@ -166,7 +166,7 @@ def test_only_what_is_no_slower_is_timed_cold(ratio: float, is_cold: bool, monke
 
 
 def test_only_the_weights_are_cold(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = []
+    kept: list[np.ndarray] = []
 
     def watch(call: object, *, keep: tuple[np.ndarray, ...], **options: object) -> Timing:
         kept.extend(keep)

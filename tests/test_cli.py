@@ -22,6 +22,7 @@ from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
 
 import convsched
+from convsched.autotune.measure.calibrate import LEVELS, Calibration
 from convsched.benchmark.baseline import gemm_baseline
 from convsched.benchmark.cases import table_case
 from convsched.benchmark.report import Report, table
@@ -375,7 +376,10 @@ def test_bench_of_a_model_file(tmp_path: Path) -> None:
     assert "has the open shape" in run("bench", str(tmp_path / "m.onnx"), *QUICK).output
 
 
-def test_info() -> None:
+def test_info(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = dict.fromkeys(LEVELS, 50e9)
+    known = Calibration("a", 1e11, rates, rates, 1e-5, 0.0)
+    monkeypatch.setattr("convsched.cli.info.calibration", lambda refresh: known)
     result = run("info")
     assert result.exit_code == 0
     names = [line.split()[0] for line in result.output.splitlines()]

@@ -103,7 +103,9 @@ def test_a_peeled_copy_touches_no_new_data() -> None:
     peeled = apply(scaled(4, 6, 16), parse_schedule("split e 4 -> e0 e1 tail=mask; peel e0"))
     whole = apply(scaled(4, 6, 16), parse_schedule(""))
     (loops,), (before,) = (stage.body for stage in peeled.stages), (stage.body for stage in whole.stages)
-    assert len(loops[0].body) == 2
+    (loop,) = loops
+    assert isinstance(loop, Loop)
+    assert len(loop.body) == 2
     assert footprint(peeled, loops) == footprint(whole, before) == {
         "x": 4 * 6 * 16, "w": 64, "y": 4 * 4 * 6 * 16}
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import convsched as cs
@@ -49,11 +49,11 @@ def padded(draw: st.DrawFn) -> Conv2d:
     padding: Any = draw(st.tuples(*[st.integers(0, 4)] * 4).filter(any))
     size = tuple(max(draw(st.integers(1, 20)), k) for k in kernel)
     return Conv2d(draw(st.integers(1, 9)), draw(st.integers(1, 40)), kernel, draw(st.integers(1, 2)), padding,
-                  draw(st.integers(1, 2)) if min(size) > 8 else 1, input_size=size,  # type: ignore[arg-type]
+                  draw(st.integers(1, 2)) if min(size) > 8 else 1, input_size=size,
                   activation=draw(st.sampled_from([None, "relu"])))  # fmt: skip
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
+@settings(max_examples=settings().max_examples // 4)  # each is compiled
 @given(problem=padded().filter(meets_input), data=st.data(), layout=st.sampled_from(["nchw", "nhwc"]))
 def test_kernels_that_skip_equal_the_oracle(problem: Conv2d, data: st.DataObject, layout: str) -> None:
     small = st.integers(1, 3)

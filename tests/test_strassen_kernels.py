@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import convsched as cs
@@ -29,9 +29,10 @@ from convsched.problem.reference import convolve
 from convsched.recipes.strassen import StrassenBlocks
 from convsched.schedule import Schedule, apply, parse_schedule
 
-QUICK = settings(deadline=None, max_examples=8, suppress_health_check=list(HealthCheck))
+FEW = settings(max_examples=settings().max_examples // 8)  # each is compiled
+FEWEST = settings(max_examples=settings().max_examples // 20)  # each is interpreted
 LAYOUTS = ("nchw", "nhwc", "nchw16c")
-EXACT = {None: 0.0, "relu": 0.0, "hardswish": 1e-6}  # of an activation of exact sums, in float32
+EXACT: dict[Any, float] = {None: 0.0, "relu": 0.0, "hardswish": 1e-6}  # of an activation of exact sums, in float32
 
 
 @st.composite
@@ -57,7 +58,7 @@ def convolutions(draw: st.DrawFn, least: int = 2, most: int = 33) -> Problem:
     size = [max(1, (count - 1) * step + (tap - 1) * gap + 1 - before - after + draw(st.integers(0, step - 1)))
             for count, step, tap, gap, before, after
             in zip((rows, columns), stride, taps, dilation, padding[:2], padding[2:], strict=True)]
-    return Conv2d(draw(channels), draw(channels), taps, stride, padding, dilation, input_size=tuple(size),  # type: ignore[arg-type]
+    return Conv2d(draw(channels), draw(channels), taps, stride, padding, dilation, input_size=tuple(size),
                   bias=draw(st.booleans()), batch_size=draw(st.integers(1, 2)), residual=draw(st.booleans()),
                   activation=draw(st.sampled_from([None, "relu", "hardswish"])))
 
@@ -85,7 +86,7 @@ def as_matrices(problem: Problem, array: Any, layout: str) -> Any:
     return flat.transpose(1, 0, 2).reshape(1, flat.shape[1], -1) if layout == "nhwc" else flat
 
 
-@QUICK
+@FEWEST
 @given(data=st.data(), levels=st.integers(1, 2))
 def test_any_recipe(data: st.DataObject, levels: int) -> None:
     problem = data.draw(st.one_of(products(2**levels, most=11), convolutions(2**levels, most=11)))
@@ -105,7 +106,7 @@ def test_any_recipe(data: st.DataObject, levels: int) -> None:
     np.testing.assert_allclose(run_source(program, inputs)["y"], expected, rtol=EXACT[problem.activation])
 
 
-@settings(QUICK, max_examples=25)
+@FEW
 @given(data=st.data(), levels=st.integers(1, 2), threads=st.sampled_from([1, 2]))
 def test_kernels_are_exact(data: st.DataObject, levels: int, threads: int) -> None:
     problem = data.draw(st.one_of(products(2**levels), convolutions(2**levels)))

@@ -30,7 +30,7 @@ def resident(pid: int | None) -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell")
-@pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [20, pytest.param(1000, marks=pytest.mark.slow)])
 def test_memory_is_flat(count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rates = dict.fromkeys(LEVELS, 50e9)
     known = Calibration("test", 100e9, rates, rates, 1e-5, 0.0, ())

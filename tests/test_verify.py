@@ -26,7 +26,7 @@ from convsched.ir import (
     Tensor,
     storage_of,
 )
-from convsched.ir.bounds import lower_bound, upper_bound
+from convsched.ir.bounds import bounds_where
 from convsched.ir.verify import verify
 
 
@@ -177,7 +177,7 @@ def test_bounds_hold_at_every_point(terms: dict[str, int], constant: int,
                                     conditions: list[tuple[dict[str, int], int]]) -> None:
     extents = {"a": 3, "b": 4, "c": 2}
     a, where = affine(constant, **terms), [affine(c, **t) for t, c in conditions]
-    low, high = lower_bound(a, where, extents), upper_bound(a, where, extents)
+    low, high = bounds_where(a, where, extents)
     for values in itertools.product(*map(range, extents.values())):
         point = dict(zip(extents, values, strict=True))
         if all(w.evaluate(point) < 0 for w in where):

@@ -101,22 +101,23 @@ def test_a_real_worker() -> None:
         assert worker.run(Job(scheduled(""), DEFAULT)).ratio > 0
 
 
-@pytest.mark.parametrize(("schedule", "message"), [
-    ("segfault", "the process was ended by signal 11 (Segmentation fault)"),
-    ("abort", "the process was ended by signal 6 (Aborted): LLVM ERROR: cannot select"),
-    ("exit", "the process ended with 3"),
-    ("close", "the process closed its connection and went on"),
-])
-def test_a_crash_costs_one_candidate(faulty: str, schedule: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "END_SECONDS", 0.3 if schedule == "close" else 30.0)
+def test_a_crash_costs_one_candidate(faulty: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with Worker(module=faulty) as worker:
         first = worker.run(job("pid"))
-        crashed = worker.run(job(schedule))
-        assert (crashed.status, crashed.message) == ("crashed", message)
-        second = worker.run(job("pid"))
-        assert second.status == "ok"
-        assert second != first
-        assert is_gone(int(first.message))
+        for schedule, message in {
+            "segfault": "the process was ended by signal 11 (Segmentation fault)",
+            "abort": "the process was ended by signal 6 (Aborted): LLVM ERROR: cannot select",
+            "exit": "the process ended with 3",
+            "close": "the process closed its connection and went on",
+        }.items():
+            monkeypatch.setattr(module, "END_SECONDS", 0.3 if schedule == "close" else 30.0)
+            crashed = worker.run(job(schedule))
+            assert (crashed.status, crashed.message) == ("crashed", message)
+            second = worker.run(job("pid"))
+            assert second.status == "ok"
+            assert second != first
+            assert is_gone(int(first.message))
+            first = second
 
 
 def test_a_hang_costs_its_time(faulty: str) -> None:
@@ -129,7 +130,7 @@ def test_a_hang_costs_its_time(faulty: str) -> None:
 
 
 def test_what_is_done_meanwhile_is_done_before_the_timing(faulty: str) -> None:
-    calls = []
+    calls: list[None] = []
 
     def meanwhile() -> bool:
         calls.append(None)

@@ -101,7 +101,7 @@ def channels(problem: Problem, target: Target) -> Domain | None:
         return None
     flat = isinstance(problem, Linear) or is_flat(problem)
     copies = _copies(problem, target.layout)
-    spare = 0 if machine.isa == "avx512" else 1  # registers for a broadcast, where FMAs cannot load and broadcast
+    spare = 0 if machine.broadcasts else 1  # registers for a broadcast, where FMAs cannot load and broadcast
 
     def fits(recipe: Channels) -> bool:
         tile = recipe.vectors * recipe.rows * recipe.pixels

@@ -21,11 +21,12 @@ of a pixel p = 7 e + f of rows of 7, ``e`` is ``p // 7`` and ``f`` is ``p % 7``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 from convsched.ir.affine import Affine, Index
+from convsched.ir.facts import Facts, together
 from convsched.lazy import cached_property
 
 Kind = Literal["serial", "unroll", "vector", "parallel", "digit"]
@@ -89,7 +90,7 @@ def storage_of(letters: tuple[str, ...], shape: tuple[int, ...], order: tuple[st
     """
     parsed: list[tuple[str, int, int, int]] = []
     for entry in order or letters:
-        letter = entry[0] if entry not in letters else entry
+        letter = entry.replace("%", "/").partition("/")[0]
         rest = entry[len(letter):]
         axis = letters.index(letter)
         block = int(rest[1:]) if rest else 0
@@ -135,27 +136,57 @@ class Op:
 Value = Load | Const | Op
 
 
-@dataclass(frozen=True, slots=True)
-class Store:
+@dataclass(frozen=True)
+class _Assignment:
+    """What ``Store`` and ``Reduce`` have in common."""
+
+    tensor: str
+    index: Index
+    value: Value
+    where: tuple[Affine, ...] = ()
+
+    @cached_property
+    def loads(self) -> tuple[Load, ...]:
+        """The loads in the value, left to right."""
+        return tuple(loads(self.value))
+
+    @cached_property
+    def accesses(self) -> tuple[tuple[str, Index], ...]:
+        """Every tensor that it touches, with the index: the target first, then the loads."""
+        return ((self.tensor, self.index), *[(load.tensor, load.index) for load in self.loads])
+
+    @cached_property
+    def facts(self) -> Facts:
+        """What it touches."""
+        guards = frozenset([name for a in self.where for name, _ in a.terms])
+        return Facts(frozenset([name for name, _ in self.accesses]), guards=guards, is_plain=not self.where)
+
+    @cached_property
+    def variables(self) -> frozenset[str]:
+        """The variables in its indices and conditions."""
+        return self.facts.guards.union([name for _, index in self.accesses for a in index for name, _ in a.terms])
+
+
+def loads(value: Value) -> Iterator[Load]:
+    """The loads in a value, left to right."""
+    if isinstance(value, Load):
+        yield value
+    elif isinstance(value, Op):
+        for operand in value.values:
+            yield from loads(operand)
+
+
+@dataclass(frozen=True)
+class Store(_Assignment):
     """``tensor[index] = value`` where all of ``where`` are negative."""
 
-    tensor: str
-    index: Index
-    value: Value
-    where: tuple[Affine, ...] = ()
 
-
-@dataclass(frozen=True, slots=True)
-class Reduce:
+@dataclass(frozen=True)
+class Reduce(_Assignment):
     """``tensor[index] += value`` where all of ``where`` are negative."""
 
-    tensor: str
-    index: Index
-    value: Value
-    where: tuple[Affine, ...] = ()
 
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Loop:
     """``for var < extent: body``; of kind "digit", the body once, with ``var = of // step % extent``: ``extent`` is the
     number of values, and ``of`` is never negative."""
@@ -173,10 +204,66 @@ class Loop:
         """How often the body runs."""
         return 1 if self.kind == "digit" else self.extent
 
+    @cached_property
+    def leaves(self) -> tuple[Leaf, ...]:
+        """The statements inside, in program order."""
+        return leaves_of(self.body)
+
+    @cached_property
+    def facts(self) -> Facts:
+        """What it touches, and the loops that it and those inside are."""
+        inside = self.body[0].facts if len(self.body) == 1 else together([s.facts for s in self.body])
+        return inside.inside(self.var, self.kind)
+
+    @cached_property
+    def variables(self) -> frozenset[str]:
+        """The variables in indices, conditions and digits inside, those of its own loops too."""
+        return frozenset[str](self.of.variables).union(*[s.variables for s in self.body])
+
 
 Leaf = Store | Reduce
 Statement = Loop | Store | Reduce
 Body = tuple[Statement, ...]
+
+
+def leaves_of(body: Body) -> tuple[Leaf, ...]:
+    """The statements of a body that are no loops, in program order."""
+    found: list[Leaf] = []
+    for statement in body:
+        if isinstance(statement, Loop):
+            found += statement.leaves
+        else:
+            found.append(statement)
+    return tuple(found)
+
+
+def leaves(body: Body, loops: tuple[Loop, ...] = ()) -> list[tuple[tuple[Loop, ...], Leaf]]:
+    """Every statement with the loops around it, outermost first, in program order."""
+    found: list[tuple[tuple[Loop, ...], Leaf]] = []
+    _collect(body, loops, found)
+    return found
+
+
+def _collect(body: Body, loops: tuple[Loop, ...], found: list[tuple[tuple[Loop, ...], Leaf]]) -> None:
+    for statement in body:
+        if isinstance(statement, Loop):
+            _collect(statement.body, (*loops, statement), found)
+        else:
+            found.append((loops, statement))
+
+
+def extents_of(body: Body) -> dict[str, int]:
+    """The extent of every loop; the greatest, where a name has several."""
+    extents: dict[str, int] = {}
+    _collect_extents(body, extents)
+    return extents
+
+
+def _collect_extents(body: Body, extents: dict[str, int]) -> None:
+    for statement in body:
+        if isinstance(statement, Loop):
+            extents[statement.var] = max(statement.extent, extents.get(statement.var, 0))
+            _collect_extents(statement.body, extents)
 
 
 @dataclass(frozen=True)
@@ -186,6 +273,26 @@ class Stage:
     name: str
     body: Body
     when: When = "run"
+
+    @cached_property
+    def leaves(self) -> tuple[Leaf, ...]:
+        """Its statements, in program order."""
+        return leaves_of(self.body)
+
+    @cached_property
+    def paths(self) -> Sequence[tuple[tuple[Loop, ...], Leaf]]:
+        """Every statement with the loops around it, outermost first, in program order."""
+        return leaves(self.body)
+
+    @cached_property
+    def extents(self) -> Mapping[str, int]:
+        """The extent of every loop; the greatest, where a name has several."""
+        return extents_of(self.body)
+
+    @cached_property
+    def facts(self) -> Facts:
+        """What its statements touch, and their loops."""
+        return together([statement.facts for statement in self.body])
 
 
 @dataclass(frozen=True)
@@ -207,11 +314,12 @@ class Program:
     def with_body(self, change: Callable[[Body], Body]) -> Program:
         """The program with every stage's body changed; stages whose body stays the same object are kept."""
         bodies = [change(s.body) for s in self.stages]
-        return replace(self, stages=tuple(s if body is s.body else replace(s, body=body)
-                                          for s, body in zip(self.stages, bodies, strict=True)))
+        return Program(self.name, self.tensors, tuple([
+            s if body is s.body else Stage(s.name, body, s.when)
+            for s, body in zip(self.stages, bodies, strict=True)]))
 
     def with_tensor(self, tensor: Tensor) -> Program:
         """The program with a tensor added, or replaced by name."""
         kept = [t for t in self.tensors if t.name != tensor.name]
         place = next((i for i, t in enumerate(self.tensors) if t.name == tensor.name), len(kept))
-        return replace(self, tensors=(*kept[:place], tensor, *kept[place:]))
+        return Program(self.name, (*kept[:place], tensor, *kept[place:]), self.stages)

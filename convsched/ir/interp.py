@@ -35,9 +35,9 @@ from convsched.ir.grammar import (
     Store,
     Tensor,
     Value,
+    leaves,
     storage_of,
 )
-from convsched.ir.walk import leaves, loads
 
 Array: TypeAlias = npt.NDArray[np.floating[Any]]
 Point: TypeAlias = Mapping[str, "int | npt.NDArray[np.intp]"]
@@ -72,7 +72,7 @@ def evaluate_bind(program: Program,
     statements = [leaf for stage in stages for _, leaf in leaves(stage.body)]
     views: dict[str, _View] = {}
     for leaf in statements:
-        for load in loads(leaf.value):
+        for load in leaf.loads:
             tensor = program.tensor(load.tensor)
             if tensor.role == "weight" and load.tensor not in views:
                 views[load.tensor] = _logical_view(tensor, arrays, np.float32)
@@ -268,7 +268,7 @@ class _Run:
     def is_simultaneous(self, loops: Sequence[Loop], leaf: Leaf, extents: Mapping[str, int],
                         outer: Mapping[str, int]) -> bool:
         """Whether all points can be evaluated before any is stored."""
-        own = [load.index for load in loads(leaf.value) if load.tensor == leaf.tensor]
+        own = [load.index for load in leaf.loads if load.tensor == leaf.tensor]
         if not own:
             return True
         if isinstance(leaf, Reduce) or any(index != leaf.index for index in own):

@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from convsched.ir.affine import Affine
-from convsched.ir.grammar import Body, Loop, Program, Statement
-from convsched.ir.walk import holding, leaves
+from convsched.ir.grammar import Body, Loop, Program, Statement, leaves
+from convsched.ir.walk import holding, rebuilt
 
 
 def simplify(program: Program) -> Program:
     """Drop guards that always hold, statements that never run, and iterations that do nothing.
 
     >>> from convsched.ir.examples import nests, product
-    >>> from convsched.schedule.split import split
-    >>> padded = split(product(6, 2), "m", 8, "m0", "m1", tail="mask")
+    >>> from convsched.schedule import Split
+    >>> padded = Split("m", 8, "m0", "m1", tail="mask").apply(product(6, 2))
     >>> print(nests(padded))
     conv:
       for m0 < 1: for m1 < 8: for c < 2:
@@ -33,8 +32,12 @@ def prune(body: Body, extents: Mapping[str, int]) -> Body:
     out: list[Statement] = []
     for statement in body:
         if isinstance(statement, Loop):
+            if statement.facts.is_plain:
+                out.append(statement)
+                continue
             extent = statement.extent
-            if statement.kind not in ("vector", "parallel", "digit"):  # lanes, shares of threads, digits stay
+            is_free = statement.kind not in ("vector", "parallel", "digit")  # lanes, shares of threads, digits stay
+            if is_free and statement.var in statement.facts.guards:
                 extent = _needed(statement, extents)
             inside = prune(statement.body, {**extents, statement.var: extent})
             if inside:
@@ -48,8 +51,8 @@ def prune(body: Body, extents: Mapping[str, int]) -> Body:
         if any(low >= 0 for _, (low, _) in bounds):
             continue
         where = tuple(dict.fromkeys(w for w, (_, high) in bounds if high >= 0))
-        out.append(replace(statement, where=where))
-    return tuple(out)
+        out.append(statement if where == statement.where else replace(statement, where=where))
+    return rebuilt(body, out)
 
 
 def _needed(loop: Loop, extents: Mapping[str, int]) -> int:
@@ -66,7 +69,7 @@ def _needed(loop: Loop, extents: Mapping[str, int]) -> int:
         start, end = 0, loop.extent - 1
         for guard in leaf.where:
             k = guard.coefficient(loop.var)
-            low = (guard - Affine.of(loop.var) * k).bounds(inside)[0]
+            low = guard.without((loop.var,)).bounds(inside)[0]
             if k > 0:
                 end = min(end, (-low - 1) // k)
             elif k < 0:

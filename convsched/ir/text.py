@@ -23,8 +23,21 @@ from itertools import groupby
 from typing import assert_never
 
 from convsched.ir.affine import Affine, Index
-from convsched.ir.grammar import Body, Const, Leaf, Load, Loop, Op, Program, Reduce, Stage, Tensor, Value, storage_of
-from convsched.ir.walk import leaves, loads
+from convsched.ir.grammar import (
+    Body,
+    Const,
+    Leaf,
+    Load,
+    Loop,
+    Op,
+    Program,
+    Reduce,
+    Stage,
+    Tensor,
+    Value,
+    leaves,
+    storage_of,
+)
 
 WIDTH = 110  # columns
 
@@ -36,7 +49,7 @@ _NEG, _ATOM = 3, 4
 def print_nest(program: Program, mark: str | None = None) -> str:
     """The program as text; lines with a loop named ``mark`` end in an arrow."""
     used = {name for stage in program.stages for _, leaf in leaves(stage.body)
-            for name in (leaf.tensor, *(load.tensor for load in loads(leaf.value)))}
+            for name in (leaf.tensor, *(load.tensor for load in leaf.loads))}
     tensors = [f"  {print_tensor(t)}" for t in program.tensors if t.name in used]
     paragraphs = ["\n".join([program.name, *tensors])]
     paragraphs += ["\n".join(_stage(stage, mark)) for stage in program.stages]

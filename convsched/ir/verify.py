@@ -14,19 +14,18 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from convsched.errors import VerifyError
 from convsched.ir.affine import Affine, Index
-from convsched.ir.bounds import lower_bound, upper_bound
-from convsched.ir.grammar import OPS, Body, Leaf, Load, Loop, Op, Program, Stage, Tensor, Value
+from convsched.ir.bounds import bounds_where
+from convsched.ir.grammar import OPS, Body, Leaf, Load, Loop, Op, Program, Stage, Tensor, Value, leaves
 from convsched.ir.text import print_statement
-from convsched.ir.walk import leaves, loads
 
 
 def verify(program: Program) -> None:
     """Raise VerifyError at the first rule of the IR that the program breaks."""
     _check_tensors(program)
-    packed = {leaf.tensor for s in program.stages if s.when == "bind" for _, leaf in leaves(s.body)}
+    packed = {leaf.tensor for s in program.stages if s.when == "bind" for leaf in s.leaves}
     for stage in program.stages:
         _check_loops(stage, stage.body, ())
-        for around, leaf in leaves(stage.body):
+        for around, leaf in stage.paths:
             rule = next(_broken(program, stage, packed, around, leaf), None)
             if rule is not None:
                 raise VerifyError(f"stage {stage.name}: {print_statement(leaf)}: {rule}")
@@ -98,7 +97,7 @@ def _broken(program: Program, stage: Stage, packed: set[str], around: tuple[Loop
             leaf: Leaf) -> Iterator[str]:
     """The rules that a statement breaks."""
     extents = {loop.var: loop.extent for loop in around}
-    read = list(loads(leaf.value))
+    read = leaf.loads
     accesses = [(leaf.tensor, leaf.index), *((load.tensor, load.index) for load in read)]
     yield from _broken_names(program, accesses, leaf.where, extents)
     yield from _broken_ops(leaf.value)
@@ -157,7 +156,7 @@ def _out_of_range(tensor: Tensor, index: Index, where: Index, extents: Mapping[s
                   is_load: bool) -> Iterator[str]:
     for axis, a in enumerate(index):
         before, after = tensor.frame(axis) if is_load else (0, 0)
-        low, high = lower_bound(a, where, extents), upper_bound(a, where, extents)
+        low, high = bounds_where(a, where, extents)
         if low < -before or high >= tensor.shape[axis] + after:
             verb = "load from" if is_load else "store to"
             yield (f"{verb} {tensor.name}: axis {tensor.letters[axis]} has the index {a} in [{low}, {high}], "
@@ -170,7 +169,7 @@ def _check_registers(program: Program) -> None:
     for number, stage in enumerate(program.stages):
         for position, statement in enumerate(stage.body):
             for _, leaf in leaves((statement,)):
-                for name in (leaf.tensor, *(load.tensor for load in loads(leaf.value))):
+                for name in (leaf.tensor, *(load.tensor for load in leaf.loads)):
                     if program.tensor(name).role != "register":
                         continue
                     if homes.setdefault(name, (number, position)) != (number, position):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from convsched.lower.fft_tiles import Fft, Side
 from convsched.lower.plane import Plane
 from convsched.machine import Machine
 from convsched.model.tiling import LATENCY, _load, _register_tile, _tiles, _Tiling
@@ -11,6 +12,9 @@ from convsched.model.tiling import LATENCY, _load, _register_tile, _tiles, _Tili
 TRANSFORM = 13  # FMAs of one vector at one point of a tile: transformed, stored, loaded again
 TILE_STEP = 1.0  # FMAs of loading a vector of weights and looping, for each step of a register tile
 L3_VECTOR, MEMORY_VECTOR = 4, 12  # FMAs in the time that a vector takes from L3 and from memory
+FFT_FACTOR = 5  # instructions for each element of a factor of an FFT
+FFT_SPILL = 32  # points from which moving what does not stay in registers takes as long again
+FFT_WEIGHT = 16  # products that take the time of a transformed weight on its way from memory
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ def _blocking(plane: Plane, points: tuple[int, int], block: int, machine: Machin
     problem, (rows, columns), rank = plane.problem, plane.tiles, points[0] * points[1]
     channels, maps = (count // problem.groups for count in (problem.C, problem.M))
     tiles = block * columns
-    if machine.isa == "avx512" and not by_lines:  # FMAs broadcast as they load: one vector of weights is enough
+    if machine.broadcasts and not by_lines:  # FMAs broadcast as they load: one vector of weights is enough
         most = machine.registers - 7  # a vector of weights and broadcasts beside them
         vectors, pixels, load = 1, -(-tiles // -(-tiles // most)), 0.0
     else:
@@ -60,3 +64,19 @@ def _blocking(plane: Plane, points: tuple[int, int], block: int, machine: Machin
     time = rank * (channels * steps + TRANSFORM * tiles * (deep + whole)) + moved
     planes = problem.N * problem.groups * problem.dilation[0] * problem.dilation[1]
     return Blocking(block, vectors, pixels, planes * -(-rows // block // threads) * time)
+
+
+def fft_products(tiles: Fft) -> float:
+    """The time of FFT tiles, in products of one channel with another: those, and transforms in their measure."""
+    p, plane = tiles.problem, tiles.plane
+    P, Q = tiles.column.points, tiles.row.points
+    down, across = _transform(tiles.column), _transform(tiles.row)
+    inputs = tiles.row.reads * down + P * across
+    outputs = Q * down + plane.outputs[0] * across
+    count = p.N * plane.tiles[0] * plane.tiles[1]
+    return count * (p.C * inputs + p.M * outputs + P * Q * p.C * p.M) + FFT_WEIGHT * P * Q * p.C * p.M
+
+
+def _transform(side: Side) -> float:
+    """Instructions of a transform, those that load and store what does not stay in registers included."""
+    return FFT_FACTOR * side.n * side.n.bit_length() * (1 + side.n / FFT_SPILL)

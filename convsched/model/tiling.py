@@ -59,7 +59,7 @@ class _Tiling:
 
 
 def _load(machine: Machine) -> float:
-    return LOAD if machine.isa == "avx512" else OWN_LOAD
+    return LOAD if machine.broadcasts else OWN_LOAD
 
 
 @lru_cache(512)

@@ -202,7 +202,7 @@ def default_tiles(problem: Conv2d, shape: Shape, machine: Machine, layout: str =
     by_lines = by_lines or sums * (side_by_side + 3) * tests > WRITTEN
     plane = Plane(problem, shape.outputs, shape.fold)
     best = best_blocking(plane, shape.points, machine, threads, by_lines)
-    most = 4 if machine.isa == "avx512" else 8  # short code for long vectors
+    most = 4 if machine.vector_bytes >= 64 else 8  # short code for long vectors
     unroll = next(u for u in (most, 4, 1) if problem.C // problem.groups % u == 0)
     filters = 4 * shape.points[0] * shape.points[1] * problem.weights // (problem.R * problem.S)
     tiles = best.block * plane.tiles[1]

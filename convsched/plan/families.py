@@ -27,13 +27,13 @@ from convsched.errors import LoweringError
 from convsched.ir import Program
 from convsched.lazy import cached_property
 from convsched.lower.direct import lower_direct
-from convsched.lower.fft_tiles import Fft, Side, _side
+from convsched.lower.fft_tiles import Fft, fft_tiles
 from convsched.lower.im2col import lower_im2col
-from convsched.lower.plane import Fold, Plane, Shape
+from convsched.lower.plane import Plane, Shape
 from convsched.lower.strassen import blocks_of, lower_strassen
 from convsched.lower.tiles import lower_bilinear
 from convsched.machine import Machine
-from convsched.model.blocking import best_blocking
+from convsched.model.blocking import best_blocking, fft_products
 from convsched.options import Accuracy
 from convsched.plan.defaults import default_recipe, default_strassen, default_tiles, default_toeplitz, direct_time
 from convsched.problem import Conv2d, Linear, Problem
@@ -295,7 +295,7 @@ def _fft_error(tiles: Fft, channels: int, outputs: int) -> Prediction:
 def _fft_time(tiles: Fft, machine: Machine, layout: str, threads: int) -> float:
     if min(tiles.problem.C, tiles.problem.M) < LEAST_CHANNELS:
         return inf
-    return FFT * tiles.cost / machine.lanes / threads
+    return FFT * fft_products(tiles) / machine.lanes / threads
 
 
 def _direct_time(problem: Problem, machine: Machine, layout: str, threads: int) -> float:
@@ -314,30 +314,16 @@ def fft(problem: Conv2d, sizes: tuple[int, ...] = ()) -> Fft:
     if problem.R == problem.S == 1:
         raise LoweringError(f"fft: {problem.text} has one tap; use direct")
     if sizes:
-        return _of_sizes(problem, sizes)
+        return fft_tiles(problem, sizes)
     for longest in LONGEST:
         powers = [1 << k for k in range(1, longest.bit_length())]
         found = []
         for pair in [*((n,) for n in powers), *((n, k) for n in powers for k in powers)]:
             try:
-                found.append(_of_sizes(problem, pair))
+                found.append(fft_tiles(problem, pair))
             except LoweringError:
                 continue
         if found:
-            return min(found, key=lambda made: made.cost)
+            return min(found, key=fft_products)
     raise LoweringError(f"fft: {problem.text} has more taps than a tile of {LONGEST[-1]} points; write fft(n) with "
                         "a larger n")
-
-
-def _of_sizes(p: Conv2d, sizes: tuple[int, ...]) -> Fft:
-    if p.R > 1 and p.S > 1:
-        column, row = (_side(n, taps, extent) for n, taps, extent
-                       in zip((sizes * 2)[:2], (p.R, p.S), (p.E, p.F), strict=True))
-        return Fft(p, column, row, "")
-    fold: Fold = "h" if p.R > 1 else "w"
-    taps, extent = (p.R, p.E) if p.R > 1 else (p.S, p.F)
-    if len(sizes) == 1:
-        along, across = _side(sizes[0], taps, extent), Side(1, 1, 1)
-        return Fft(p, along, across, "") if fold == "h" else Fft(p, across, along, "")
-    width = max(1, sizes[1] // 2)
-    return Fft(p, _side(sizes[0], -(-taps // width), -(-extent // width)), _side(sizes[1], width, width), fold)

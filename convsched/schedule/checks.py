@@ -28,6 +28,7 @@ from convsched.ir.address import offset
 from convsched.ir.text import print_nest
 from convsched.ir.walk import indices
 from convsched.schedule.legality import race
+from convsched.schedule.step import Step
 
 DEPTH = 20  # the most loops around a statement, as Python nests no more; recipes have up to 15
 COPIES = 512  # the most statements of a nest, as printed; recipes have up to 40
@@ -39,27 +40,28 @@ SMALL = 2**20  # elements (4 MiB) or statements (1 ms) that are few enough whate
 _VECTOR = 16  # lanes of the widest vector instruction: a longer vector loop is several statements
 
 
-def fail(program: Program, step: str, why: str, fix: str, mark: str | None = None) -> ScheduleError:
-    """The error of a step, with the nest printed and a loop marked."""
-    return ScheduleError(step, why, fix, print_nest(program, mark))
+def fail(program: Program, step: Step | str, why: str, fix: str, mark: str | None = None) -> ScheduleError:
+    """The error of a step, or of what several gave, with the nest printed and a loop marked."""
+    return ScheduleError(str(step), why, fix, print_nest(program, mark))
 
 
-def require_loop(program: Program, step: str, name: str) -> None:
+def require_loop(program: Program, step: Step, name: str) -> None:
     """Raise unless some stage has a loop of that name."""
-    names = [n for stage in program.stages for n in loop_names(stage.body)]
-    if name not in names:
-        known = ", ".join(dict.fromkeys(names))
+    stages = [stage for stage in program.stages if name in stage.facts.names]
+    if not stages:
+        known = ", ".join(dict.fromkeys(n for stage in program.stages for n in loop_names(stage.body)))
         raise fail(program, step, f"there is no loop {name}", f"use one of {known}")
-    if any(loop.kind == "digit" for stage in program.stages for loop in find_loops(stage.body, name)):
+    if any(loop.kind == "digit" for stage in stages if "digit" in stage.facts.kinds
+           for loop in find_loops(stage.body, name)):
         raise fail(program, step, f"{name} is a digit of other loops", "name one of these, or inline later", name)
 
 
-def require_new(program: Program, step: str, names: Sequence[str], loop: str) -> None:
+def require_new(program: Program, step: Step, names: Sequence[str], loop: str) -> None:
     """Raise if one of the names is a loop's already in a nest that has ``loop``, or they are not distinct
     identifiers."""
     for position, name in enumerate(names):
         if not name.replace(".", "_").isidentifier():
-            raise fail(program, step, f"{name!r} is no name", "use letters, digits, _ and .")
+            raise fail(program, step, f"{name!r} is not a name", "use letters, digits, _ and .")
         if name == "root":
             raise fail(program, step, "root is where stage copies once, before all loops", "use another name")
         if name in names[:position]:
@@ -68,18 +70,20 @@ def require_new(program: Program, step: str, names: Sequence[str], loop: str) ->
             raise fail(program, step, f"a loop {name} exists already", "choose another name", name)
 
 
-def checked(before: Program, step: str, after: Program) -> Program:
+def checked(before: Program, step: Step, after: Program) -> Program:
     """The program after a step, if loops still hold what they may, and weights are packed by plain copies."""
-    paths = [path for stage in after.stages for path, _ in leaves(stage.body)]
-    deepest = max(paths, key=len)
-    if len(deepest) > DEPTH:
-        raise fail(before, step, f"{len(deepest)} loops would be around a statement", f"leave at most {DEPTH}",
-                   deepest[0].var)
-    if len(paths) > COPIES:
-        raise fail(before, step, f"the nest would have {len(paths)} statements", f"peel less: at most {COPIES}")
+    deepest = max(after.stages, key=lambda stage: stage.facts.depth)
+    if deepest.facts.depth > DEPTH:
+        outermost = max((s for s in deepest.body if isinstance(s, Loop)), key=lambda loop: loop.facts.depth)
+        raise fail(before, step, f"{deepest.facts.depth} loops would be around a statement", f"leave at most {DEPTH}",
+                   outermost.var)
+    copies = sum(stage.facts.statements for stage in after.stages)
+    if copies > COPIES:
+        raise fail(before, step, f"the nest would have {copies} statements", f"peel less: at most {COPIES}")
     known = {id(stage) for stage in before.stages}
     for stage in (stage for stage in after.stages if id(stage) not in known):
-        found = _misplaced(stage.body)
+        facts = stage.facts
+        found = _misplaced(stage.body) if "digit" in facts.kinds or not facts.is_nested_well else None
         if found is not None:
             loop, why, fix = found
             raise fail(before, step, why, fix, loop)
@@ -122,7 +126,8 @@ def _misplaced(body: Body, parallel: str | None = None,
 def _broken_packing(program: Program, stage: Stage) -> tuple[str, str] | None:
     """Why a stage is no copy that is a view of the weights with other strides, and the fix; None if it is one."""
     (loops, statement), *others = leaves(stage.body)
-    if others or not isinstance(statement, Store) or not isinstance(statement.value, Load):
+    is_copy = isinstance(statement, Store) and isinstance(statement.value, Load)
+    if others or not is_copy or any(a.constant for a in statement.index):
         return "would be more than a copy", "leave it a single copy"
     target, source = program.tensor(statement.tensor), program.tensor(statement.value.tensor)
     extents = {loop.var: loop.extent for loop in loops}
@@ -130,10 +135,6 @@ def _broken_packing(program: Program, stage: Stage) -> tuple[str, str] | None:
     inside = all(a.bounds(extents)[1] < size for a, size in zip(statement.index, target.shape, strict=True))
     if not inside or not ends.issuperset(statement.where):
         return "would be cut short by a guard", "split its loops into equal parts"
-    place = offset(target, statement.index, extents)
-    if place.rest or place.affine.constant:
-        return (f"would store {target.name} as {' '.join(target.order)}, across blocks",
-                "split the loops that use it and pack in their order with layout")
     return None
 
 
@@ -190,12 +191,12 @@ def written(program: Program) -> int:
 
 def _written(program: Program) -> list[tuple[int, Sequence[Loop]]]:
     return [(_statements(program, path, leaf) * (1 + _tests(program, path, leaf)), path)
-            for stage in program.stages for path, leaf in leaves(stage.body)]
+            for stage in program.stages for path, leaf in stage.paths]
 
 
 def _runs(program: Program) -> int:
     """How many statements run, those that a guard turns off included."""
-    return sum(prod(loop.iterations for loop in path) for stage in program.stages for path, _ in leaves(stage.body))
+    return sum(prod(loop.iterations for loop in path) for stage in program.stages for path, _ in stage.paths)
 
 
 def _statements(program: Program, path: Sequence[Loop], leaf: Leaf) -> int:

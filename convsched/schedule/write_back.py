@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from convsched.ir import Affine, Body, Leaf, Load, Program, Reduce, Store, Tensor, leaves, loads, map_leaves, nested
-from convsched.ir.grammar import storage_of
-from convsched.ir.walk import extents_of
-from convsched.schedule.footprint import Box, Request, box_of, redirected, require_axes, uses, within
+from convsched.ir import Affine, Body, Leaf, Load, Program, Reduce, Store, Tensor, loads, nested
+from convsched.ir.grammar import extents_of, storage_of
+from convsched.ir.walk import map_touching, touching
+from convsched.schedule.footprint import Box, Request, box_of, redirected, require_axes, within
 
 
 def written(request: Request) -> Program:
@@ -39,7 +39,7 @@ def written(request: Request) -> Program:
 
     def made(body: Body) -> Body:
         inside = {**request.around(), **extents_of(body)}
-        stored = map_leaves(body, lambda leaf: _unguarded(request.program, leaf, output, inside))
+        stored = map_touching(body, output.name, lambda leaf: _unguarded(request.program, leaf, output, inside))
         return redirected(stored, output.name, request.target, box.relative) + copied
 
     return within(request, made).with_tensor(buffer)
@@ -70,7 +70,7 @@ def _require_filled(request: Request, box: Box, body: Body) -> list[tuple[int, A
     """Raise unless one statement stores all of the box, once, and nothing reads it. Where further guards cut it short,
     as at the end of a group of channels, each as an axis and what is added to its index."""
     name = request.tensor.name
-    users = [(around, leaf) for around, leaf in leaves(body) if uses(leaf, name)]
+    users = touching(body, {name})
     if len(users) != 1:
         raise request.fail(f"{len(users)} statements use {name} inside {request.at}", "stage before peel")
     around, leaf = users[0]

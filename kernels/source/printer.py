@@ -40,7 +40,7 @@ from convsched.ir import (
     loop_names,
 )
 from convsched.ir.address import offset
-from convsched.ir.bounds import lower_bound, upper_bound
+from convsched.ir.bounds import bounds_where
 from convsched.ir.interp import evaluate_bind, from_storage, to_storage
 from convsched.kernels.signature import arguments
 from convsched.machine import cache_folder
@@ -185,9 +185,10 @@ class _Printer:
         for axis, a in enumerate(index):
             if tensor.frame(axis) == (0, 0):
                 continue
-            if lower_bound(a, where, extents) < 0:
+            low, high = bounds_where(a, where, extents)
+            if low < 0:
                 tests.append(f"{self.affine(Affine(a.terms))} >= {-a.constant}")
-            if upper_bound(a, where, extents) >= tensor.shape[axis]:
+            if high >= tensor.shape[axis]:
                 tests.append(self.condition(a - tensor.shape[axis]))
         element = self.element(tensor, index, extents)
         return f"({element} if {' and '.join(tests)} else {_constant(0.0)})" if tests else element
