@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from convsched.errors import MachineError
 from convsched.machine import (
+    Isa,
     Machine,
     MachineKey,
     available_cores,
@@ -289,3 +290,19 @@ def test_no_home_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "home", no_home)
     with pytest.raises(MachineError, match="set CONVSCHED_CACHE"):
         cache_folder()
+
+
+@pytest.mark.parametrize(("isa", "fma", "masks", "broadcasts"), [
+    ("avx512", True, True, True), ("avx2", True, False, False), ("sse", False, False, False),
+    ("neon", True, False, False)])
+def test_capabilities_follow_the_instruction_set(isa: Isa, fma: bool, masks: bool, broadcasts: bool) -> None:
+    machine = Machine.example(isa)
+    assert (machine.fma, machine.masks, machine.broadcasts) == (fma, masks, broadcasts)
+
+
+def test_lanes_are_counted_by_type() -> None:
+    machine = Machine.example("avx2")
+    assert machine.lanes == machine.lanes_of("float32") == 8
+    assert (machine.lanes_of("bfloat16"), machine.lanes_of("int8")) == (16, 32)
+    with pytest.raises(MachineError, match=r"lanes_of\('float128'\): use one of float32"):
+        machine.lanes_of("float128")

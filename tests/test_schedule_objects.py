@@ -220,7 +220,6 @@ def test_dead_iterations_are_found_at_once() -> None:
 # buffers and packing
 
 @pytest.mark.parametrize(("text", "step", "why", "fix"), [
-    ("stage w at root window m/4 c r s m%4", "stage w at root window m/4 c r s m%4", "across blocks", "with layout"),
     ("layout w m c r s; split w.m 4 -> a b tail=mask", "split w.m 4 -> a b tail=mask", "cut short by a guard",
      "into equal parts"),
     ("layout w m c r s; peel w.m", "peel w.m last", "more than a copy", "a single copy"),
@@ -240,7 +239,9 @@ def test_a_tensor_is_staged_once_even_if_its_loops_are_renamed() -> None:
     "split m 2 -> for in; parallel for", "split m 2 -> x y; split e 5 -> thread threads", "unroll m m m",
     "peel m; " * 9, "layout w s r c m; unroll w.s; split w.m 3 -> a b; reorder b w.c",
     "; ".join(["unroll m"] * STEPS), "stage x at root window n c h w align=n:2147483647",
-    "stage w at e window m/4 c r s m%4", "; ".join(f"split {v} 4096 -> {v}0 {v}1 tail=mask" for v in "mef"),
+    "stage w at e window m/4 c r s m%4", "stage w at root window m/4 c r s m%4",
+    "stage w at root window c m/4 r s m%4; split w.m 3 -> a b; reorder b w.c a",
+    "; ".join(f"split {v} 4096 -> {v}0 {v}1 tail=mask" for v in "mef"),
 ])
 def test_odd_schedules_that_are_right(text: str) -> None:
     rng = np.random.default_rng(0)

@@ -187,7 +187,7 @@ def test_inline_of_a_block_has_digits_within_the_block() -> None:
 def test_peel_after_inline_resolves_digits() -> None:
     done = apply(UNFOLDED, parse_schedule("inline i; split p 5 -> p0 p1 tail=peel; unroll p1"))
     x = np.arange(24, dtype=np.float32).reshape(8, 3)
-    arrays = {"x": x, "w": np.float32(2)}
+    arrays = {"x": x, "w": np.array(2, np.float32)}
     wanted = 2 * x[::2].ravel()
     np.testing.assert_array_equal(interpret(done, arrays)["y"], wanted)
     np.testing.assert_array_equal(run_source(done, arrays)["y"], wanted)

@@ -90,7 +90,7 @@ def storage_of(letters: tuple[str, ...], shape: tuple[int, ...], order: tuple[st
     """
     parsed: list[tuple[str, int, int, int]] = []
     for entry in order or letters:
-        letter = entry[0] if entry not in letters else entry
+        letter = entry.replace("%", "/").partition("/")[0]
         rest = entry[len(letter):]
         axis = letters.index(letter)
         block = int(rest[1:]) if rest else 0

@@ -13,10 +13,6 @@ from convsched.lower.plane import Fold, Plane, Shape
 from convsched.lower.tiles import dense_array, lower_bilinear
 from convsched.problem import Conv2d
 
-FACTOR = 5  # instructions for each element of a factor of a transform
-SPILL = 32  # points from which moving what does not stay in registers takes as long again
-WEIGHT = 16  # products that take the time of a transformed weight on its way from memory
-
 
 @dataclass(frozen=True)
 class Side:
@@ -30,11 +26,6 @@ class Side:
     def points(self) -> int:
         """Products of a tile."""
         return 3 * self.n // 2 if self.n > 1 else 1
-
-    @property
-    def work(self) -> float:
-        """Instructions of a transform, those that load and store what does not stay in registers included."""
-        return FACTOR * self.n * self.n.bit_length() * (1 + self.n / SPILL)
 
     @property
     def reads(self) -> int:
@@ -78,16 +69,6 @@ class Fft:
         return "fft" + "x".join(f"({n})" for n in sizes)
 
     @property
-    def cost(self) -> float:
-        """Products of one channel with another, and the work of transforms in their measure."""
-        p, plane = self.problem, self.plane
-        P, Q = self.column.points, self.row.points
-        inputs = self.row.reads * self.column.work + P * self.row.work
-        outputs = Q * self.column.work + plane.outputs[0] * self.row.work
-        tiles = p.N * plane.tiles[0] * plane.tiles[1]
-        return tiles * (p.C * inputs + p.M * outputs + P * Q * p.C * p.M) + WEIGHT * P * Q * p.C * p.M
-
-    @property
     def shape(self) -> Shape:
         """What a schedule needs to know."""
         return Shape.of(self.column.triple, self.row.triple, self.fold)
@@ -103,3 +84,19 @@ def _side(n: int, taps: int, extent: int) -> Side:
         raise LoweringError(f"fft({n}): a tile for {taps} taps has a power of two of points, from {max(taps, 2)} on")
     tiles = -(-extent // (n - taps + 1))
     return Side(n, taps, -(-extent // tiles))
+
+
+def fft_tiles(p: Conv2d, sizes: tuple[int, ...]) -> Fft:
+    """The tiles of given sizes: the points along both sides (one for both), or along the side with taps, and of a row
+    of its folded plane. Raises LoweringError for sizes that do not fit."""
+    if p.R > 1 and p.S > 1:
+        column, row = (_side(n, taps, extent) for n, taps, extent
+                       in zip((sizes * 2)[:2], (p.R, p.S), (p.E, p.F), strict=True))
+        return Fft(p, column, row, "")
+    fold: Fold = "h" if p.R > 1 else "w"
+    taps, extent = (p.R, p.E) if p.R > 1 else (p.S, p.F)
+    if len(sizes) == 1:
+        along, across = _side(sizes[0], taps, extent), Side(1, 1, 1)
+        return Fft(p, along, across, "") if fold == "h" else Fft(p, across, along, "")
+    width = max(1, sizes[1] // 2)
+    return Fft(p, _side(sizes[0], -(-taps // width), -(-extent // width)), _side(sizes[1], width, width), fold)

@@ -18,6 +18,9 @@ _VECTORS: dict[Isa, tuple[int, int]] = {
     "generic": (16, 16),
 }
 
+# Bytes of an element in memory.
+_ITEM_BYTES = {"float32": 4, "int32": 4, "bfloat16": 2, "float16": 2, "int16": 2, "int8": 1, "uint8": 1}
+
 _KIB = 1024
 _MIB = 1024 * _KIB
 
@@ -47,7 +50,32 @@ class Machine:
     @property
     def lanes(self) -> int:
         """float32 numbers in a vector register."""
-        return self.vector_bytes // 4
+        return self.lanes_of("float32")
+
+    def lanes_of(self, dtype: str) -> int:
+        """Elements of a type in a vector register; raises MachineError for a type that is not known.
+
+        >>> [Machine.example("avx512").lanes_of(dtype) for dtype in ("float32", "bfloat16", "int8")]
+        [16, 32, 64]
+        """
+        if dtype not in _ITEM_BYTES:
+            raise MachineError(f"lanes_of({dtype!r}): use one of {', '.join(_ITEM_BYTES)}")
+        return self.vector_bytes // _ITEM_BYTES[dtype]
+
+    @property
+    def fma(self) -> bool:
+        """Whether it multiplies and adds in one instruction, with one rounding."""
+        return self.isa != "sse"
+
+    @property
+    def masks(self) -> bool:
+        """Whether it has registers for masks: a load or store of some lanes is one instruction, and quick."""
+        return self.isa == "avx512"
+
+    @property
+    def broadcasts(self) -> bool:
+        """Whether an FMA takes one element of memory for all lanes, so that a broadcast needs no register."""
+        return self.isa == "avx512"
 
     @property
     def text(self) -> str:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from convsched.lower.fft_tiles import Fft, Side
 from convsched.lower.plane import Plane
 from convsched.machine import Machine
-from convsched.model.tiling import LATENCY, _load, _register_tile, _tiles, _Tiling
-
-TRANSFORM = 13  # FMAs of one vector at one point of a tile: transformed, stored, loaded again
-TILE_STEP = 1.0  # FMAs of loading a vector of weights and looping, for each step of a register tile
-L3_VECTOR, MEMORY_VECTOR = 4, 12  # FMAs in the time that a vector takes from L3 and from memory
+from convsched.model.constants import CORE
+from convsched.model.tiling import _load, _register_tile, _tiles, _Tiling
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ def _blocking(plane: Plane, points: tuple[int, int], block: int, machine: Machin
     problem, (rows, columns), rank = plane.problem, plane.tiles, points[0] * points[1]
     channels, maps = (count // problem.groups for count in (problem.C, problem.M))
     tiles = block * columns
-    if machine.isa == "avx512" and not by_lines:  # FMAs broadcast as they load: one vector of weights is enough
+    if machine.broadcasts and not by_lines:  # FMAs broadcast as they load: one vector of weights is enough
         most = machine.registers - 7  # a vector of weights and broadcasts beside them
         vectors, pixels, load = 1, -(-tiles // -(-tiles // most)), 0.0
     else:
@@ -50,13 +48,29 @@ def _blocking(plane: Plane, points: tuple[int, int], block: int, machine: Machin
         vectors, _, pixels = _register_tile(tiling, machine, 1)
         load = _load(machine)
     whole, deep = -(-maps // machine.lanes), -(-channels // machine.lanes)
-    steps = sum(a * b * (max(v * t, (v + t) * load, LATENCY) + TILE_STEP) for a, v in _tiles(whole, vectors)
-                for b, t in _tiles(tiles, pixels))
+    steps = sum(a * b * (max(v * t, (v + t) * load, CORE.in_flight) + CORE.product_step)
+                for a, v in _tiles(whole, vectors) for b, t in _tiles(tiles, pixels))
     filters, transformed = 4 * rank * channels * maps, 4 * rank * tiles * (channels + maps)
-    l3, memory = machine.vector_bytes / L3_VECTOR, machine.vector_bytes / MEMORY_VECTOR
+    l3, memory = machine.vector_bytes / CORE.l3_vector, machine.vector_bytes / CORE.memory_vector
     moved = 0 if 2 * filters <= machine.l2 else filters / l3 if 2 * filters <= machine.l3 else filters / memory
     if transformed > 2 * machine.l2:  # written, for which it is fetched, and read
         moved += 3 * transformed / (l3 if transformed + filters <= machine.l3 else memory)
-    time = rank * (channels * steps + TRANSFORM * tiles * (deep + whole)) + moved
+    time = rank * (channels * steps + CORE.transform * tiles * (deep + whole)) + moved
     planes = problem.N * problem.groups * problem.dilation[0] * problem.dilation[1]
     return Blocking(block, vectors, pixels, planes * -(-rows // block // threads) * time)
+
+
+def fft_products(tiles: Fft) -> float:
+    """The time of FFT tiles, in products of one channel with another: those, and transforms in their measure."""
+    p, plane = tiles.problem, tiles.plane
+    P, Q = tiles.column.points, tiles.row.points
+    down, across = _transform(tiles.column), _transform(tiles.row)
+    inputs = tiles.row.reads * down + P * across
+    outputs = Q * down + plane.outputs[0] * across
+    count = p.N * plane.tiles[0] * plane.tiles[1]
+    return count * (p.C * inputs + p.M * outputs + P * Q * p.C * p.M) + CORE.fft_weight * P * Q * p.C * p.M
+
+
+def _transform(side: Side) -> float:
+    """Instructions of a transform, those that load and store what does not stay in registers included."""
+    return CORE.fft_factor * side.n * side.n.bit_length() * (1 + side.n / CORE.fft_spill)

@@ -129,7 +129,8 @@ def _misplaced(body: Body, parallel: str | None = None,
 def _broken_packing(program: Program, stage: Stage) -> tuple[str, str] | None:
     """Why a stage is not a copy that is a view of the weights with other strides, and the fix; None if it is one."""
     (loops, statement), *others = leaves(stage.body)
-    if others or not isinstance(statement, Store) or not isinstance(statement.value, Load):
+    if (others or not isinstance(statement, Store) or not isinstance(statement.value, Load)
+            or any(a.constant for a in statement.index)):
         return "would be more than a copy", "leave it a single copy"
     target, source = program.tensor(statement.tensor), program.tensor(statement.value.tensor)
     extents = {loop.var: loop.extent for loop in loops}
@@ -137,10 +138,6 @@ def _broken_packing(program: Program, stage: Stage) -> tuple[str, str] | None:
     inside = all(a.bounds(extents)[1] < size for a, size in zip(statement.index, target.shape, strict=True))
     if not inside or not ends.issuperset(statement.where):
         return "would be cut short by a guard", "split its loops into equal parts"
-    place = offset(target, statement.index, extents)
-    if place.rest or place.affine.constant:
-        return (f"would store {target.name} as {' '.join(target.order)}, across blocks",
-                "split the loops that use it and pack in their order with layout")
     return None
 
 

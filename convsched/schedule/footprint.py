@@ -149,7 +149,8 @@ def redirected(body: Body, name: str, target: str, index_of: Callable[[Index], I
 def require_axes(request: Request, order: Sequence[str]) -> None:
     """Raise unless an order has each axis once: as ``c``, or as ``c/16`` before or after ``c%16``."""
     letters = request.tensor.letters
-    parts = {letter: sorted(entry[1:] for entry in order if entry[:1] == letter) for letter in letters}
+    parts = {letter: sorted(entry[len(letter):] for entry in order
+                            if entry.replace("%", "/").partition("/")[0] == letter) for letter in letters}
     whole = sum(map(len, parts.values())) == len(order)
     for part in parts.values():
         block = part[0][1:] if part else ""

@@ -114,6 +114,8 @@ class StageAt(Step):
         if self.at != "root":
             require_loop(program, self, self.at)
         request = Request(program, self, tensor, self.at, self.order, dict(self.align))
+        if self.where == "window" and tensor.role == "output":
+            return checked(program, self, written(request))
         if self.where in ("window", "packed"):
             return copied(request, packed=self.where == "packed")
         return checked(program, self, _shrunk(request, "register" if self.where == "registers" else "local"))

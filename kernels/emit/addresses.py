@@ -7,10 +7,11 @@ for all lanes. What the loops around decide is known while the nest is walked, a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from convsched.ir import Affine, Index, Let, Loop, Tensor
-from convsched.ir.address import Offset, offset
+from convsched.ir import Affine
+from convsched.kernels.emit.forms import ONE, End, Form, Lanes, Point, Reference, Terms
+from convsched.kernels.emit.nest import Digit
 from convsched.kernels.emit.vectors import Mask, both, splat, vector_type
 from convsched.kernels.emit.writer import Writer
 
@@ -24,66 +25,13 @@ def base(tensor: str) -> str:
     return f"%{tensor}" if "'" not in tensor else f'%"{tensor}"'
 
 
-@dataclass(frozen=True)
-class Lanes:
-    """The vector loop around a statement: its variable and extent; extent 1 outside vector loops."""
-
-    var: str = ""
-    count: int = 1
-
-
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where an access lies: ``pointer + constant + stride * lane``, or one offset a lane in ``scattered``."""
 
     pointer: str
     constant: int
     stride: int
     scattered: str | None = None
-
-
-@dataclass
-class Point:
-    """Where the walk stands: values of loop variables, known or run-time, and extents of all loops."""
-
-    known: dict[str, int] = field(default_factory=dict)
-    dynamic: dict[str, str] = field(default_factory=dict)
-    extents: dict[str, int] = field(default_factory=dict)
-    unrolled: dict[str, int] = field(default_factory=dict)
-
-    def split(self, a: Affine, lanes: Lanes) -> tuple[int, list[tuple[str, str, int]], int]:
-        """The known part, the run-time terms (var, SSA value, coefficient) and the lanes' stride."""
-        total, terms, stride = a.constant, [], 0
-        for var, coefficient in a.terms:
-            if var in self.known:
-                total += coefficient * self.known[var]
-            elif var == lanes.var:
-                stride = coefficient
-            else:
-                terms.append((var, self.dynamic[var], coefficient))
-        return total, terms, stride
-
-    def bounds(self, a: Affine) -> tuple[int, int]:
-        """The range of an expression at this point."""
-        low = high = a.constant
-        for var, coefficient in a.terms:
-            if var in self.known:
-                low += coefficient * self.known[var]
-                high += coefficient * self.known[var]
-            else:
-                reach = coefficient * (self.extents[var] - 1)
-                low += min(0, reach)
-                high += max(0, reach)
-        return low, high
-
-
-@dataclass(frozen=True)
-class Access:
-    """An index of a tensor, its offset, and whether it is inside the tensor at all points of the loops around."""
-
-    index: Index
-    offset: Offset
-    inside: bool
 
 
 class Addresses:
@@ -93,63 +41,49 @@ class Addresses:
         self.w = writer
         self.point = point
         self.granted: list[Affine] = []  # guards that hold here: the bounds of loops ensure them
-        self.accesses: dict[tuple[str, int], Access] = {}
-
-    def enter(self, loop: Loop | Let) -> None:
-        """Take a loop's extent; what is remembered for another one is forgotten."""
-        if self.point.extents.get(loop.var, loop.extent) != loop.extent:
-            self.accesses.clear()
-        self.point.extents[loop.var] = loop.extent
 
     # Addresses
 
-    def access(self, tensor: Tensor, index: Index) -> Access:
-        """What is known of an access, remembered: unrolled iterations ask for it again and again."""
-        key = (tensor.name, id(index))  # the entry holds the index, so that its id stays taken
-        if key not in self.accesses:
-            extents = self.point.extents
-            bounds = [a.bounds(extents) for a in index]
-            inside = all(low >= 0 and high < size for (low, high), size in zip(bounds, tensor.shape, strict=True))
-            self.accesses[key] = Access(index, offset(tensor, index, extents), inside)
-        return self.accesses[key]
-
-    def offset(self, tensor: Tensor, index: Index) -> Offset:
-        """The storage offset of an access."""
-        return self.access(tensor, index).offset
-
-    def place(self, tensor: Tensor, index: Index, lanes: Lanes) -> Place:
+    def place(self, at: Reference) -> Place:
         """The address of an access at this point."""
-        found = self.offset(tensor, index)
-        constant, terms, stride = self.point.split(found.affine, lanes)
-        pointer = self.w.pointer(base(tensor.name), terms)
-        if not found.rest:
-            return Place(pointer, constant, stride)
-        across = lanes if any(lanes.var in a.variables for a, *_ in found.rest) else Lanes()
+        address = at.address
+        constant = address.at(self.point.known)
+        pointer = self.w.pointers.get(at.pointer)
+        if pointer is None:
+            pointer = self.w.pointer(base(at.tensor.name), address.terms(self.point))
+            if at.pointer:
+                self.w.pointers[at.pointer] = pointer
+        return Place(pointer, constant, address.stride) if not at.digits else self._displaced(at, pointer, constant)
+
+    def _displaced(self, at: Reference, pointer: str, constant: int) -> Place:
+        """The address of an access with digits, which are added at run time: to the pointer, or lane by lane."""
+        stride = at.address.stride
+        across = at.lanes if any(digit.by_lane for digit in at.digits) else ONE
         extra = "0"
-        for a, step, size, scale in found.rest:
-            value = self._integer("mul", self._quotient(a, step, size, across), scale, across.count)
+        for digit in at.digits:
+            quotient = self._quotient(digit.value, digit.step, digit.size, across.count)
+            value = self._integer("mul", quotient, digit.stride, across.count)
             extra = value if extra == "0" else self.w.let(
                 f"add {vector_type(across.count, 'i64')} {extra}, {value}")
         if across.count == 1:
             return Place(self.w.let(f"getelementptr float, ptr {pointer}, i64 {extra}"), constant, stride)
         return Place(pointer, constant, stride, extra)
 
-    def value(self, a: Affine, lanes: Lanes) -> str:
+    def value(self, a: Form, count: int) -> str:
         """An affine expression as an i64, or one a lane."""
-        constant, terms, stride = self.point.split(a, lanes)
-        total = str(constant)
-        for _, name, coefficient in terms:
+        total = str(a.at(self.point.known))
+        for _, name, coefficient in a.terms(self.point):
             total = self.w.let(f"add i64 {self.w.let(f'mul i64 {name}, {coefficient}')}, {total}")
-        if lanes.count == 1:
+        if count == 1:
             return total
-        steps = ", ".join(f"i64 {stride * lane}" for lane in range(lanes.count))
-        kind = vector_type(lanes.count, "i64")
-        return self.w.let(f"add {kind} {splat(self.w, total, lanes.count, 'i64')}, <{steps}>")
+        steps = ", ".join(f"i64 {a.stride * lane}" for lane in range(count))
+        kind = vector_type(count, "i64")
+        return self.w.let(f"add {kind} {splat(self.w, total, count, 'i64')}, <{steps}>")
 
-    def _quotient(self, a: Affine, step: int, size: int, lanes: Lanes) -> str:
+    def _quotient(self, a: Form, step: int, size: int, count: int) -> str:
         """``a // step % size`` as an i64, or one a lane."""
-        value = self._integer("udiv", self.value(a, lanes), step, lanes.count)
-        return self._integer("urem", value, size, lanes.count)
+        value = self._integer("udiv", self.value(a, count), step, count)
+        return self._integer("urem", value, size, count)
 
     def _integer(self, operation: str, value: str, by: int, count: int) -> str:
         if by == 1 and operation in ("udiv", "mul"):
@@ -157,79 +91,81 @@ class Addresses:
         literal = str(by) if count == 1 else f"splat (i64 {by})"
         return self.w.let(f"{operation} {vector_type(count, 'i64')} {value}, {literal}")
 
-    def digit(self, loop: Let) -> int | str:
+    def digit(self, digit: Digit) -> int | str:
         """The value of a named digit: a number, or an i64 at the start of the scope it depends on."""
-        constant, terms, _ = self.point.split(loop.of, Lanes())
+        named = digit.named
+        constant, terms = digit.of.at(self.point.known), digit.of.terms(self.point)
         if not terms:
-            return constant // loop.step % loop.extent
+            return constant // named.step % named.extent
         depth = self.w.depth(terms)
         held = self.w.scopes[depth].digits
-        key = (constant, tuple(terms), loop.step, loop.extent)
+        key = (constant, tuple(terms), named.step, named.extent)
         if key not in held:
             with self.w.at_start(depth):
-                held[key] = self._quotient(loop.of, loop.step, loop.extent, Lanes())
-        self.w.depths[loop.var] = depth
+                held[key] = self._quotient(digit.of, named.step, named.extent, 1)
+        self.w.depths[named.var] = depth
         return held[key]
 
     # Masks
 
-    def negative(self, a: Affine, lanes: Lanes) -> Mask | None:
+    def negative(self, a: Form, lanes: Lanes) -> Mask | None:
         """The lanes where ``a < 0``; None where it surely holds in all."""
-        if self.point.bounds(a)[1] < 0:
+        constant = a.at(self.point.known)
+        if constant + a.high < 0:
             return None
-        constant, terms, stride = self.point.split(a, lanes)
-        if not terms:
-            return tuple(constant + stride * lane < 0 for lane in range(lanes.count))
-        if stride == 0 and lanes.count > 1:
-            one = self.w.let(f"icmp slt i64 {self.value(a, Lanes())}, 0")
-            return splat(self.w, one, lanes.count, "i1")
-        zero = "0" if lanes.count == 1 else "zeroinitializer"
-        return self.w.let(f"icmp slt {vector_type(lanes.count, 'i64')} {self.value(a, lanes)}, {zero}")
+        count = lanes.count
+        if not a.dynamic:
+            return tuple([constant + a.stride * lane < 0 for lane in range(count)])
+        if a.stride == 0 and count > 1:
+            one = self.w.let(f"icmp slt i64 {self.value(a, 1)}, 0")
+            return splat(self.w, one, count, "i1")
+        zero = "0" if count == 1 else "zeroinitializer"
+        return self.w.let(f"icmp slt {vector_type(count, 'i64')} {self.value(a, count)}, {zero}")
 
-    def guard(self, where: tuple[Affine, ...], lanes: Lanes) -> Mask | None:
+    def guard(self, where: Sequence[tuple[Affine, Form]], lanes: Lanes) -> Mask | None:
         """The lanes where all guards hold."""
         mask: Mask | None = None
-        for a in where:
+        for a, form in where:
             if a in self.granted:
                 continue
-            mask = both(self.w, mask, self.negative(a, lanes), lanes.count)
+            mask = both(self.w, mask, self.negative(form, lanes), lanes.count)
         return mask
 
-    def open_ends(self, tensor: Tensor, index: Index) -> list[Affine]:
-        """What must be negative for the index to lie inside the tensor, and here is not sure to be."""
-        if self.access(tensor, index).inside:
-            return []
+    def open_ends(self, at: Reference) -> list[End]:
+        """What must be negative for an access to lie inside its tensor, and here is not sure to be."""
         found = []
-        for size, a in zip(tensor.shape, index, strict=True):
-            low, high = self.point.bounds(a)
-            ends = ([a * -1 - 1] if low < 0 else []) + ([a - size] if high >= size else [])
-            found += [end for end in ends if end not in self.granted]
+        for axis in at.axes:
+            index = axis.index
+            known = index.at(self.point.known)
+            for end, is_open in ((axis.below, known + index.low < 0), (axis.above, known + index.high >= axis.size)):
+                if end is not None and is_open and end.form.affine not in self.granted:
+                    found.append(end)
         return found
 
-    def within(self, tensor: Tensor, index: Index, lanes: Lanes) -> tuple[str | None, Mask | None]:
-        """The condition for all lanes and the mask of lanes by which an index lies inside the tensor; None for what
+    def within(self, at: Reference) -> tuple[str | None, Mask | None]:
+        """The condition for all lanes and the mask of lanes by which an access lies inside its tensor; None for what
         is sure. Outside vector loops there is only the mask, an i1."""
         mask: Mask | None = None
         conditions = []
-        for end in self.open_ends(tensor, index):
-            _, terms, stride = self.point.split(end, lanes)
-            if lanes.count > 1 and terms and not stride:
-                conditions.append(end)
+        for end in self.open_ends(at):
+            if at.lanes.count > 1 and end.form.dynamic and not end.form.stride:
+                conditions.append(end.one)
             else:
-                mask = both(self.w, mask, self.negative(end, lanes), lanes.count)
-        return self.condition(conditions), mask
+                mask = both(self.w, mask, self.negative(end.form, at.lanes), at.lanes.count)
+        return self.condition(conditions) if conditions else None, mask
 
-    def condition(self, ends: Sequence[Affine]) -> str | None:
+    def condition(self, ends: Sequence[Form]) -> str | None:
         """Whether all are negative, as an i1 that is computed once in each iteration of the loops it depends on."""
         known: str | None = None
-        splits = [(end, *self.point.split(end, Lanes())[:2]) for end in ends]
+        splits: list[tuple[Form, int, Terms]] = [
+            (end, end.at(self.point.known), end.terms(self.point)) for end in ends]
         for end, constant, terms in sorted(splits, key=lambda split: self.w.depth(split[2])):
             depth = self.w.depth(terms)
             held = self.w.scopes[depth].conditions
             key = (known, constant, tuple(terms))
             if key not in held:
                 with self.w.at_start(depth):
-                    test = self.w.let(f"icmp slt i64 {self.value(end, Lanes())}, 0")
+                    test = self.w.let(f"icmp slt i64 {self.value(end, 1)}, 0")
                     held[key] = test if known is None else self.w.let(f"and i1 {known}, {test}")
             known = held[key]
         return known

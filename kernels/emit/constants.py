@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from convsched.ir import Load, Loop, Op, Program, Tensor, Value, leaves, matrix_of
-from convsched.kernels.emit.addresses import Point, base
+from convsched.ir import Program
+from convsched.kernels.emit.addresses import base
+from convsched.kernels.emit.forms import Point
+from convsched.kernels.emit.nest import Coefficient, Unrolled
 from convsched.kernels.emit.writer import float_literal
 
 
@@ -18,24 +20,25 @@ class Constants:
         self.point = point
         self.tables: dict[str, str] = {}  # globals of those that are read at run time
         self._sparse: dict[str, NDArray[np.bool_]] = {}
+        self._useful: dict[tuple[object, ...], list[int]] = {}
 
-    def useful(self, loop: Loop) -> list[int]:
+    def useful(self, unrolled: Unrolled) -> list[int]:
         """The iterations of an unrolled loop that do more than add products with zeros of a sparse matrix."""
-        (_, leaf), *others = leaves(loop.body)
-        matrix = None if others else matrix_of(self.program, leaf)
-        if matrix is None or loop.var not in {v for a in matrix.index for v in a.variables}:
-            return [*range(loop.extent)]
-        if any(len(a.variables) > 1 for a in matrix.index):
-            return [*range(loop.extent)]
-        found = []
-        for value in range(loop.extent):
-            self.point.known[loop.var] = value
-            place = tuple(a.evaluate(self.point.known) if a.variables <= self.point.known.keys() else slice(None)
-                          for a in matrix.index)
-            if self._nonzero(matrix.tensor)[place].any():
-                found.append(value)
-        del self.point.known[loop.var]
-        return found
+        matrix, var, extent = unrolled.matrix, unrolled.loop.var, unrolled.loop.extent
+        if matrix is None:
+            return [*range(extent)]
+        known = self.point.known
+        known[var] = 0
+        start = [None if place is None else place.at(known) for place in matrix.places]
+        steps = [0 if place is None else place.affine.coefficient(var) for place in matrix.places]
+        key = (matrix.tensor, *start, *steps, extent)
+        if key not in self._useful:
+            undecided = tuple([axis for axis, at in enumerate(start) if at is None])
+            decided = np.asarray(self._nonzero(matrix.tensor).any(axis=undecided))
+            values = np.arange(extent)
+            places = tuple([at + step * values for at, step in zip(start, steps, strict=True) if at is not None])
+            self._useful[key] = np.flatnonzero(decided[places]).tolist()
+        return self._useful[key]
 
     def _nonzero(self, name: str) -> NDArray[np.bool_]:
         """Where a constant is not zero."""
@@ -44,26 +47,14 @@ class Constants:
             self._sparse[name] = np.reshape(np.array(tensor.values) != 0, tensor.shape)
         return self._sparse[name]
 
-    def number(self, load: Load) -> float | None:
+    def number(self, element: Coefficient) -> float | None:
         """The element of a constant tensor at this point; None where only run time knows it."""
-        tensor, place = self.program.tensor(load.tensor), 0
-        if not {v for a in load.index for v in a.variables} <= self.point.known.keys():
-            return None
-        for a, size in zip(load.index, tensor.shape, strict=True):
-            place = place * size + a.evaluate(self.point.known)
-        return tensor.values[place]
+        return None if element.place is None else element.values[element.place.at(self.point.known)]
 
-    def factor(self, product: Op) -> tuple[float | None, Value | None]:
-        """The constant factor of a product, if it has one that is known, and the other."""
-        for one, other in (product.values, product.values[::-1]):
-            if isinstance(one, Load) and self.program.tensor(one.tensor).role == "constant":
-                return self.number(one), other
-        return None, None
-
-    def table(self, name: str) -> Tensor:
-        """A constant that is read at run time, from a table of the module."""
-        tensor = self.program.tensor(name)
-        values = ", ".join(f"float {float_literal(value)}" for value in tensor.values)
-        self.tables.setdefault(name, f"@{base(name)[1:]} = private unnamed_addr constant "
-                               f"[{tensor.elements} x float] [{values}], align 64")
-        return tensor
+    def use_table(self, name: str) -> None:
+        """Keep a constant that is read at run time in a table of the module."""
+        if name not in self.tables:
+            tensor = self.program.tensor(name)
+            values = ", ".join(f"float {float_literal(value)}" for value in tensor.values)
+            self.tables[name] = (f"@{base(name)[1:]} = private unnamed_addr constant "
+                                 f"[{tensor.elements} x float] [{values}], align 64")

@@ -11,42 +11,18 @@ literal where its index is known, and comes from a table of the module where it 
 
 from __future__ import annotations
 
-import itertools
-
-from convsched.ir import (
-    Affine,
-    Block,
-    Body,
-    Const,
-    Leaf,
-    Let,
-    Load,
-    Loop,
-    Op,
-    Program,
-    Reduce,
-    Stage,
-    Store,
-    Tensor,
-    Value,
-    leaves,
-    loads,
-    matrix_of,
-)
+from convsched.ir import Affine, Program, Stage, leaves
 from convsched.ir.ahead import fetches
-from convsched.kernels.emit.addresses import Lanes, Point, base
-from convsched.kernels.emit.constants import Constants
-from convsched.kernels.emit.memory import Memory
-from convsched.kernels.emit.vectors import Mask, constant, mask_text, multiply_add, operation, splat, vector_type
-from convsched.kernels.emit.writer import Writer
+from convsched.kernels.emit.addresses import base
+from convsched.kernels.emit.nest import Digit, Nest, Node, Repeated, Statement, Unrolled
+from convsched.kernels.emit.statements import Statements
+from convsched.kernels.emit.vectors import vector_type
 from convsched.kernels.signature import arguments, names, symbols
 from convsched.machine import Machine
 
 # Between unrolled iterations that add to the same registers: loads stay in their iteration. The scheduler of
 # LLVM otherwise starts the next one's early, and a tile that fills the registers spills.
 BARRIER = '  call void asm sideeffect "", "~{memory}"()'
-
-Register = tuple[str, tuple[int, ...], int]  # tensor, index with lane 0, lanes
 
 
 def emit(program: Program, machine: Machine) -> str:
@@ -63,24 +39,14 @@ def emit(program: Program, machine: Machine) -> str:
     return "\n".join([*tables.values(), *functions, *sorted(declarations), attributes, ""])
 
 
-class _Emitter:
+class _Emitter(Statements):
     """Walks one stage."""
 
     def __init__(self, program: Program, stage: Stage, machine: Machine) -> None:
-        self.program = program
+        super().__init__(program, machine)
         self.stage = stage
-        self.fused = machine.isa != "sse"
-        self.w = Writer(machine.isa)
-        self.point = Point()
-        self.memory = Memory(self.w, self.point, machine.lanes, machine.isa == "avx512")
-        self.registers: dict[Register, str] = {}
-        self.set_under: dict[Register, tuple[Affine, ...]] = {}  # the guards of what last set a register
-        self.on_stack = _on_stack(program, stage)
+        self.nest = Nest(program, stage, machine.lanes)
         self.granted = self.memory.granted  # guards that the bounds of loops ensure
-        self.ahead: dict[str, int] = {}  # elements from what is read of a tensor to what is fetched
-        self.fetched: set[tuple[str, int]] = set()
-        self.constants = Constants(program, self.point)
-        self.summing: dict[int, bool] = {}  # by the identity of an unrolled loop: whether it sums products
 
     def function(self, symbol: str) -> str:
         """The text of the stage's function."""
@@ -91,8 +57,8 @@ class _Emitter:
                 prologue += [f"  %{tensor.name}.slot = getelementptr ptr, ptr %tensors, i64 {position}",
                              f"  %{tensor.name} = load ptr, ptr %{tensor.name}.slot, align 8"]
         prologue += [f"  %{name} = alloca [{self.program.tensor(name).elements} x float], align 64"
-                     for name in sorted(self.on_stack)]
-        self.body(self.stage.body)
+                     for name in sorted(self.nest.on_stack)]
+        self.body(self.nest.body)
         self.memory.flush()
         prologue += [f"  {base(name)} = getelementptr float, ptr @{base(name)[1:]}, i64 0"
                      for name in self.constants.tables]
@@ -102,65 +68,47 @@ class _Emitter:
 
     # Loops
 
-    def body(self, body: Body) -> None:
-        for statement in body:
-            if isinstance(statement, Loop):
-                self.loop(statement)
-            elif isinstance(statement, Let):
-                self.let(statement)
+    def body(self, body: list[Node]) -> None:
+        for node in body:
+            if isinstance(node, Statement):
+                self.statement(node)
+            elif isinstance(node, Unrolled):
+                self.unrolled(node)
+            elif isinstance(node, Digit):
+                self.digit(node)
             else:
-                self.leaf(statement, Lanes())
+                self.repeated(node)
 
-    def loop(self, loop: Loop) -> None:
-        self.memory.enter(loop)
-        if loop.kind == "vector" and loop.extent > 1:
-            for leaf in loop.body:
-                assert not isinstance(leaf, Block)
-                self.leaf(leaf, Lanes(loop.var, loop.extent))
-        elif loop.kind == "unroll" or (loop.extent == 1 and loop.kind != "parallel"):
-            self.point.unrolled[loop.var] = loop.extent
-            barrier = self.sums_over(loop)
-            for value in self.constants.useful(loop):
-                if value and barrier:
-                    self.w.line(BARRIER)
-                self.point.known[loop.var] = value
-                self.body(loop.body)
-            self.point.known.pop(loop.var, None)  # not there where no iteration does anything
-            del self.point.unrolled[loop.var]
-        else:
-            self.run_time_loop(loop)
+    def unrolled(self, unrolled: Unrolled) -> None:
+        """A loop written out, but for iterations that add nothing."""
+        known, var, body = self.point.known, unrolled.loop.var, unrolled.body
+        for value in self.constants.useful(unrolled):
+            if value and unrolled.sums:
+                self.w.line(BARRIER)
+            known[var] = value
+            self.body(body)
+        del known[var]
 
-    def let(self, named: Let) -> None:
+    def digit(self, digit: Digit) -> None:
         """Statements for which a variable has a value: known, or computed where the loops it depends on begin."""
-        self.memory.enter(named)
-        value = self.memory.digit(named)
+        value = self.memory.digit(digit)
         values: dict[str, int] | dict[str, str] = self.point.known if isinstance(value, int) else self.point.dynamic
-        values[named.var] = value  # type: ignore[assignment]
-        self.body(named.body)
-        del values[named.var]
+        values[digit.named.var] = value  # type: ignore[assignment]
+        self.body(digit.body)
+        del values[digit.named.var]
 
-    def sums_over(self, loop: Loop) -> bool:
-        """Whether iterations add products of data to the same registers."""
-        if id(loop) not in self.summing:
-            self.summing[id(loop)] = self._sums_over(loop)
-        return self.summing[id(loop)]
-
-    def _sums_over(self, loop: Loop) -> bool:
-        return any(isinstance(leaf, Reduce) and self.in_registers(leaf.tensor) and matrix_of(self.program, leaf) is None
-                   and all(loop.var not in a.variables for a in leaf.index) for _, leaf in leaves(loop.body))
-
-    def run_time_loop(self, loop: Loop) -> None:
+    def repeated(self, repeated: Repeated) -> None:
         """A loop with its test at the bottom; register tensors written inside are phis at its head."""
         self.memory.flush()
         self.memory.forget()
-        w = self.w
+        w, loop = self.w, repeated.loop
         number = w.fresh("")[1:]
         var, head, done = f"%{loop.var}.{number}", f"head{number}", f"done{number}"
         first, last = "0", str(loop.extent)
         if loop.kind == "parallel":
             first, last = self.share(loop.extent)
-        guards = self.guards(loop)
-        first, last = self.bounded(loop, first, last, guards)
+        guards = self.guards(repeated)
+        first, last = self.bounded(repeated, first, last, guards)
         if loop.kind == "parallel" or guards:
             some = w.let(f"icmp slt i64 {first}, {last}")
             w.line(f"  br i1 {some}, label %{head}, label %{done}")
@@ -168,8 +116,7 @@ class _Emitter:
             w.line(f"  br label %{head}")
         before = w.label
         self.granted += guards
-        carried = {r: self.registers.get(r, "zeroinitializer" if r[2] > 1 else "0.0")
-                   for r in self.written(loop.body)}
+        carried = self.written(repeated)
         phis = {r: w.fresh("a") for r in carried}
         outside = dict(self.registers)
         self.registers.update(phis)
@@ -177,20 +124,20 @@ class _Emitter:
         w.open_scope(loop.var)
         w.label = head
         around, self.ahead = self.ahead, {**self.ahead, **fetches(self.program, loop)}
-        self.body(loop.body)
+        self.body(repeated.body)
         self.ahead = around
         self.memory.flush()
         self.memory.forget()
         following = w.let(f"add nuw nsw i64 {var}, 1")
         more = w.let(f"icmp slt i64 {following}, {last}")
         w.line(f"  br i1 {more}, label %{head}, label %{done}")
-        scope = w.scopes.pop()
+        scope = w.close_scope()
         lines = [f"{head}:", f"  {var} = phi i64 [ {first}, %{before} ], [ {following}, %{w.label} ]"]
         for register, phi in phis.items():
             kind = vector_type(register[2])
             lines.append(f"  {phi} = phi {kind} [ {carried[register]}, %{before} ], "
                          f"[ {self.registers[register]}, %{w.label} ]")
-        w.scopes[-1].lines += [*lines, *scope.hoisted, *scope.lines]
+        w.lines += [*lines, *scope.hoisted, *scope.lines]
         latch = w.label
         w.start_block(done)
         if loop.kind == "parallel":  # a thread may have no iteration: nothing from inside is known after it
@@ -203,23 +150,19 @@ class _Emitter:
                 self.registers[register] = after
         del self.point.dynamic[loop.var], self.granted[len(self.granted) - len(guards):]
 
-    def guards(self, loop: Loop) -> list[Affine]:
+    def guards(self, repeated: Repeated) -> list[Affine]:
         """The guards that all statements of a run-time loop share and that bound its variable: those that
         may fail, and depend on nothing inside."""
-        shared: list[Affine] | None = None
-        for _, leaf in leaves(loop.body):
-            shared = [w for w in (leaf.where if shared is None else shared) if w in leaf.where]
-        around = {*self.point.known, *self.point.dynamic, loop.var}
-        return [w for w in shared or () if loop.var in w.variables and w.variables <= around
-                and self.point.bounds(w)[1] >= 0]
+        known = self.point.known
+        return [form.affine for form in repeated.guards if form.at(known) + form.high >= 0]
 
-    def bounded(self, loop: Loop, first: str, last: str, guards: list[Affine]) -> tuple[str, str]:
+    def bounded(self, repeated: Repeated, first: str, last: str, guards: list[Affine]) -> tuple[str, str]:
         """The iterations for which the guards hold: ``k v + rest < 0`` is ``v < ceil(-rest / k)``, and for a
         negative k, ``v > floor(rest / -k)``."""
-        w = self.w
+        w, var = self.w, repeated.loop.var
         for guard in guards:
-            k = guard.coefficient(loop.var)
-            rest = self.memory.value(guard - Affine.of(loop.var) * k, Lanes())
+            k = guard.coefficient(var)
+            rest = self.memory.value(repeated.site.form(guard - Affine.of(var) * k), 1)
             if k > 0:  # v < ceil(-rest / k) = floor((k - 1 - rest) / k)
                 limit = self.floor(w.let(f"sub i64 {k - 1}, {rest}"), k)
                 last = w.let(f"call i64 @llvm.smin.i64(i64 {last}, i64 {limit})")
@@ -245,163 +188,3 @@ class _Emitter:
         first = w.let(f"udiv i64 {w.let(f'mul i64 {extent}, %thread')}, %threads")
         following = w.let("add i64 %thread, 1")
         return first, w.let(f"udiv i64 {w.let(f'mul i64 {extent}, {following}')}, %threads")
-
-    # Registers
-
-    def written(self, body: Body) -> list[Register]:
-        """The register elements that a body may write, in the order it does."""
-        found: dict[Register, None] = {}
-        for around, leaf in leaves(body):
-            if not self.in_registers(leaf.tensor):
-                continue
-            lanes = next((Lanes(lp.var, lp.extent) for lp in around
-                          if lp.kind == "vector" and lp.extent > 1), Lanes())
-            used = {v for a in leaf.index for v in a.variables}
-            free = [lp for lp in around if lp.var in used and lp.var != lanes.var]
-            for values in itertools.product(*(range(lp.extent) for lp in free)):
-                known = dict(zip((lp.var for lp in free), values, strict=True))
-                self.point.known.update(known)
-                found.setdefault(self.register(leaf.tensor, leaf.index, lanes))
-                for name in known:
-                    del self.point.known[name]
-        return list(found)
-
-    def in_registers(self, tensor: str) -> bool:
-        return self.program.tensor(tensor).role == "register" and tensor not in self.on_stack
-
-    def register(self, tensor: str, index: tuple[Affine, ...], lanes: Lanes) -> Register:
-        """The key of a register element: its index with the vector variable at 0."""
-        place = tuple(self.point.split(a, lanes)[0] for a in index)
-        across = any(lanes.var in a.variables for a in index)
-        return tensor, place, lanes.count if across else 1
-
-    # Statements
-
-    def leaf(self, leaf: Leaf, lanes: Lanes) -> None:
-        mask = self.memory.guard(leaf.where, lanes)
-        if isinstance(mask, tuple) and not any(mask):
-            return
-        tensor = self.program.tensor(leaf.tensor)
-        self.fetch(leaf, lanes)
-        if self.in_registers(leaf.tensor):
-            self.to_register(leaf, lanes, mask)
-        elif isinstance(mask, str) and lanes.count == 1:
-            self.branch(leaf, tensor, mask)
-        else:
-            self.to_memory(leaf, tensor, lanes, mask)
-
-    def branch(self, leaf: Leaf, tensor: Tensor, condition: str) -> None:
-        """A scalar statement under a run-time guard."""
-        self.memory.flush()
-        self.memory.forget()
-        number = self.w.fresh("")[1:]
-        self.w.line(f"  br i1 {condition}, label %then{number}, label %join{number}")
-        self.w.start_block(f"then{number}")
-        self.to_memory(leaf, tensor, Lanes(), None)
-        self.memory.forget()
-        self.w.line(f"  br label %join{number}")
-        self.w.start_block(f"join{number}")
-
-    def fetch(self, leaf: Leaf, lanes: Lanes) -> None:
-        """Hints to fetch what iterations to come read here."""
-        for load in loads(leaf.value):
-            if load.tensor in self.ahead:
-                place = self.memory.place(self.program.tensor(load.tensor), load.index, lanes)
-                if (place.pointer, place.constant) not in self.fetched:
-                    self.fetched.add((place.pointer, place.constant))
-                    at = self.w.displaced(place.pointer, place.constant + self.ahead[load.tensor])
-                    self.w.line(f"  call void @llvm.prefetch.p0(ptr {at}, i32 0, i32 3, i32 1)")
-                    self.w.declare("void @llvm.prefetch.p0(ptr, i32, i32, i32)")
-
-    def to_memory(self, leaf: Leaf, tensor: Tensor, lanes: Lanes, mask: Mask | None) -> None:
-        value = self.value(leaf.value, lanes)
-        if isinstance(leaf, Reduce):
-            old = self.memory.load(tensor, leaf.index, lanes)
-            value = operation(self.w, "add", (old, value), lanes.count)
-        self.memory.store(tensor, leaf.index, value, lanes, mask)
-
-    def to_register(self, leaf: Leaf, lanes: Lanes, mask: Mask | None) -> None:
-        """A guard that selects elements needs no test: elements it excludes are never read. It is one under which the
-        register was set, or whose variables index it. One that selects contributions keeps the old value."""
-        register = self.register(leaf.tensor, leaf.index, lanes)
-        old = self.registers.get(register, "zeroinitializer" if register[2] > 1 else "0.0")
-        new = self.sum(old, leaf.value, lanes) if isinstance(leaf, Reduce) else self.value(leaf.value, lanes)
-        if isinstance(leaf, Store):
-            self.set_under[register] = leaf.where
-        if mask is not None and selects_contributions(leaf):
-            tested = tuple(w for w in leaf.where if w not in self.set_under.get(register, ()))
-            kept = mask if tested == leaf.where else self.memory.guard(tested, lanes)
-            if kept is not None:
-                kind, bits = vector_type(lanes.count), vector_type(lanes.count, "i1")
-                new = self.w.let(f"select {bits} {mask_text(kept, lanes.count)}, {kind} {new}, {kind} {old}")
-        self.registers[register] = new
-
-    def sum(self, old: str, value: Value, lanes: Lanes) -> str:
-        if isinstance(value, Op) and value.name == "mul":
-            factor, other = self.constants.factor(value)
-            if factor == 0:
-                return old
-            if factor is not None and other is not None:
-                return self.scaled_sum(old, factor, self.value(other, lanes), lanes)
-            a, b = (self.value(v, lanes) for v in value.values)
-            return multiply_add(self.w, a, b, old, lanes.count, self.fused)
-        return operation(self.w, "add", (old, self.value(value, lanes)), lanes.count)
-
-    def scaled_sum(self, old: str, factor: float, value: str, lanes: Lanes) -> str:
-        """``old + factor value`` by as little as that takes. Where a product or a sum with 1 or -1 comes alone, LLVM
-        may fuse it with the sum or product beside it."""
-        count, kind = lanes.count, vector_type(lanes.count)
-        contract = "contract " if self.fused else ""
-        if old in ("zeroinitializer", "0.0", constant(0.0, count)):
-            if factor in (1, -1):
-                return value if factor == 1 else operation(self.w, "neg", (value,), count)
-            return self.w.let(f"fmul {contract}{kind} {value}, {constant(factor, count)}")
-        if factor in (1, -1):
-            return self.w.let(f"{'fadd' if factor == 1 else 'fsub'} {contract}{kind} {old}, {value}")
-        return multiply_add(self.w, value, constant(factor, count), old, count, self.fused)
-
-    def constant(self, load: Load, lanes: Lanes) -> str:
-        """An element of a constant tensor: a literal, or from the table in memory."""
-        number = self.constants.number(load)
-        if number is not None:
-            return constant(number, lanes.count)
-        return self.memory.load(self.constants.table(load.tensor), load.index, lanes)
-
-    def value(self, value: Value, lanes: Lanes) -> str:
-        match value:
-            case Const(number):
-                return constant(number, lanes.count)
-            case Load(name, _) if self.program.tensor(name).role == "constant":
-                return self.constant(value, lanes)
-            case Load(name, index):
-                if not self.in_registers(name):
-                    return self.memory.load(self.program.tensor(name), index, lanes)
-                register = self.register(name, index, lanes)
-                held = self.registers.get(register, "zeroinitializer" if register[2] > 1 else "0.0")
-                return splat(self.w, held, lanes.count) if register[2] < lanes.count else held
-            case Op(name, operands):
-                return operation(self.w, name, [self.value(v, lanes) for v in operands], lanes.count)
-        raise AssertionError(value)
-
-
-def selects_contributions(leaf: Leaf) -> bool:
-    """Whether a guard has no variable of a register's index, as 14 f0 + f1 < F has one of acc[f1]."""
-    own = {v for a in leaf.index for v in a.variables}
-    return any(not w.variables & own for w in leaf.where)
-
-
-def _on_stack(program: Program, stage: Stage) -> set[str]:
-    """Register tensors that a run-time loop or a digit indexes, or that are seen as vectors and as scalars."""
-    stacked, seen = set(), dict[str, int]()
-    for around, leaf in leaves(stage.body):
-        kinds = {lp.var: lp for lp in around}
-        for name, index in ((leaf.tensor, leaf.index), *((ld.tensor, ld.index) for ld in loads(leaf.value))):
-            if program.tensor(name).role != "register":
-                continue
-            used = [kinds[v] for a in index for v in a.variables]
-            if any(lp.kind in ("parallel", "let") or (lp.kind == "serial" and lp.extent > 1) for lp in used):
-                stacked.add(name)
-            width = next((lp.extent for lp in used if lp.kind == "vector"), 1)
-            if seen.setdefault(name, width) != width:
-                stacked.add(name)
-    return stacked

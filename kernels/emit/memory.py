@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from convsched.ir import Affine, Index, Tensor
-from convsched.kernels.emit.addresses import Addresses, Lanes, Place, Point, base
+from convsched.ir import Affine, Tensor
+from convsched.kernels.emit.addresses import Addresses, Place, base
+from convsched.kernels.emit.forms import Form, Lanes, Point, Reference, form
 from convsched.kernels.emit.vectors import Mask, both, mask_text, shuffle, splat, suffix, transpose, vector_type
 from convsched.kernels.emit.writer import Writer
 
@@ -19,58 +20,60 @@ from convsched.kernels.emit.writer import Writer
 class Memory(Addresses):
     """Emits the accesses of one function."""
 
-    def __init__(self, writer: Writer, point: Point, width: int, masks: bool) -> None:
-        """``width`` lanes of a register; ``masks``: whether a store of some of them is one instruction, and quick."""
+    def __init__(self, writer: Writer, point: Point, masks: bool) -> None:
+        """``masks``: whether a store of some lanes is one instruction, and quick."""
         super().__init__(writer, point)
-        self.width = width
         self.masks = masks
-        self.loaded: dict[tuple[object, ...], str] = {}
+        self.loaded: dict[str, dict[tuple[object, ...], str]] = {}  # by tensor
         self.pending: dict[tuple[str, str, int, int], dict[int, tuple[str, Mask | None]]] = {}
 
     # Loads
 
-    def forget(self, tensor: str | None = None) -> None:
-        """Drop remembered loads of a tensor, or all."""
-        self.loaded = {k: v for k, v in self.loaded.items() if tensor is not None and k[0] != tensor}
+    def forget(self) -> None:
+        """Drop what was loaded."""
+        self.loaded = {}
 
-    def load(self, tensor: Tensor, index: Index, lanes: Lanes) -> str:
+    def load(self, at: Reference) -> str:
         """An element a lane; elements outside the tensor are zero."""
-        if any(key[0] == tensor.name for key in self.pending):
+        name, lanes = at.tensor.name, at.lanes
+        if self.pending and any(key[0] == name for key in self.pending):
             self.flush()
-        place = self.place(tensor, index, lanes)
-        if (run := self._run(tensor, index, place, lanes)) is not None:
-            return self._column(tensor, index, place, lanes, run)
-        condition, mask = self.within(tensor, index, lanes)
-        if lanes.count > 1 and place.stride == 0 and place.scattered is None and not _by_lane(mask):
-            return self._broadcast(tensor, place, lanes, index, (condition, mask))
-        key = (tensor.name, place.pointer, place.constant, place.stride, lanes.count, condition, mask, place.scattered)
-        if key not in self.loaded:
-            self.loaded[key] = self._load(tensor, index, place, lanes, condition, mask)
-        return self.loaded[key]
+        place = self.place(at)
+        held = self.loaded.get(name)
+        if held is None:
+            held = self.loaded[name] = {}
+        if at.kind == "transposed" and self._is_whole(at):
+            return self._column(at, place, held)
+        condition, mask = self.within(at) if at.axes else (None, None)
+        if at.kind == "broadcast" and not _by_lane(mask):
+            # what is inside tells accesses of one address apart where one is outside the tensor
+            key: tuple[object, ...] = (place.pointer, place.constant, "broadcast", lanes.count, condition, mask)
+        else:
+            key = (*place, lanes.count, condition, mask)
+        found = held.get(key)
+        if found is None:
+            if key[2] == "broadcast":
+                found = splat(self.w, self.load(at.one), lanes.count)
+            else:
+                found = self._load(at, place, condition, mask)
+            held[key] = found
+        return found
 
-    def _broadcast(self, tensor: Tensor, place: Place, lanes: Lanes, index: Index, inside: object) -> str:
-        """One element for all lanes; ``inside`` tells accesses of one address apart where one is outside the tensor."""
-        key = (tensor.name, place.pointer, place.constant, "broadcast", lanes.count, inside)
-        if key not in self.loaded:
-            self.loaded[key] = splat(self.w, self.load(tensor, index, Lanes()), lanes.count)
-        return self.loaded[key]
-
-    def _load(self, tensor: Tensor, index: Index, place: Place, lanes: Lanes, condition: str | None,
-              mask: Mask | None) -> str:
+    def _load(self, at: Reference, place: Place, condition: str | None, mask: Mask | None) -> str:
+        count = at.lanes.count
         if isinstance(mask, tuple) and not any(mask):
-            return "zeroinitializer" if lanes.count > 1 else "0.0"
+            return "zeroinitializer" if count > 1 else "0.0"
         if isinstance(mask, tuple) and all(mask):
             mask = None
-        if lanes.count == 1:
-            return self._scalar(tensor, place, mask)
-        if place.scattered is None:
-            if place.stride == 1:
-                return self.contiguous(place.pointer, place.constant, lanes.count, mask, condition)
-            if 2 <= place.stride <= 4 and not isinstance(mask, str):
-                return self._deinterleaved(tensor, index, place, lanes.count, mask, condition)
+        if at.kind == "scalar":
+            return self._scalar(at.tensor, place, mask)
+        if at.kind == "contiguous":
+            return self.contiguous(place.pointer, place.constant, count, mask, condition)
+        if at.kind == "strided" and not isinstance(mask, str):
+            return self._deinterleaved(at, place, mask, condition)
         if condition is not None:
-            mask = both(self.w, splat(self.w, condition, lanes.count, "i1"), mask, lanes.count)
-        return self._gather(place, lanes.count, mask)
+            mask = both(self.w, splat(self.w, condition, count, "i1"), mask, count)
+        return self._gather(place, count, mask)
 
     def _scalar(self, tensor: Tensor, place: Place, mask: Mask | None) -> str:
         pointer = self.w.displaced(place.pointer, place.constant)
@@ -95,18 +98,17 @@ class Memory(Addresses):
         return self.w.let(f"call {kind} {name}(ptr {at}, i32 4, {bits} {mask_text(mask, lanes)}, "
                           f"{kind} zeroinitializer)")
 
-    def _deinterleaved(self, tensor: Tensor, index: Index, place: Place, lanes: int, mask: Mask | None,
-                       condition: str | None) -> str:
+    def _deinterleaved(self, at: Reference, place: Place, mask: Mask | None, condition: str | None) -> str:
         """Every ``stride``-th element of a run of vectors, which accesses a few elements apart share.
 
         The run starts at a multiple of the stride; where it may leave the tensor's memory, the pieces are
         masked to the elements that are wanted.
         """
-        stride = place.stride
+        stride, lanes, address = place.stride, at.lanes.count, at.address
         skip = place.constant % stride
         first = place.constant - skip
-        low, high = self.point.bounds(self.offset(tensor, index).affine)
-        inside = low >= stride and high + stride <= tensor.elements
+        known = address.at(self.point.known)
+        inside = known + address.low >= stride and known + address.high + stride <= at.tensor.elements
         wanted = mask if isinstance(mask, tuple) else (True,) * lanes
         sources = [skip + lane * stride for lane in range(lanes)]
         pieces: dict[int, str] = {}
@@ -114,7 +116,7 @@ class Memory(Addresses):
         for part in sorted({source // lanes for source in read}):
             touched = [source % lanes for source in read if source // lanes == part]
             reach = None if inside else tuple(touched[0] <= i <= touched[-1] for i in range(lanes))
-            pieces[part] = self._piece(tensor, place.pointer, first + part * lanes, lanes, reach, condition)
+            pieces[part] = self._piece(at.tensor, place.pointer, first + part * lanes, lanes, reach, condition)
         value = self._pick(pieces, sources, lanes)
         if mask is None:
             return value
@@ -135,60 +137,60 @@ class Memory(Addresses):
 
     def _piece(self, tensor: Tensor, pointer: str, constant: int, lanes: int, reach: Mask | None,
                condition: str | None) -> str:
-        key = (tensor.name, pointer, constant, "piece", lanes, reach, condition)
-        if key not in self.loaded:
-            self.loaded[key] = self.contiguous(pointer, constant, lanes, reach, condition)
-        return self.loaded[key]
+        held = self.loaded[tensor.name]
+        key = (pointer, constant, "piece", lanes, reach, condition)
+        if key not in held:
+            held[key] = self.contiguous(pointer, constant, lanes, reach, condition)
+        return held[key]
 
-    def _run(self, tensor: Tensor, index: Index, place: Place, lanes: Lanes) -> str | None:
-        """The unrolled loop whose iterations read neighbours in memory, where lanes are rows a constant distance apart
-        that lie inside the tensor alike; None where there is no such loop."""
-        if lanes.count not in (4, 8, 16) or lanes.count != self.width or place.scattered or 0 <= place.stride <= 4:
-            return None
-        runs = [var for var, c in self.offset(tensor, index).affine.terms
-                if c == 1 and self.point.unrolled.get(var, 1) > 1]
-        alike = all(lanes.var not in end.variables for end in self.open_ends(tensor, index))
-        return runs[0] if len(runs) == 1 and alike else None
+    def _is_whole(self, at: Reference) -> bool:
+        """Whether all rows of a transposed access lie inside the tensor alike."""
+        return all(not end.form.stride for end in self.open_ends(at))
 
-    def _column(self, tensor: Tensor, index: Index, place: Place, lanes: Lanes, run: str) -> str:
+    def _column(self, at: Reference, place: Place, held: dict[tuple[object, ...], str]) -> str:
         """A column of rows that are loaded whole and transposed; other iterations of the run find theirs remembered."""
-        ends = self.open_ends(tensor, index)
-        across = [end for end in ends if run in end.variables]
-        condition = self.condition([end for end in ends if run not in end.variables])
-        here = self.point.known[run]
-        chunk = here // lanes.count * lanes.count
-        length = min(lanes.count, self.point.unrolled[run] - chunk)
+        run, count, known = at.run, at.lanes.count, self.point.known
+        ends = [end.one for end in self.open_ends(at)]
+        across = [end for end in ends if end.affine.coefficient(run)]
+        condition = self.condition([end for end in ends if not end.affine.coefficient(run)])
+        here = known[run]
+        chunk = here // count * count
+        length = min(count, at.site.unrolled[run] - chunk)
         first = place.constant - here + chunk
-        splits = [(end.coefficient(run), *self.point.split(end, Lanes())[:2]) for end in across]
-        limits = tuple((constant - step * here, *terms) for step, constant, terms in splits)
+        limits = tuple([(end.at(known) - end.affine.coefficient(run) * here, *end.terms(self.point))
+                        for end in across])
 
         def key(at: int) -> tuple[object, ...]:
-            return (tensor.name, place.pointer, first + at, place.stride, lanes.count, condition, limits, "column")
+            return (place.pointer, first + at, place.stride, count, condition, limits, "column")
 
-        if any(self.point.bounds(end)[0] >= 0 for end in across):
+        if any(end.at(known) + end.low >= 0 for end in across):
             return "zeroinitializer"
-        if key(here - chunk) not in self.loaded:
-            reach: Mask | None = None if length == lanes.count else tuple(i < length for i in range(lanes.count))
-            reach = both(self.w, reach, self._within_row(tensor, index, run, chunk, lanes.count), lanes.count)
+        if key(here - chunk) not in held:
+            reach: Mask | None = None if length == count else tuple(i < length for i in range(count))
+            reach = both(self.w, reach, self._within_row(at, chunk), count)
             if isinstance(reach, tuple) and all(reach):
                 reach = None
-            rows = [self.contiguous(place.pointer, first + lane * place.stride, lanes.count, reach, condition)
-                    for lane in range(lanes.count)]
-            for i, column in enumerate(transpose(self.w, rows, lanes.count)[:length]):
-                self.loaded[key(i)] = column
-        return self.loaded[key(here - chunk)]
+            rows = [self.contiguous(place.pointer, first + lane * place.stride, count, reach, condition)
+                    for lane in range(count)]
+            for i, column in enumerate(transpose(self.w, rows, count, length)):
+                held[key(i)] = column
+        return held[key(here - chunk)]
 
-    def _within_row(self, tensor: Tensor, index: Index, run: str, first: int, count: int) -> Mask | None:
+    def _within_row(self, at: Reference, first: int) -> Mask | None:
         """Which iterations of an unrolled loop, from the first on, lie inside the tensor along the axes it moves on."""
-        here, mask = self.point.known.pop(run), None
-        for size, a in zip(tensor.shape, index, strict=True):
-            if run in a.variables:
-                along = a.substitute({run: Affine.of(run) + first})
+        mask: Mask | None = None
+        for size, a in zip(at.tensor.shape, at.index, strict=True):
+            if at.run in a.variables:
+                along = a.substitute({at.run: Affine.of(at.run) + first})
                 for end, unmoved in ((along * -1 - 1, a * -1 - 1), (along - size, a - size)):
                     if unmoved not in self.granted:
-                        mask = both(self.w, mask, self.negative(end, Lanes(run, count)), count)
-        self.point.known[run] = here
+                        mask = both(self.w, mask, self.negative(self._along(at, end), Lanes(at.run, at.lanes.count)),
+                                    at.lanes.count)
         return mask
+
+    def _along(self, at: Reference, a: Affine) -> Form:
+        """An affine expression whose lanes are the iterations of a transposed access's run."""
+        return form(a, at.site.known - {at.run}, at.run, at.site.extents)
 
     def _addresses(self, place: Place, lanes: int) -> str:
         steps = ", ".join(f"i64 {place.constant + place.stride * lane}" for lane in range(lanes))
@@ -207,27 +209,24 @@ class Memory(Addresses):
 
     # Stores
 
-    def store(self, tensor: Tensor, index: Index, value: str, lanes: Lanes, mask: Mask | None) -> None:
+    def store(self, at: Reference, value: str, mask: Mask | None) -> None:
         """Store an element a lane, in the lanes of the mask (never a run-time mask of one lane)."""
-        place = self.place(tensor, index, lanes)
-        self.forget(tensor.name)
+        place, count = self.place(at), at.lanes.count
+        self.loaded.pop(at.tensor.name, None)
         if isinstance(mask, tuple) and not any(mask):
             return
         if isinstance(mask, tuple) and all(mask):
             mask = None
-        if lanes.count == 1:
+        if at.kind == "scalar":
             pointer = self.w.displaced(place.pointer, place.constant)
             self.w.line(f"  store float {value}, ptr {pointer}, align 4")
-        elif place.scattered is None and place.stride == 1:
-            self._store_contiguous(place.pointer, place.constant, value, lanes.count, mask)
-        elif place.scattered is None and place.stride > 1 and self._may_wait(lanes, mask):
-            key = (tensor.name, place.pointer, place.stride, lanes.count)
+        elif at.kind == "contiguous":
+            self._store_contiguous(place.pointer, place.constant, value, count, mask)
+        elif at.kind == "transposed" and not isinstance(mask, str):
+            key = (at.tensor.name, place.pointer, place.stride, count)
             self.pending.setdefault(key, {})[place.constant] = (value, mask)
         else:
-            self._scatter(place, value, lanes.count, mask)
-
-    def _may_wait(self, lanes: Lanes, mask: Mask | None) -> bool:
-        return lanes.count in (4, 8, 16) and lanes.count == self.width and not isinstance(mask, str)
+            self._scatter(place, value, count, mask)
 
     def _store_contiguous(self, pointer: str, constant: int, value: str, lanes: int, mask: Mask | None) -> None:
         kind = vector_type(lanes)
@@ -266,7 +265,7 @@ class Memory(Addresses):
                     self._scatter(Place(pointer, first, stride), run[0][0], lanes, mask)
                     continue
                 reach = None if len(run) == lanes else tuple(i < len(run) for i in range(lanes))
-                for lane, row in enumerate(transpose(self.w, [value for value, _ in run], lanes)):
+                for lane, row in enumerate(transpose(self.w, [value for value, _ in run], lanes, lanes)):
                     if mask is None or mask[lane]:
                         self._store_contiguous(pointer, first + lane * stride, row, lanes, reach)
 

@@ -6,17 +6,21 @@ Everything takes the writer and SSA names of ``<lanes x float>`` values, or ``fl
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
 
 from convsched.kernels.emit.writer import Writer, float_literal
 
 Mask = tuple[bool, ...] | str  # static lanes, or the SSA name of an <lanes x i1> (i1 where lanes is 1)
 
 
+@cache
 def vector_type(lanes: int, element: str = "float") -> str:
     """The LLVM type of a value of that many lanes."""
     return f"<{lanes} x {element}>" if lanes > 1 else element
 
 
+@cache
 def constant(number: float, lanes: int) -> str:
     """A literal, the same in all lanes."""
     return f"splat (float {float_literal(number)})" if lanes > 1 else float_literal(number)
@@ -52,50 +56,83 @@ def both(w: Writer, a: Mask | None, b: Mask | None, lanes: int) -> Mask | None:
     return w.let(f"and {kind} {mask_text(a, lanes)}, {mask_text(b, lanes)}")
 
 
-def shuffle(w: Writer, a: str, b: str, lanes: int, picks: Sequence[int]) -> str:
+def shuffle(w: Writer, a: str, b: str, lanes: int, picks: Sequence[int], element: str = "float") -> str:
     """Lanes of two vectors: ``picks`` below ``lanes`` are of ``a``, the others of ``b``."""
     if a == b == "poison":
         return "poison"
-    kind = vector_type(lanes)
-    where = ", ".join(f"i32 {p}" for p in picks)
-    return w.let(f"shufflevector {kind} {a}, {kind} {b}, <{len(picks)} x i32> <{where}>")
+    kind = vector_type(lanes, element)
+    return w.let(f"shufflevector {kind} {a}, {kind} {b}, {_picked(tuple(picks))}")
 
 
-def transpose(w: Writer, rows: Sequence[str], lanes: int) -> list[str]:
-    """``lanes`` rows of ``lanes`` floats (missing ones poison) to columns; lanes is 4, 8 or 16.
+@cache
+def _picked(picks: tuple[int, ...]) -> str:
+    return f"<{len(picks)} x i32> <{', '.join([f'i32 {p}' for p in picks])}>"
+
+
+def transpose(w: Writer, rows: Sequence[str], lanes: int, wanted: int) -> list[str]:
+    """The first ``wanted`` columns of ``lanes`` rows of ``lanes`` floats (missing ones poison); lanes is 4, 8 or 16.
 
     Four rows become four columns inside each block of 128 bits by unpacking; then blocks are exchanged.
     """
+    blocks, pairs = lanes // 4, _Pairs(w, lanes, fenced=lanes == 16 and min(len(rows), wanted) > 8)
     full = [*rows, *["poison"] * (lanes - len(rows))]
-    blocks = lanes // 4
-
-    def per_block(pattern: Sequence[int]) -> list[int]:
-        return [(p % 4) + 4 * block + (lanes if p >= 4 else 0) for block in range(blocks) for p in pattern]
-
+    low, high = ([half + p + 4 * block + q for block in range(blocks) for p in range(2) for q in (0, lanes)]
+                 for half in (0, 2))
+    left, right = ([half + 2 * block + q for block in range(blocks) for q in (0, lanes // 2)] for half in (0, 1))
     quads: list[list[str]] = []  # quads[g][q]: block k is column 4 k + q of rows 4 g .. 4 g + 3
     for g in range(blocks):
         a, b, c, d = full[4 * g:4 * g + 4]
-        ab_low, ab_high = (shuffle(w, a, b, lanes, per_block(p)) for p in ((0, 4, 1, 5), (2, 6, 3, 7)))
-        cd_low, cd_high = (shuffle(w, c, d, lanes, per_block(p)) for p in ((0, 4, 1, 5), (2, 6, 3, 7)))
-        quads.append([
-            shuffle(w, ab_low, cd_low, lanes, per_block((0, 1, 4, 5))),
-            shuffle(w, ab_low, cd_low, lanes, per_block((2, 3, 6, 7))),
-            shuffle(w, ab_high, cd_high, lanes, per_block((0, 1, 4, 5))),
-            shuffle(w, ab_high, cd_high, lanes, per_block((2, 3, 6, 7))),
-        ])
-    if blocks > 1:
-        quads = [[w.kept(column, vector_type(lanes)) for column in quad] for quad in quads]
+        ab_low, ab_high, cd_low, cd_high = (pairs.of(shuffle(w, one, other, lanes, picks))
+                                            for one, other in ((a, b), (c, d)) for picks in (low, high))
+        quads.append([pairs.fence(pairs.shuffle(ab, cd, picks))
+                      for ab, cd in ((ab_low, cd_low), (ab_high, cd_high)) for picks in (left, right)])
     columns = [""] * lanes
     for q in range(4):
-        for k, column in enumerate(_exchange_blocks(w, [quads[g][q] for g in range(blocks)], lanes)):
-            columns[4 * k + q] = column
-    return columns
+        for k, column in enumerate(_exchange_blocks(pairs, [quads[g][q] for g in range(blocks)])):
+            columns[4 * k + q] = pairs.floats(column)
+    return columns[:wanted]
 
 
-def _exchange_blocks(w: Writer, rows: list[str], lanes: int) -> list[str]:
-    """Transpose a square of 128-bit blocks: 1, 2 or 4 rows of as many blocks."""
+@dataclass
+class _Pairs:
+    """Vectors whose lanes move in pairs. Those of 16 lanes are written as doubles: LLVM takes half as long for a
+    shuffle of half as many elements. It tries for long, and in vain, to make fewer shuffles of those of a square of
+    more than half of the rows and columns: a fence, which is not an instruction, hides what is before it."""
+
+    w: Writer
+    lanes: int
+    fenced: bool
+
+    def of(self, floats: str) -> str:
+        """A vector of floats as one of pairs."""
+        if self.lanes < 16 or floats == "poison":
+            return floats
+        return self.w.let(f"bitcast <16 x float> {floats} to <8 x double>")
+
+    def floats(self, value: str) -> str:
+        """A vector of pairs as one of floats."""
+        if self.lanes < 16 or value == "poison":
+            return value
+        return self.w.let(f"bitcast <8 x double> {value} to <16 x float>")
+
+    def shuffle(self, a: str, b: str, picks: Sequence[int]) -> str:
+        """Pairs of two vectors."""
+        if self.lanes == 16:
+            return shuffle(self.w, a, b, 8, picks, "double")
+        return shuffle(self.w, a, b, self.lanes, [2 * p + i for p in picks for i in range(2)])
+
+    def fence(self, value: str) -> str:
+        """The vector, whose making LLVM does not look at."""
+        if not self.fenced or value == "poison":
+            return value
+        self.w.declare("<8 x double> @llvm.arithmetic.fence.v8f64(<8 x double>)")
+        return self.w.let(f"call <8 x double> @llvm.arithmetic.fence.v8f64(<8 x double> {value})")
+
+
+def _exchange_blocks(pairs: _Pairs, rows: list[str]) -> list[str]:
+    """Transpose a square of 128-bit blocks, each two pairs: 1, 2 or 4 rows of as many blocks."""
     def pick(a: str, b: str, blocks: Sequence[int]) -> str:
-        return shuffle(w, a, b, lanes, [4 * block + i for block in blocks for i in range(4)])
+        return pairs.shuffle(a, b, [2 * block + i for block in blocks for i in range(2)])
 
     if len(rows) == 1:
         return rows
@@ -118,6 +155,7 @@ def multiply_add(w: Writer, a: str, b: str, c: str, lanes: int, fused: bool) -> 
     return w.let(f"call {kind} {name}({kind} {a}, {kind} {b}, {kind} {c})")
 
 
+@cache
 def suffix(lanes: int) -> str:
     """The type suffix of an overloaded intrinsic."""
     return f"v{lanes}f32" if lanes > 1 else "f32"

@@ -13,11 +13,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from convsched.machine import Isa
-
-REGISTERS: dict[Isa, str] = {"avx512": "v", "avx2": "x", "sse": "x", "neon": "w"}
-"""How a piece of assembler names the class of vector registers (LLVM's language reference, "constraint codes")."""
-
 ZEROS = "@zeros"  # a vector of zeros, of any width
 
 
@@ -30,6 +25,7 @@ class Scope:
     pointers: dict[tuple[str, str, int], str] = field(default_factory=dict)
     conditions: dict[tuple[object, ...], str] = field(default_factory=dict)
     digits: dict[tuple[object, ...], str] = field(default_factory=dict)
+    ready: dict[tuple[object, ...], str] = field(default_factory=dict)  # pointers by what they depend on
 
 
 def float_literal(number: float) -> str:
@@ -45,10 +41,11 @@ def float_literal(number: float) -> str:
 class Writer:
     """Builds one function's text."""
 
-    def __init__(self, isa: Isa = "generic") -> None:
-        self.register = REGISTERS.get(isa, "")
+    def __init__(self) -> None:
         self.counter = 0
         self.scopes = [Scope()]
+        self.lines = self.scopes[0].lines  # where lines go
+        self.pointers = self.scopes[0].ready
         self.depths: dict[str, int] = {}  # the scope of each variable: its loop, or where a digit is computed
         self.label = "entry"
         self.declarations: set[str] = set()
@@ -61,18 +58,14 @@ class Writer:
 
     def line(self, text: str) -> None:
         """Append a line to the innermost scope."""
-        self.scopes[-1].lines.append(text)
+        self.lines.append(text)
 
     def let(self, expression: str) -> str:
         """``%new = expression``."""
-        name = self.fresh()
-        self.scopes[-1].lines.append(f"  {name} = {expression}")
+        self.counter += 1
+        name = f"%v{self.counter}"
+        self.lines.append(f"  {name} = {expression}")
         return name
-
-    def kept(self, value: str, kind: str) -> str:
-        """A vector that LLVM keeps in a register and does not look through. Its search for better shuffles goes back
-        along chains of them: without this, squares that are transposed take three times as long to compile."""
-        return self.let(f'call {kind} asm "", "={self.register},0"({kind} {value})') if self.register else value
 
     def start_block(self, label: str) -> None:
         """Begin a basic block in the innermost scope."""
@@ -96,16 +89,25 @@ class Writer:
         """Begin the body of a run-time loop."""
         self.depths[var] = len(self.scopes)
         self.scopes.append(Scope())
+        self._write_to_innermost()
+
+    def close_scope(self) -> Scope:
+        """End the body of a run-time loop."""
+        scope = self.scopes.pop()
+        self._write_to_innermost()
+        return scope
+
+    def _write_to_innermost(self) -> None:
+        self.lines, self.pointers = self.scopes[-1].lines, self.scopes[-1].ready
 
     @contextmanager
     def at_start(self, depth: int) -> Iterator[None]:
         """Lines written meanwhile stand at the start of a scope's body."""
-        scope, lines = self.scopes[-1], self.scopes[-1].lines
-        scope.lines = self.scopes[depth].hoisted
+        lines, self.lines = self.lines, self.scopes[depth].hoisted
         try:
             yield
         finally:
-            scope.lines = lines
+            self.lines = lines
 
     def pointer(self, base: str, terms: list[tuple[str, str, int]]) -> str:
         """``base + sum(coefficient * value)`` floats, each term (var, value, coefficient) in its scope."""
