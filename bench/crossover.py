@@ -29,6 +29,7 @@ from convsched.kernels.run.kernel import Kernel
 from convsched.machine import Machine, host
 from convsched.plan.defaults import default_recipe
 from convsched.plan.families import named
+from convsched.plan.plan import Plan, Target
 from convsched.problem import Conv2d, Linear, Problem
 from convsched.problem.layout import LAYOUTS, from_layout
 from convsched.problem.reference import convolve
@@ -132,8 +133,7 @@ def measured(kind: str, n: int, layout: str, repeats: int, sample: float, clock:
     calls: dict[str, Call] = {}
     for name, algorithm, recipe in recipes:
         try:
-            kernel = Kernel(problem, recipe.schedule(problem, layout), layout=layout, threads=1, machine=machine,
-                            algorithm=algorithm, recipe=recipe)
+            kernel = Kernel(Plan.of(named(algorithm, problem), Target(machine, layout), recipe))
         except ConvschedError:
             if name == DEFAULT or name in STRASSEN:
                 raise

@@ -42,6 +42,7 @@ from convsched.autotune.workers.candidate import Prepared, prepared
 from convsched.errors import ConvschedError, ModelError
 from convsched.machine import host
 from convsched.networks.known import network
+from convsched.plan.plan import Target
 from convsched.problem import Problem
 from convsched.problem.layout import LAYOUTS, Layout
 
@@ -99,7 +100,7 @@ class Timer:
 
     def prepare(self, record: Record) -> Prepared:
         """A record's kernel, its answer checked. Raises AnswerError."""
-        kernel = prepared(record.problem, self.layout, self.threads, record.schedule, record.algorithm)
+        kernel = prepared(record.plan(host.machine()))
         kernel.call()
         if not kernel.error() <= BOUNDS["fast"]:
             raise AnswerError(f"{record.problem}, {record.algorithm}: an error of {kernel.error():.1e}")
@@ -140,7 +141,7 @@ def main(name: str, wanted: str, budget: str, tunes: bool, algorithm: str | None
     problems = layers_of(name, wanted)
     cache, timer, choices = ScheduleCache(), Timer(layout, threads, seconds), list[Choice]()
     if tunes:
-        with Tuner(cache, threads, layout, algorithm=algorithm) as tuner:
+        with Tuner(cache, Target(host.machine(), layout, threads), algorithm) as tuner:
             for problem in problems:
                 tuned = tuner.tune(problem, Budget.parse(budget))
                 click.echo(f"{problem.text}: {tuned.tried} candidates, {tuned.speed:.3f} x the default")
@@ -170,7 +171,7 @@ def layers_of(name: str, wanted: str) -> list[Problem]:
 
 def records_of(cache: ScheduleCache, problem: Problem, timer: Timer, algorithm: str | None) -> list[Record]:
     """What the cache has of a problem for this machine, of one algorithm or of all."""
-    key = Key.of(problem, host.machine(), layout=timer.layout, threads=timer.threads)
+    key = Key.of(problem, Target(host.machine(), timer.layout, timer.threads))
     return [record for record in cache.records(key) if algorithm in (None, record.algorithm)]
 
 

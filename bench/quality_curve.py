@@ -30,6 +30,7 @@ from convsched.benchmark.run import bound_call
 from convsched.machine import host
 from convsched.networks.known import Layer, network
 from convsched.plan.choice import choose
+from convsched.plan.plan import Target
 
 PATH = click.Path(path_type=Path, dir_okay=False)
 DEFAULT = "default"
@@ -76,7 +77,7 @@ def measure(name: str, budgets: Sequence[str], seconds: float, algorithm: str | 
     with tempfile.TemporaryDirectory() as folder:
         for budget in budgets:
             caches[budget] = ScheduleCache(Path(folder) / f"{budget}.sqlite")
-            with Tuner(caches[budget], threads=1, algorithm=algorithm) as tuner:
+            with Tuner(caches[budget], Target(host.machine()), algorithm) as tuner:
                 found = tune_network(tuner, [(layer.problem, layer.count) for layer in layers], Budget.parse(budget))
             tried[budget] = sum(layer.tuned.tried for layer in found.layers)
             click.echo(f"{name}, {budget}: {tried[budget]} candidates, {found.default_seconds * 1e3:.3f} ms with the "
@@ -98,7 +99,7 @@ def timed(layer: Layer, caches: Mapping[str, ScheduleCache], seconds: float,
     schedules are timed once."""
     case = table_case(layer.name, layer.problem, layer.count)
     arrays = make_arrays(case, None)
-    chosen = algorithm or choose(layer.problem, host.machine(), "nchw", 1, "normal").name
+    chosen = algorithm or choose(layer.problem, Target(host.machine())).name
     kernels = {DEFAULT: compile(layer.problem, threads=1, cache=False, algorithm=chosen)}
     kernels |= {budget: compile(layer.problem, threads=1, cache=cache, algorithm=algorithm)
                 for budget, cache in caches.items()}

@@ -35,12 +35,12 @@ from convsched.autotune.search.space import candidates
 from convsched.autotune.workers.candidate import Job
 from convsched.autotune.workers.worker import Worker
 from convsched.errors import ConvschedError
-from convsched.lower.direct import lower_direct
 from convsched.machine import host
 from convsched.model.cost import Cost, Rates, cost
-from convsched.plan.plan import Target
+from convsched.plan.families import named
+from convsched.plan.plan import Plan, Target
 from convsched.problem import parse_problem
-from convsched.schedule import apply, parse_schedule
+from convsched.schedule import parse_schedule
 
 PATH = click.Path(path_type=Path, dir_okay=False)
 
@@ -130,12 +130,16 @@ class Model:
 
     def __init__(self, layout: str, threads: int) -> None:
         self.rates = Rates.of(calibration())
-        self.layout, self.threads = layout, threads
+        self.target = Target(host.machine(), layout, threads)
+
+    def plan(self, problem: str, schedule: str) -> Plan:
+        """A schedule of direct convolution."""
+        parsed = parse_problem(problem)
+        return Plan(parsed, self.target, named("direct", parsed), parse_schedule(schedule))
 
     def estimate(self, problem: str, schedule: str) -> Cost:
         """The bound; raises ScheduleError for a schedule that is not legal."""
-        program = apply(lower_direct(parse_problem(problem), self.layout), parse_schedule(schedule))
-        return cost(program, host.machine(), self.rates, self.threads)
+        return cost(self.plan(problem, schedule).program, self.target.machine, self.rates, self.target.threads)
 
 
 def measured_rankings(model: Model, kinds: Sequence[str], count: int, seed: int,
@@ -147,7 +151,7 @@ def measured_rankings(model: Model, kinds: Sequence[str], count: int, seed: int,
                 default, *others = schedules(problem, model, count, seed)
                 samples, failed = [Sample(default, model.estimate(problem, default), 1.0)], 0
                 for schedule in others:
-                    job = Job(problem, model.layout, model.threads, schedule, default)
+                    job = Job(model.plan(problem, schedule), model.plan(problem, default))
                     outcomes = [worker.run(job) for _ in range(repeats)]
                     if any(outcome.status != "ok" for outcome in outcomes):
                         failed += 1
@@ -160,12 +164,12 @@ def measured_rankings(model: Model, kinds: Sequence[str], count: int, seed: int,
 def schedules(problem: str, model: Model, count: int, seed: int) -> list[str]:
     """The default and so many random candidates of the space that make a legal schedule."""
     parsed = parse_problem(problem)
-    default, *others = candidates(Target(parsed, host.machine(), model.layout, model.threads, algorithm="direct"))
+    default, *others = candidates(parsed, model.target, named("direct", parsed))
     random.Random(seed).shuffle(others)
-    found = [default.schedule(parsed, model.layout).text]
+    found = [default.plan(model.target).schedule.text]
     for choice in others:
         try:
-            schedule = choice.schedule(parsed, model.layout).text
+            schedule = choice.plan(model.target).schedule.text
             model.estimate(problem, schedule)
         except ConvschedError:
             continue

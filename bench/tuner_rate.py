@@ -25,12 +25,16 @@ from convsched.autotune.search.tuner import LayerSearch, Tuner
 from convsched.autotune.store.cache import ScheduleCache
 from convsched.autotune.workers import candidate, worker
 from convsched.kernels import jit, objects
-from convsched.kernels.run import kernel
+from convsched.kernels.run import code
+from convsched.machine import host
 from convsched.networks.known import network
-from convsched.problem import Problem
+from convsched.plan import plan
+from convsched.plan.families import named
+from convsched.plan.plan import Plan, Target
+from convsched.problem import Linear, Problem
 
 # The parts of a job in the worker's process: what does each, and those that contain others.
-PARTS = {"apply": (kernel, "apply"), "emit": (kernel, "emit"), "llvm": (jit, "compile_object"),
+PARTS = {"apply": (plan, "apply"), "emit": (code, "emit"), "llvm": (jit, "compile_object"),
          "prepare": (candidate, "prepared"), "check": (candidate, "_wrong"), "race": (candidate, "race"),
          "cold": (candidate, "cold")}
 INSIDE_PREPARE = ("apply", "emit", "llvm")
@@ -63,10 +67,11 @@ def tuned(problem: Problem, seconds: float) -> tuple[float, dict[str, float]]:
                 spent[name] += seconds
 
     with tempfile.TemporaryDirectory() as folder:
-        tuner = Tuner(ScheduleCache(Path(folder) / "schedules.sqlite"), threads=1, report=note)
+        tuner = Tuner(ScheduleCache(Path(folder) / "schedules.sqlite"), Target(host.machine()), report=note)
         tuner.worker = worker.Worker(module=Path(__file__).stem)
         with tuner:
-            tuner.worker.run(candidate.Job("", "nchw", 1, ""))  # its start is not counted
+            first = named("direct", Linear(8, 8))
+            tuner.worker.run(candidate.Job(Plan.of(first, tuner.target)))  # its start is not counted
             time_part(LayerSearch, "_estimate", "estimate", spent)
             time_part(LayerSearch, "_look_ahead", "ahead", spent)
             time_part(Tuner, "settle", "store", spent)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import statistics
 import subprocess
@@ -34,6 +33,7 @@ from convsched.problem import Conv2d, Problem, parse_problem
 # What each interpreter runs: it reads a JSON request a line and answers with one. Public names of all versions only.
 CHILD = r"""
 import json, os, sys, tempfile, time
+os.environ["CONVSCHED_CACHE"] = sys.argv[1]
 import numpy as np
 import convsched as cs
 from convsched.problem import parse_problem
@@ -83,9 +83,9 @@ class Version:
     """An interpreter with a version of convsched, in a process of its own."""
 
     def __init__(self, python: str, folder: Path) -> None:
-        environment = {**os.environ, "CONVSCHED_CACHE": str(folder)}
+        self._python = python
         self._process = subprocess.Popen([python, "-c", CHILD, str(folder)], stdin=subprocess.PIPE,
-                                         stdout=subprocess.PIPE, text=True, env=environment, cwd=folder)
+                                         stdout=subprocess.PIPE, text=True, cwd=folder)
         self._reply()
 
     def ask(self, **request: Any) -> dict[str, Any]:
@@ -99,7 +99,7 @@ class Version:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise click.ClickException(f"the process of {self._process.args} has ended")
+            raise click.ClickException(f"the process of {self._python} has ended")
         return dict(json.loads(line))
 
     def close(self) -> None:

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import operator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from convsched.errors import ConvschedError, LoweringError, ScheduleError
-from convsched.machine import Machine, default_threads, has_schedules, host
+from convsched.errors import LoweringError, ScheduleError
+from convsched.machine import default_threads, has_schedules, host
 from convsched.options import ACCURACIES, BACKENDS, MAX_THREADS, Accuracy, Backend
 from convsched.plan.choice import choices
 from convsched.plan.families import Algorithm, named
+from convsched.plan.plan import Plan, Target
 from convsched.problem import Conv2d, Linear, Problem
 from convsched.problem.layout import LAYOUTS, Layout
 from convsched.schedule import Schedule, parse_schedule
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator
+    from collections.abc import Collection, Iterable
     from typing import SupportsIndex
 
     from convsched.autotune.store.cache import ScheduleCache
+    from convsched.autotune.store.record import Record
+    from convsched.kernels.run.code import Code
     from convsched.kernels.run.kernel import Kernel
-    from convsched.recipes.recipe import Recipe
 
 PATIENCE = 0.3  # seconds to wait, once, for the lock of a schedule cache: without a record there is still the default
 
@@ -59,42 +60,36 @@ def compile(layer: Problem, *, algorithm: str | None = None, schedule: Schedule 
     _choose("backend", backend, BACKENDS)
     _check_cache(cache)
     count = min(default_threads(), MAX_THREADS) if threads is None else _thread_count(threads)
-    request = _Request(layer, layout, count, accuracy, _kernel_type(backend), _memory_limit(memory_limit))
+    request = _Request(layer, Target(host.machine(), layout, count, accuracy), chosen, _code_type(backend),
+                       _memory_limit(memory_limit))
     if schedule is not None:
         given = chosen or named("direct", layer)
         given.require(accuracy)
-        return request.within_limit(request.build(given.name, _schedule(schedule)))
+        return request.within_limit(request.build(Plan(layer, request.target, given, _schedule(schedule))))
     if chosen is not None:
         chosen.require(accuracy)
-    if cache is not False:
-        kernel = _remembered(request, chosen, cache)
-        if kernel is not None:
-            return kernel
-    return request.default([chosen] if chosen else request.choices())
+    kernel = None if cache is False else _remembered(request, cache)
+    return kernel or request.default()
 
 
 @dataclass(frozen=True)
 class _Request:
-    """What every kernel that ``compile`` tries has in common; ``limit`` in bytes of workspace."""
+    """What ``compile`` was asked: a layer for a target, and the limits of this request: one ``algorithm``, what makes
+    the ``code``, and the most bytes of workspace."""
 
     layer: Problem
-    layout: Layout
-    threads: int
-    accuracy: Accuracy
-    kind: type[Kernel]
+    target: Target
+    algorithm: Algorithm | None
+    code: type[Code]
     limit: int | None
 
-    @property
-    def machine(self) -> Machine:
-        return host.machine()
-
-    def choices(self) -> Iterator[Algorithm]:
+    def choices(self) -> Iterable[Algorithm]:
         """The algorithms that may be used without measuring; the most accurate one where none fits the class."""
-        return choices(self.layer, self.machine, self.layout, self.threads, self.accuracy)
+        return [self.algorithm] if self.algorithm else choices(self.layer, self.target)
 
-    def build(self, algorithm: str, schedule: Schedule, recipe: Recipe | None = None, origin: str = "") -> Kernel:
-        return self.kind(self.layer, schedule, layout=self.layout, threads=self.threads, machine=self.machine,
-                         algorithm=algorithm, recipe=recipe, accuracy=self.accuracy, origin=origin)
+    def build(self, plan: Plan) -> Kernel:
+        from convsched.kernels.run.kernel import Kernel
+        return Kernel(plan, self.code)
 
     def fits(self, kernel: Kernel) -> bool:
         return self.limit is None or kernel.workspace_bytes <= self.limit
@@ -103,15 +98,15 @@ class _Request:
         """The kernel itself, or a LoweringError with the numbers."""
         if not self.fits(kernel):
             raise LoweringError(f"memory_limit={self.limit}: {kernel.algorithm} needs a workspace of "
-                                f"{kernel.workspace_bytes} bytes for {self.layer.text} in {self.layout} on "
-                                f"{self.threads} thread{'s' * (self.threads != 1)}; give at least that, or None")
+                                f"{kernel.workspace_bytes} bytes for {self.layer.text} in {kernel.layout} on "
+                                f"{kernel.threads} thread{'s' * (kernel.threads != 1)}; give at least that, or None")
         return kernel
 
-    def default(self, algorithms: Iterable[Algorithm]) -> Kernel:
+    def default(self) -> Kernel:
         """The default of the first algorithm that stays within the limit, with smaller blocks if need be."""
         least: Kernel | None = None
-        for algorithm in algorithms:
-            kernel = self._smaller(algorithm.name, algorithm.default(self.machine, self.layout, self.threads))
+        for algorithm in self.choices():
+            kernel = self._smaller(Plan.of(algorithm, self.target))
             if least is None or kernel.workspace_bytes < least.workspace_bytes:
                 least = kernel
             if self.fits(kernel):
@@ -119,60 +114,57 @@ class _Request:
         assert least is not None
         return self.within_limit(least)
 
-    def _smaller(self, algorithm: str, recipe: Recipe) -> Kernel:
+    def _smaller(self, plan: Plan) -> Kernel:
         """The kernel of a recipe, whose block is divided until the workspace fits or no smaller one is left."""
-        kernel = self.build(algorithm, recipe.schedule(self.layer, self.layout), recipe)
+        kernel, recipe = self.build(plan), plan.recipe
+        assert recipe is not None
         size: int = getattr(recipe, "block", 1)
         while self.limit is not None and not self.fits(kernel) and size > 1:
             most = max(1, min(size * self.limit // kernel.workspace_bytes, size - 1))
             size = max(b for b in range(1, most + 1) if size % b == 0)
             recipe = replace(recipe, block=size)
-            kernel = self.build(algorithm, recipe.schedule(self.layer, self.layout), recipe)
+            kernel = self.build(Plan.of(plan.algorithm, self.target, recipe))
         return kernel
 
+    def remembered(self, record: Record) -> Kernel | None:
+        """The kernel of a record, None where it is not what is asked for. Raises ConvschedError where it no longer
+        fits."""
+        if self.algorithm is not None and record.algorithm != self.algorithm.name:
+            return None
+        plan, accuracy = record.plan(self.target.machine), self.target.accuracy
+        if not plan.algorithm.fits(accuracy) and plan.algorithm not in self.choices():
+            plan.algorithm.require(accuracy)
+        kernel = self.build(plan)
+        return kernel if self.fits(kernel) else None
 
-def _kernel_type(backend: Backend) -> type[Kernel]:
-    """The class of a backend's kernels; only the second one needs Numba, which is slow to import."""
+
+def _code_type(backend: Backend) -> type[Code]:
+    """What makes the code of a backend; only the second one needs Numba, which is slow to import."""
     if backend == "numba":
-        from convsched.kernels.source.kernel import NumbaKernel
-        return NumbaKernel
-    from convsched.kernels.run.kernel import Kernel
-    return Kernel
+        from convsched.kernels.source.code import NumbaCode
+        return NumbaCode
+    from convsched.kernels.run.code import Code
+    return Code
 
 
-def _remembered(request: _Request, algorithm: Algorithm | None, cache: ScheduleCache | bool | None) -> Kernel | None:
-    """A kernel of the schedule that tuning found, for any algorithm or for one; a schedule that no longer fits is
-    passed over."""
+def _remembered(request: _Request, cache: ScheduleCache | bool | None) -> Kernel | None:
+    """A kernel of the best schedule that tuning found and that is as asked for; one that no longer fits is passed
+    over, with a warning."""
     if cache is None or isinstance(cache, bool):
         if not has_schedules():  # without one, the tuner's modules need not be imported
             return None
         from convsched.autotune.store.cache import ScheduleCache
         cache = ScheduleCache(patience=PATIENCE)
-    from convsched.autotune.store.record import Key, Record
-    from convsched.autotune.store.winner import choose
-    kernels: dict[Record, Kernel] = {}
+    from convsched.autotune.store.record import Key
+    found: list[Kernel] = []
 
-    def check(record: Record) -> None:
-        algorithm = named(record.algorithm, request.layer)
-        if not algorithm.fits(request.accuracy) and algorithm.name not in {one.name for one in request.choices()}:
-            algorithm.require(request.accuracy)
-        kernels[record] = request.build(record.algorithm, parse_schedule(record.schedule),
-                                        origin=f"from the schedule cache: {record.recipe or 'of no recipe'}")
+    def accept(record: Record) -> bool:
+        kernel = request.remembered(record)
+        found.extend([kernel] if kernel else [])
+        return kernel is not None
 
-    key = Key.of(request.layer, request.machine, layout=request.layout, threads=request.threads,
-                 accuracy=request.accuracy)
-    if algorithm is None and request.limit is None:
-        hit = cache.best(key, check=check)
-        return kernels[hit.record] if hit else None
-    left = [record for record in cache.records(key) if algorithm is None or record.algorithm == algorithm.name]
-    while record := choose(left):  # what is not asked for is no reason for a warning
-        left.remove(record)
-        with suppress(ConvschedError):
-            record.check()
-            check(record)
-            if request.fits(kernels[record]):
-                return kernels[record]
-    return None
+    cache.best(Key.of(request.layer, request.target), accept=accept)
+    return found[0] if found else None
 
 
 def _choose(name: str, value: object, allowed: Collection[str]) -> None:

@@ -18,7 +18,8 @@ import llvmlite.binding as llvm
 import convsched.errors
 from convsched.errors import MachineError
 from convsched.kernels.jit import _is_ours, _read, target
-from convsched.machine import Machine, cache_folder
+from convsched.machine import cache_folder
+from convsched.plan.plan import Plan
 
 FORMAT = 2  # of a cache entry
 LIMIT = 256 << 20  # bytes of all entries: some 20,000 kernels
@@ -37,9 +38,9 @@ def compiler_digest() -> str:
     return digest.hexdigest()
 
 
-def object_key(parts: tuple[str, ...], machine: Machine) -> str:
-    """The name of the cache entry of a kernel: all that its code depends on."""
-    everything = json.dumps([FORMAT, compiler_digest(), *target(machine), repr(machine), *parts])
+def object_key(plan: Plan) -> str:
+    """The name of the cache entry of a plan's code: all that it depends on."""
+    everything = json.dumps([FORMAT, compiler_digest(), *target(plan.target.machine), *plan.object_key])
     return hashlib.sha256(everything.encode()).hexdigest()
 
 

@@ -1,4 +1,9 @@
-"""What all tests share: the flag that rewrites goldens, and the refusal to test another checkout."""
+"""What all tests share: how many examples a property is tried on, the flag that rewrites goldens, and the refusal
+to test another checkout.
+
+The tests have two lanes. ``pytest -n auto`` tries properties on few examples. The long lane,
+``pytest -n auto -m "slow or hypothesis" --hypothesis-profile wide``, tries them on many, and runs what is marked slow.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +15,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# The examples of a cheap property; a dear one takes a share of them, ``settings().max_examples // 8``.
+EXAMPLES = {"quick": 40, "wide": 300}
+for name, count in EXAMPLES.items():
+    settings.register_profile(name, max_examples=count, deadline=None, suppress_health_check=list(HealthCheck))
+settings.load_profile("quick")
 
 PACKAGES = {"convsched": "convsched", "convsched.kernels": "kernels", "convsched.autotune": "autotune"}
 

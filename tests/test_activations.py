@@ -35,8 +35,10 @@ LIMITS: list[tuple[Activation, float, float]] = [
 
 KINDS = [kind for kind, _, _ in LIMITS]
 _FLOAT32 = np.finfo(np.float32)
-_SIZES = [0.0, 1e-45, 1e-40, _FLOAT32.tiny, 1e-30, 1e-7, 0.5, 2.9999998, 3.0, 3.0000002, 17.0, 86.9, 87.2, 87.4, 87.7,
-          88.1, 88.4, 88.7, 88.8, 89.5, 103.0, 105.0, 710.0, 1e4, 1e30, 1e33, 1e37, 3e38, _FLOAT32.max, np.inf]
+_SIZES: list[float] = [
+    0.0, 1e-45, 1e-40, float(_FLOAT32.tiny), 1e-30, 1e-7, 0.5, 2.9999998, 3.0, 3.0000002, 17.0, 86.9, 87.2, 87.4, 87.7,
+    88.1, 88.4, 88.7, 88.8, 89.5, 103.0, 105.0, 710.0, 1e4, 1e30, 1e33, 1e37, 3e38, float(_FLOAT32.max), np.inf,
+]
 VALUES = np.array([*_SIZES, *(-size for size in _SIZES), np.nan], np.float32)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import convsched as cs
@@ -20,6 +20,7 @@ from convsched.lower.plane import Plane
 from convsched.machine import host
 from convsched.plan.defaults import default_recipe
 from convsched.plan.families import FAMILIES, Algorithm, applicable, named
+from convsched.plan.plan import Plan, Target
 from convsched.problem import Conv2d, Linear, Problem
 from convsched.problem.layout import from_layout, to_layout
 from convsched.problem.problem import is_flat
@@ -28,7 +29,8 @@ from convsched.recipes.im2col import Toeplitz
 from convsched.recipes.tiles import Tiles
 from convsched.schedule import Schedule, apply, parse_schedule
 
-QUICK = settings(deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))
+FEW = settings(max_examples=settings().max_examples // 8)  # each is interpreted, or compiled
+FEWEST = settings(max_examples=settings().max_examples // 20)
 LAYOUTS = ("nchw", "nhwc", "nchw16c")
 NAMES = ("winograd(2,3)", "winograd(4,3)", "winograd(3,3)", "winograd(2,5)", "winograd(4,5)", "winograd(2,7)",
          "winograd(6,3)", "winograd(2,3)x(4,5)")
@@ -42,7 +44,7 @@ def dense(draw: st.DrawFn, taps: tuple[int, int] | None = None, stride: int = 1)
     r, s = taps or (draw(st.integers(1, 4)), draw(st.integers(1, 4)))
     size = (draw(st.integers(r, 13)), draw(st.integers(s, 21)))
     channels = st.sampled_from([1, 3, 4, 7, 8, 16, 17, 20, 33])
-    return Conv2d(draw(channels), draw(channels), (r, s), stride, draw(st.tuples(*[st.integers(0, 2)] * 4)),  # type: ignore[arg-type]
+    return Conv2d(draw(channels), draw(channels), (r, s), stride, draw(st.tuples(*[st.integers(0, 2)] * 4)),
                   bias=draw(st.booleans()), input_size=size, batch_size=draw(st.sampled_from([1, 1, 2])),
                   activation=draw(st.sampled_from([None, "relu"])), residual=draw(st.booleans()))  # fmt: skip
 
@@ -77,7 +79,7 @@ def taps_of(name: str) -> list[int]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(QUICK, max_examples=5)
+@FEWEST
 @given(data=st.data(), layout=st.sampled_from(LAYOUTS))
 def test_winograd_with_any_recipe(name: str, layout: str, data: st.DataObject) -> None:
     taps = taps_of(name)
@@ -108,7 +110,7 @@ def split_layers(draw: st.DrawFn) -> Conv2d:
                   activation=draw(st.sampled_from([None, "relu"])), residual=draw(st.booleans()))
 
 
-@settings(QUICK, max_examples=8)
+@FEWEST
 @given(problem=split_layers(), layout=st.sampled_from(LAYOUTS), by_lines=st.booleans())
 def test_winograd_of_strides_dilations_and_groups(problem: Conv2d, layout: Any, by_lines: bool) -> None:
     algorithm = named("winograd", problem)
@@ -132,7 +134,7 @@ def test_kernels_of_split_layers(problem: Conv2d) -> None:
     np.testing.assert_allclose(conv(x), convolve(problem, x, w, b), rtol=0, atol=1e-4)
 
 
-@QUICK
+@FEW
 @given(data=st.data(), layout=st.sampled_from(LAYOUTS), stride=st.integers(1, 2), groups=st.sampled_from([1, 1, 2]))
 def test_im2col_with_any_recipe(data: st.DataObject, layout: str, stride: int, groups: int) -> None:
     one = data.draw(dense(stride=stride).filter(lambda p: not is_flat(p)))
@@ -156,7 +158,7 @@ def test_kernels_of_both_forms_of_im2col(problem: Conv2d, layout: Any, indirect:
     """The matrix stored or not: exact, on two threads, from the same program."""
     schedule = Toeplitz(8, 2, 6, problem.E, 4, indirect=indirect).schedule(problem, layout)
     kernel = cs.compile(problem, algorithm="im2col", schedule=schedule, layout=layout, threads=2, cache=False)
-    assert ("i" in kernel.program.by_name) is not indirect
+    assert ("i" in kernel.plan.program.by_name) is not indirect
     rng = np.random.default_rng(0)
     x, w, b = (rng.integers(-3, 4, shape).astype(np.float32) for shape in (
         problem.input_shape, problem.weight_shape, problem.bias_shape))
@@ -164,7 +166,7 @@ def test_kernels_of_both_forms_of_im2col(problem: Conv2d, layout: Any, indirect:
     np.testing.assert_array_equal(y, convolve(problem, x, w, b))
 
 
-@settings(QUICK, max_examples=25)
+@FEW
 @given(problem=dense((3, 3)) | dense((1, 5)) | dense((3, 1)) | dense((1, 1)), layout=st.sampled_from(LAYOUTS),
        threads=st.sampled_from([1, 2]), family=st.sampled_from(sorted(FAMILIES)))
 def test_kernels_of_each_family(problem: Conv2d, layout: Any, threads: int, family: str) -> None:
@@ -225,7 +227,7 @@ def test_the_usual_members_of_the_families() -> None:
 def test_kernels_of_different_algorithms_do_not_share_code() -> None:
     problem = Conv2d(8, 8, 3, input_size=9)
     schedule = default_recipe(problem, host.machine()).schedule(problem)
-    kernel = Kernel(problem, schedule, layout="nchw", threads=1, machine=host.machine())
+    kernel = Kernel(Plan(problem, Target(host.machine()), named("direct", problem), schedule))
     assert kernel.algorithm == "direct"
     with pytest.raises(ScheduleError):
-        Kernel(problem, schedule, layout="nchw", threads=1, machine=host.machine(), algorithm="winograd(2,3)")
+        Kernel(Plan(problem, Target(host.machine()), named("winograd(2,3)", problem), schedule))

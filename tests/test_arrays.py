@@ -285,7 +285,7 @@ def test_relu_keeps_nan_and_infinity(layout: Any) -> None:
     kernel = cs.compile(problem, algorithm="direct", layout=layout, threads=1)
     laid = kernel(to_layout(x, layout), np.ones(problem.weight_shape, np.float32))
     y = from_layout(laid, problem.output_shape, layout)
-    np.testing.assert_array_equal(y, np.broadcast_to(np.float32([np.nan, np.inf, 0, 7]), y.shape))
+    np.testing.assert_array_equal(y, np.broadcast_to(np.array([np.nan, np.inf, 0, 7], np.float32), y.shape))
 
 
 @pytest.mark.parametrize("schedule", [None, ""])

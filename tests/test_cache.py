@@ -16,11 +16,12 @@ from convsched.autotune.store.cache import ScheduleCache
 from convsched.autotune.store.record import CacheError, Key, Record
 from convsched.errors import CacheWarning, ScheduleError
 from convsched.machine import Machine, MachineKey
+from convsched.plan.plan import Target
 from convsched.problem import Conv2d
 
 PROBLEM = Conv2d(8, 16, 3, padding=1, input_size=14)
 MACHINE = Machine.example("avx512")
-KEY = Key.of(PROBLEM, MACHINE)
+KEY = Key.of(PROBLEM, Target(MACHINE))
 
 
 def make(schedule: str = "unroll c", hot: float | None = 1.0, key: Key = KEY, **values: Any) -> Record:
@@ -140,11 +141,12 @@ def test_a_record_that_no_longer_fits_is_a_miss_with_one_warning(cache: Schedule
     for schedule, hot in (("unroll c", 1.0), ("unroll m", 2.0), ("unroll s", 3.0)):
         cache.put(make(schedule, hot))
 
-    def check(record: Record) -> None:
+    def accept(record: Record) -> bool:
         if record.schedule != "unroll s":
             raise ScheduleError(record.schedule, "there is no such loop", "use n")
+        return True
 
-    find = partial(cache.best, KEY, check=check)
+    find = partial(cache.best, KEY, accept=accept)
     why = "unroll c: there is no such loop; use n (and 1 more)"
     assert told_once(why, find, find) == 2 * [(make("unroll s", 3.0), "exact")]
 

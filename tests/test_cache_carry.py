@@ -16,11 +16,12 @@ import pytest
 from convsched.autotune.store.cache import Counts, ScheduleCache
 from convsched.autotune.store.record import CacheError, Key, Record
 from convsched.machine import Machine, MachineKey, host
+from convsched.plan.plan import Target
 from convsched.problem import Conv2d
 
 PROBLEM = Conv2d(8, 16, 3, padding=1, input_size=14)
 MACHINE = Machine.example("avx512")
-KEY = Key.of(PROBLEM, MACHINE)
+KEY = Key.of(PROBLEM, Target(MACHINE))
 
 
 def make(schedule: str = "unroll c", hot: float | None = 1.0, key: Key = KEY, **values: Any) -> Record:
@@ -119,11 +120,11 @@ def test_export_to_no_folder(cache: ScheduleCache, tmp_path: Path) -> None:
 
 def test_prune_keeps_winners_and_defaults(cache: ScheduleCache) -> None:
     fill(cache)
-    before = [cache.best(replace(KEY, threads=i), regime=r) for i in (1, 2, 3) for r in ("hot", "cold")]  # type: ignore[arg-type]
+    before = [cache.best(replace(KEY, threads=i), regime=r) for i in (1, 2, 3) for r in ("hot", "cold")]
     cache.mark_run(KEY, True, "10s", 20, 1.0)
     removed, kept, size = cache.prune()
     assert (removed, kept, size) == (51, 9, cache.path.stat().st_size)
-    after = [cache.best(replace(KEY, threads=i), regime=r) for i in (1, 2, 3) for r in ("hot", "cold")]  # type: ignore[arg-type]
+    after = [cache.best(replace(KEY, threads=i), regime=r) for i in (1, 2, 3) for r in ("hot", "cold")]
     assert before == after
     assert cache.run_of(KEY) is not None
 

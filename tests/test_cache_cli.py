@@ -18,11 +18,12 @@ from convsched.autotune.store.record import FORMAT, Key, MachineKey, Record
 from convsched.cli.cache import cache
 from convsched.machine import host
 from convsched.networks.known import network
+from convsched.plan.plan import Target
 from convsched.problem import Conv2d
 
 PROBLEM = Conv2d(8, 16, 3, padding=1, input_size=14)
 HOST = host.machine()
-KEY = Key.of(PROBLEM, HOST)
+KEY = Key.of(PROBLEM, Target(HOST))
 
 
 def make(schedule: str = "unroll c", hot: float | None = 1e-3, key: Key = KEY, status: str = "ok",
@@ -40,7 +41,7 @@ def file(tmp_path: Path) -> Path:
     store.put(make("unroll c", 1e-3, time=86400.0 * 365))
     store.put(make("unroll s", None, status="crashed", message="the process ended with [-11]"))
     store.mark_run(KEY, True, "10s", 3, 1.0)
-    layer = Key.of(network("lenet5").layers[0].problem, HOST)
+    layer = Key.of(network("lenet5").layers[0].problem, Target(HOST))
     store.put(make("unroll e", 3e-3, layer))
     store.mark_run(layer, False, "10s", 1, 1.0)
     return store.path

@@ -23,9 +23,10 @@ from convsched.autotune.store.cache import ScheduleCache
 from convsched.autotune.store.record import CacheError, Key, Record
 from convsched.errors import CacheWarning
 from convsched.machine import Machine
+from convsched.plan.plan import Target
 from convsched.problem import Conv2d
 
-KEY = Key.of(Conv2d(8, 16, 3, padding=1, input_size=14), Machine.example("avx512"))
+KEY = Key.of(Conv2d(8, 16, 3, padding=1, input_size=14), Target(Machine.example("avx512")))
 
 
 def make(schedule: str = "unroll c", hot: float = 1.0, time: float = 1.0) -> Record:
@@ -212,7 +213,7 @@ def connect(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Callable[[str], st
     def changed(file: str, **options: Any) -> sqlite3.Connection:
         for change in changes:
             file = change(str(file)) if callable(change) else file
-        db = real(file, **options)
+        db: sqlite3.Connection = real(file, **options)
         for change in changes:
             if isinstance(change, str): db.execute(change)
         return db
@@ -307,7 +308,8 @@ def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The seconds that each try would wait for a lock; none does."""
-    found, real = list[float](), sqlite3.connect
+    found: list[float] = []
+    real: Callable[..., sqlite3.Connection] = sqlite3.connect
 
     def connect(file: str, *, timeout: float, **options: Any) -> sqlite3.Connection:
         found.append(timeout)

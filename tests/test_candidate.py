@@ -12,16 +12,16 @@ from convsched.autotune.measure.measure import Timing
 from convsched.autotune.workers import candidate as module
 from convsched.autotune.workers.candidate import Data, Job, Outcome, Prepared, data_of, prepared, run_job
 from convsched.machine import CpuCounters, host
-from convsched.plan.defaults import default_recipe
 from convsched.plan.families import named
+from convsched.plan.plan import Plan, Target
 from convsched.problem import Conv2d, Linear, Problem
+from convsched.schedule import Schedule, parse_schedule
 
 PROBLEM = Conv2d(4, 8, 3, padding=1, input_size=6)
 
 
 def job_of(problem: Problem, layout: str = "nchw", threads: int = 1) -> Job:
-    recipe = default_recipe(problem, host.machine(), layout, threads)
-    return Job(problem.text, layout, threads, recipe.schedule(problem, layout).text)
+    return Job(Plan.of(named("direct", problem), Target(host.machine(), layout, threads)))
 
 
 JOB = job_of(PROBLEM)
@@ -55,8 +55,8 @@ def test_other_activations_have_a_tolerance(activation: object) -> None:
 
 def test_sums_beyond_float32_are_not_called_exact() -> None:
     deep = Linear(2_000_000, 1, bias=False)
-    assert not data_of(deep.text).exact
-    assert data_of(PROBLEM.text).exact
+    assert not data_of(deep).exact
+    assert data_of(PROBLEM).exact
 
 
 def test_the_parent_knows_when_it_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +69,7 @@ def test_the_parent_knows_when_it_is_compiled(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_answer_is_checked_before_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    true = data_of(PROBLEM.text)
+    true = data_of(PROBLEM)
     spoiled = true.expected.copy()
     spoiled[0, 3, 2, 1] += 1
     monkeypatch.setattr(module, "data_of", lambda text: replace(true, expected=spoiled))
@@ -86,10 +86,8 @@ SMALLEST = "the smallest step of one float"
 
 def judged(problem: Problem, algorithm: str, error: float | str, patch: pytest.MonkeyPatch) -> Outcome:
     """What becomes of a candidate whose kernel makes an error, over rms(output), in one element of small value."""
-    method = named(algorithm, problem)
-    job = Job(problem.text, "nchw", 1, method.default(host.machine(), "nchw", 1).schedule(problem, "nchw").text,
-              algorithm=algorithm)
-    call, scale = Prepared.call, data_of(problem.text).scale
+    job = Job(Plan.of(named(algorithm, problem), Target(host.machine())))
+    call, scale = Prepared.call, data_of(problem).scale
 
     def inaccurate(self: Prepared) -> None:
         call(self)
@@ -162,13 +160,13 @@ def test_a_kernel_that_is_right_only_at_first(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(("ratio", "is_cold"), [(0.9, True), (1.0, True), (1.01, False), (3, False)])
 def test_only_what_is_no_slower_is_timed_cold(ratio: float, is_cold: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "race", lambda call, other: (Timing((ratio,), 1), Timing((1.0,), 1)))
-    outcome = run_job(replace(JOB, schedule="", incumbent=JOB.schedule))
+    outcome = run_job(Job(replace(JOB.plan, schedule=Schedule()), JOB.plan))
     assert outcome.ratio == ratio
     assert np.isnan(outcome.cold) is not is_cold
 
 
 def test_only_the_weights_are_cold(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = []
+    kept: list[np.ndarray] = []
 
     def watch(call: object, *, keep: tuple[np.ndarray, ...], **options: object) -> Timing:
         kept.extend(keep)
@@ -177,7 +175,7 @@ def test_only_the_weights_are_cold(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "cold", watch)
     assert run_job(JOB).cold == 1.0
     (x,) = kept
-    assert x is prepared(JOB.problem, JOB.layout, JOB.threads, JOB.schedule).x
+    assert x is prepared(JOB.plan).x
 
 
 @pytest.mark.parametrize(("error", "message"), [(MemoryError(), "MemoryError"), (KeyError("x"), "KeyError: 'x'"),
@@ -195,19 +193,19 @@ def test_the_incumbent_stays_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
 
     class Counted(module.Kernel):
-        def __init__(self, problem: Problem, schedule: object, **options: object) -> None:
-            made.append(str(schedule))
-            super().__init__(problem, schedule, **options)  # type: ignore[arg-type]
+        def __init__(self, plan: Plan) -> None:
+            made.append(plan.schedule.text)
+            super().__init__(plan)
 
     monkeypatch.setattr(module, "Kernel", Counted)
     others = ["", "unroll s", "unroll r", "unroll r; unroll s"]
     for other in others:
-        assert run_job(replace(JOB, schedule=other, incumbent=JOB.schedule)).status == "ok"
-    assert made == [JOB.schedule, *others]
+        assert run_job(Job(replace(JOB.plan, schedule=parse_schedule(other)), JOB.plan)).status == "ok"
+    assert made == [JOB.plan.schedule.text, *others]
 
 
 def test_data_is_small_integers() -> None:
-    data: Data = data_of(Conv2d(4, 8, 3, input_size=6, residual=True).text)
+    data: Data = data_of(Conv2d(4, 8, 3, input_size=6, residual=True))
     for array in (data.x, data.weight, data.bias, data.residual):
         assert array is not None
         assert array.dtype == np.float32

@@ -22,6 +22,7 @@ from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
 
 import convsched
+from convsched.autotune.measure.calibrate import LEVELS, Calibration
 from convsched.benchmark.baseline import gemm_baseline
 from convsched.benchmark.cases import table_case
 from convsched.benchmark.report import Report, table
@@ -29,6 +30,7 @@ from convsched.benchmark.run import Settings, run_layers, total
 from convsched.cli import main as cli
 from convsched.errors import ScheduleError
 from convsched.machine import host
+from convsched.plan.plan import Target
 from convsched.problem import Conv2d, Problem
 from convsched.problem.layout import LAYOUTS
 
@@ -321,7 +323,7 @@ def test_tuned_schedules_are_used_without_a_search(tmp_path: Path) -> None:
     from convsched.networks.known import network
 
     problem = network("lenet5").layers[1].problem
-    key = Key.of(problem, host.machine(), threads=1)
+    key = Key.of(problem, Target(host.machine()))
     schedule = "unroll s"
     cache = ScheduleCache(tmp_path / "schedules.sqlite")
     cache.put(Record(**vars(key), algorithm="direct", schedule=schedule, status="ok", hot=1e-3, time=1.0))
@@ -374,7 +376,10 @@ def test_bench_of_a_model_file(tmp_path: Path) -> None:
     assert "has the open shape" in run("bench", str(tmp_path / "m.onnx"), *QUICK).output
 
 
-def test_info() -> None:
+def test_info(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = dict.fromkeys(LEVELS, 50e9)
+    known = Calibration("a", 1e11, rates, rates, 1e-5, 0.0)
+    monkeypatch.setattr("convsched.cli.info.calibration", lambda refresh: known)
     result = run("info")
     assert result.exit_code == 0
     names = [line.split()[0] for line in result.output.splitlines()]

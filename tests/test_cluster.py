@@ -21,12 +21,16 @@ from convsched.autotune.search.cluster import ClusterError, alone, tune_on
 from convsched.autotune.store.cache import ScheduleCache
 from convsched.autotune.store.record import Key, Record, Run, parse_line
 from convsched.machine import host
+from convsched.plan.plan import Target
 from convsched.problem import Problem
 
 distributed = pytest.importorskip("distributed")
 
 LAYERS: list[Problem] = [cs.Conv2d(16, 16, 1, input_size=6), cs.Linear(32, 16)]
-FEW, ENDLESS = Budget(candidates=3), Budget(candidates=100_000)
+COUNT = 2
+FEW, ENDLESS = Budget(candidates=COUNT), Budget(candidates=100_000)
+
+pytestmark = pytest.mark.xdist_group("cluster")  # they share the cluster, which takes seconds to start
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +59,7 @@ def cache(tmp_path: Path) -> ScheduleCache:
 
 def known(cache: ScheduleCache, layer: Problem) -> set[str]:
     """The schedules measured for a layer on this machine, which all workers share."""
-    return {record.schedule for record in cache.records(Key.of(layer, host.machine()))}
+    return {record.schedule for record in cache.records(Key.of(layer, Target(host.machine())))}
 
 
 def test_layers_are_tuned_and_the_caller_writes(client: Any, cache: ScheduleCache, folder: Path) -> None:
@@ -70,13 +74,13 @@ def test_layers_are_tuned_and_the_caller_writes(client: Any, cache: ScheduleCach
 
     found = tune_on(client, [(layer, FEW) for layer in LAYERS], cache=cache, threads=1, report=report)
     assert [tuned.problem for tuned in found] == LAYERS
-    assert [tuned.tried for tuned in found] == [3, 3]
+    assert [tuned.tried for tuned in found] == [COUNT, COUNT]
     for layer, tuned in zip(LAYERS, found, strict=True):
         assert tuned.schedule.text in known(cache, layer)
         assert known(cache, layer) == {record.schedule for record in reported if record.problem == layer.text}
-        run = cache.run_of(Key.of(layer, host.machine()))
+        run = cache.run_of(Key.of(layer, Target(host.machine())))
         assert run is not None
-        assert run.tried == 3
+        assert run.tried == COUNT
     assert len(reported) == len(set(reported))
     assert any(folder.iterdir())
     assert not list(folder.rglob("*.sqlite*"))
@@ -104,12 +108,12 @@ def killer(client: Any, after: int, killed: list[str]) -> Callable[[str, Record]
 def test_a_layer_whose_worker_is_killed_goes_on_elsewhere(client: Any, cache: ScheduleCache) -> None:
     killed: list[str] = []
     work = [(layer, FEW) for layer in LAYERS]
-    found = tune_on(client, work, cache=cache, threads=1, report=killer(client, 2, killed))
+    found = tune_on(client, work, cache=cache, threads=1, report=killer(client, 1, killed))
     assert len(killed) == 1
     assert killed[0] not in client.nthreads()
     assert [tuned.problem for tuned in found] == LAYERS
-    assert len(known(cache, LAYERS[0])) > 3  # those of the killed worker, and three others
-    assert len(known(cache, LAYERS[1])) == 3
+    assert len(known(cache, LAYERS[0])) > COUNT  # those of the killed worker, and as many others
+    assert len(known(cache, LAYERS[1])) == COUNT
 
 
 def test_a_layer_that_kills_its_workers_is_given_up(client: Any, cache: ScheduleCache,
@@ -117,11 +121,11 @@ def test_a_layer_that_kills_its_workers_is_given_up(client: Any, cache: Schedule
     monkeypatch.setattr(module, "TRIES", 1)
     work = [(layer, FEW) for layer in LAYERS]
     with pytest.raises(ClusterError) as error:
-        tune_on(client, work, cache=cache, threads=1, report=killer(client, 2, []))
+        tune_on(client, work, cache=cache, threads=1, report=killer(client, 1, []))
     assert "1 of 2 layers failed" in str(error.value)
     assert f"{LAYERS[0].text}: 1 workers were lost with it, the last at tcp://" in str(error.value)
-    assert len(known(cache, LAYERS[0])) >= 2
-    assert len(known(cache, LAYERS[1])) == 3
+    assert len(known(cache, LAYERS[0])) >= 1
+    assert len(known(cache, LAYERS[1])) == COUNT
 
 
 def test_an_interruption_stops_the_tasks_and_keeps_what_came(client: Any, cache: ScheduleCache) -> None:
@@ -129,7 +133,7 @@ def test_an_interruption_stops_the_tasks_and_keeps_what_came(client: Any, cache:
 
     def interrupt(_: str, record: Record) -> None:
         seen.append(record.schedule)
-        if len(seen) == 3:
+        if len(seen) == 2:
             raise KeyboardInterrupt
 
     layer = cs.Conv2d(64, 64, 3, input_size=8)
@@ -137,7 +141,7 @@ def test_an_interruption_stops_the_tasks_and_keeps_what_came(client: Any, cache:
         tune_on(client, [(layer, ENDLESS)] * 2, cache=cache, threads=1, report=interrupt)
     assert set(seen) <= known(cache, layer)
     # The host's lock is free again, since the task has ended early, and the second one has not begun.
-    assert tune_on(client, [(LAYERS[0], FEW)], cache=cache, threads=1)[0].tried == 3
+    assert tune_on(client, [(LAYERS[0], FEW)], cache=cache, threads=1)[0].tried == COUNT
     events = [event for topic, events in client.get_events().items() if topic.startswith("convsched-")
               for event in events]
     ends = [end for _, (_, line) in events if isinstance(end := parse_line(line), Run) and end.problem == layer.text]

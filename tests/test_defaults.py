@@ -48,7 +48,7 @@ def strange(seed: int, count: int) -> list[Conv2d]:
         try:
             found.append(Conv2d(
                 groups * counts[0], groups * counts[1], (draw.choice(taps), draw.choice((*taps, 39))),
-                draw.choice((1, 1, 1, 2, 3, 8, 32)), padding, draw.choice((1, 1, 1, 2, 8, 36)), groups,  # type: ignore[arg-type]
+                draw.choice((1, 1, 1, 2, 3, 8, 32)), padding, draw.choice((1, 1, 1, 2, 8, 36)), groups,
                 input_size=(draw.choice(sizes), draw.choice((*sizes, 264))), batch_size=draw.choice((1, 3)),
                 activation=draw.choice((None, "relu", "silu")), residual=draw.random() < 0.2))  # fmt: skip
         except ConvschedError:  # a kernel larger than its image

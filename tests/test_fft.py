@@ -46,7 +46,7 @@ def test_the_real_transform_is_that_of_numpy(n: int) -> None:
     assert ours[2::2] + 1j * ours[3::2] == pytest.approx(theirs[1:-1], abs=1e-13)
 
 
-@pytest.mark.parametrize("n", [2, 16, 128])
+@pytest.mark.parametrize("n", [2, 16, pytest.param(128, marks=pytest.mark.slow)])
 def test_factors_are_sparse(n: int) -> None:
     factors = real_fft(n).factors
     assert len(factors) == n.bit_length() - 1
@@ -68,7 +68,7 @@ def test_small_tiles_are_proved(n: int, r: int) -> None:
     assert (tile.filter.columns, tile.input.columns, tile.output.rows) == (r, n, n - r + 1)
 
 
-@pytest.mark.parametrize(("n", "r"), [(64, 33), (128, 64)])
+@pytest.mark.parametrize(("n", "r"), [(64, 33), pytest.param(128, 64, marks=pytest.mark.slow)])
 def test_large_tiles_are_exact_on_random_integers(n: int, r: int) -> None:
     generator = np.random.default_rng(n)
     w, x = (generator.integers(-99, 100, size).tolist() for size in (r, n))

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import convsched as cs
@@ -26,7 +26,7 @@ from convsched.problem.reference import convolve
 from convsched.recipes.tiles import Tiles
 from convsched.schedule import Schedule, Unroll, apply, parse_schedule
 
-QUICK = settings(deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))
+FEW = settings(max_examples=settings().max_examples // 12)  # each is interpreted, or compiled
 LAYOUTS = ("nchw", "nhwc", "nchw16c")
 EXACT = 1e-9  # float64 rounding of the transforms
 FLOAT32 = 1e-5  # of max |error| / rms, the bound of accuracy="strict"
@@ -76,7 +76,7 @@ def random_recipe(draw: Any, problem: Conv2d, name: str) -> Tiles:
         by_lines=draw(by_lines))
 
 
-@settings(QUICK, max_examples=12)
+@FEW
 @given(case=cases(), layout=st.sampled_from(LAYOUTS))
 def test_the_program_is_the_convolution(case: tuple[str, Conv2d], layout: str) -> None:
     """Unscheduled, and in float64, so that what is left is the rounding of the interpreter."""
@@ -88,7 +88,7 @@ def test_the_program_is_the_convolution(case: tuple[str, Conv2d], layout: str) -
     np.testing.assert_allclose(found, wanted, rtol=0, atol=EXACT * max(1.0, float(np.abs(wanted).max())))
 
 
-@settings(QUICK, max_examples=8)
+@FEW
 @given(data=st.data(), case=cases(), layout=st.sampled_from(LAYOUTS))
 def test_any_recipe(data: st.DataObject, case: tuple[str, Conv2d], layout: str) -> None:
     name, problem = case
@@ -131,13 +131,13 @@ def run(problem: Conv2d, name: str, layout: Any = "nchw", threads: int = 1, sche
     return float(np.abs(found - wanted).max() / max(1.0, np.sqrt(np.square(wanted).mean())))
 
 
-@settings(QUICK, max_examples=10)
+@FEW
 @given(case=cases(), layout=st.sampled_from(LAYOUTS), threads=st.sampled_from([1, 2]))
 def test_kernels(case: tuple[str, Conv2d], layout: str, threads: int) -> None:
     assert run(case[1], case[0], layout, threads) < FLOAT32
 
 
-@settings(QUICK, max_examples=6)
+@FEW
 @given(data=st.data(), case=cases(), layout=st.sampled_from(LAYOUTS))
 def test_kernels_of_any_recipe(data: st.DataObject, case: tuple[str, Conv2d], layout: str) -> None:
     name, problem = case

@@ -24,6 +24,7 @@ from convsched.kernels.run.bound import BoundKernel
 from convsched.kernels.run.kernel import Kernel
 from convsched.machine import Isa, Machine, host
 from convsched.plan.families import named
+from convsched.plan.plan import Plan, Target
 from convsched.problem import Conv2d, Linear, Problem
 from convsched.problem.layout import from_layout, to_layout
 from convsched.problem.reference import convolve
@@ -131,8 +132,8 @@ def call(name: str, layout: str, side: Side) -> str:
     x, w, b, z = (rng.integers(-3, 4, shape).astype(np.float32) for shape in (
         problem.input_shape, problem.weight_shape, problem.bias_shape, problem.output_shape))
     bias, residual = b if problem.bias else None, z if problem.residual else None
-    kernel = Kernel(problem, case.schedule(layout), layout=layout, threads=1, machine=host.machine(),
-                    algorithm=case.algorithm)
+    algorithm = named(case.algorithm, problem)
+    kernel = Kernel(Plan(problem, Target(host.machine(), layout), algorithm, case.schedule(layout)))
     bound = kernel.bind(w, bias)
     conv = BoundKernel(kernel, {tensor: guarded(array, side) for tensor, array in bound.weights.items()})
     with_guards(conv, side)
@@ -147,9 +148,9 @@ def call(name: str, layout: str, side: Side) -> str:
 
 def with_guards(conv: BoundKernel, side: Side) -> None:
     """Give the kernel's next call a workspace whose local tensors are guarded."""
-    workspace, names = conv._borrow(), conv.kernel.interface.names
+    workspace, names = conv._borrow(), conv.kernel.code.interface.names
     (table,) = workspace.tables
-    for tensor, elements in conv.kernel.interface.local_elements.items():
+    for tensor, elements in conv.kernel.code.interface.local_elements.items():
         array = guarded(np.zeros(elements, np.float32), side)
         workspace.buffers.append({tensor: array})  # kept
         table[names.index(tensor)] = array.ctypes.data

@@ -20,13 +20,14 @@ import hot_cold
 from convsched.autotune.store.cache import ScheduleCache
 from convsched.autotune.store.record import Key, Record
 from convsched.machine import host
+from convsched.plan.plan import Target
 from convsched.problem import Conv2d
 
 LAYER = Conv2d(8, 8, 3, padding=1, input_size=8)
 
 
 def record(schedule: str, hot: float | None, cold: float | None, **fields: Any) -> Record:
-    key = Key.of(LAYER, host.machine())
+    key = Key.of(LAYER, Target(host.machine()))
     return Record(**{**vars(key), "algorithm": "direct", "schedule": schedule, "status": "ok", "hot": hot, "cold": cold,
                      "time": 1.0, **fields})
 
@@ -56,8 +57,9 @@ class Times:
 
 
 def test_losses_are_of_the_times_taken_in_turn() -> None:
-    timer = Times({"unroll c": (2.0, 9.0), "unroll r": (3.0, 6.0)})
+    timer: Any = Times({"unroll c": (2.0, 9.0), "unroll r": (3.0, 6.0)})
     found = hot_cold.compare([FAST, COOL, SLOW], timer)
+    assert found is not None
     assert (found.by_hot.schedule, found.by_cold.schedule) == ("unroll c", "unroll r")
     assert (found.hot_loss, found.cold_loss) == (0.5, 0.5)
     assert (found.timed_hot, found.timed_cold, found.is_same) == (3, 2, False)
@@ -65,8 +67,9 @@ def test_losses_are_of_the_times_taken_in_turn() -> None:
 
 
 def test_one_winner_is_timed_once_and_loses_nothing() -> None:
-    timer = Times({"unroll c": (2.0, 9.0)})
+    timer: Any = Times({"unroll c": (2.0, 9.0)})
     found = hot_cold.compare([FAST, replace(COOL, cold=6.0)], timer)
+    assert found is not None
     assert found.is_same
     assert (found.hot_loss, found.cold_loss) == (0, 0)
     assert timer.asked == [("unroll c",)] * 2
@@ -74,13 +77,14 @@ def test_one_winner_is_timed_once_and_loses_nothing() -> None:
 
 @pytest.mark.parametrize("records", [[], [SLOW], [replace(FAST, status="wrong")]])
 def test_nothing_is_chosen_without_both_times(records: list[Record]) -> None:
-    assert hot_cold.compare(records, Times({})) is None
+    timer: Any = Times({})
+    assert hot_cold.compare(records, timer) is None
 
 
 def test_the_fastest_without_a_cold_time_are_timed_with_the_hot_winner() -> None:
     slower = replace(SLOW, schedule="unroll e", hot=3.0)
     wrong = replace(SLOW, schedule="unroll f", hot=0.5, status="wrong")
-    timer = Times({"unroll c": (math.nan, 10.0), "unroll s": (math.nan, 2.0)})
+    timer: Any = Times({"unroll c": (math.nan, 10.0), "unroll s": (math.nan, 2.0)})
     found = hot_cold.timed_cold_too([FAST, slower, wrong, SLOW], 1, timer)
     assert [one.cold for one in found] == [5.0, None, None, 1.0]  # a fifth of the hot winner's
     assert timer.asked == [("unroll s", "unroll c")]
@@ -108,9 +112,9 @@ def test_layers_are_those_of_a_network_with_a_text() -> None:
 
 def test_the_table_and_json_tell_both_choices() -> None:
     timer = hot_cold.Timer("nchw", 1, 1.0)
-    winners = [hot_cold.Winner("direct", "", name, hot, cold)
-               for name, hot, cold in (("unroll c", 0.002, 0.009), ("unroll r", 0.003, 0.006))]
-    choices = [hot_cold.Choice(LAYER.text, *winners, 3, 2), hot_cold.Choice(LAYER.text, winners[0], winners[0], 1, 1)]
+    first, second = (hot_cold.Winner("direct", "", name, hot, cold)
+                     for name, hot, cold in (("unroll c", 0.002, 0.009), ("unroll r", 0.003, 0.006)))
+    choices = [hot_cold.Choice(LAYER.text, first, second, 3, 2), hot_cold.Choice(LAYER.text, first, first, 1, 1)]
     console = Console(width=200)
     with console.capture() as capture:
         console.print(hot_cold.table(choices, timer))

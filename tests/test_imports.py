@@ -22,7 +22,7 @@ FLOORS = (  # a package or top file sees those on lower floors, and of its own f
     "plan",
     "kernels",
     "autotune",
-    "api benchmark graph",
+    "api benchmark explain graph",
     "__init__ cli",
     "bench",
 )

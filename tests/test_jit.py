@@ -17,6 +17,8 @@ import convsched as cs
 from convsched.kernels import jit, objects
 from convsched.kernels.run.kernel import Kernel
 from convsched.machine import Machine, host
+from convsched.plan.families import named
+from convsched.plan.plan import Plan, Target
 from convsched.problem import Conv2d
 from convsched.problem.reference import convolve
 
@@ -69,11 +71,11 @@ def test_a_hit_compiles_nothing_and_gives_the_same(folder: Path, monkeypatch: py
         raise AssertionError("compiled in spite of the cache")
 
     monkeypatch.setattr(jit, "compile_object", refuse)
-    monkeypatch.setattr("convsched.kernels.run.kernel.apply", refuse)
+    monkeypatch.setattr("convsched.plan.plan.apply", refuse)
     for threads in (1, 2):
         second = cs.compile(LAYER, schedule=first.schedule, threads=threads)
         check(second)
-        assert second.interface == first.interface
+        assert second.code.interface == first.code.interface
 
 
 def flip(data: bytes, position: int) -> bytes:
@@ -138,15 +140,15 @@ def test_a_senseless_header_with_a_valid_digest_is_a_miss(
 @pytest.mark.parametrize("code", [b"", b"\x7fELF", b"no object code" * 99])
 def test_senseless_code_with_a_valid_digest_is_a_miss(code: bytes, folder: Path, compiled: list[str]) -> None:
     kernel = cs.compile(LAYER, threads=1)
-    objects.write_entry(only(folder).name, kernel.interface.to_json(), code)
+    objects.write_entry(only(folder).name, kernel.code.interface.to_json(), code)
     check(cs.compile(LAYER, threads=1))
     assert len(compiled) == 2
 
 
 def test_code_without_the_stages_is_a_miss(folder: Path, compiled: list[str]) -> None:
     kernel = cs.compile(LAYER, threads=1)
-    other = jit.compile_object("define void @other() {\n  ret void\n}\n", kernel.machine)
-    objects.write_entry(only(folder).name, kernel.interface.to_json(), other)
+    other = jit.compile_object("define void @other() {\n  ret void\n}\n", host.machine())
+    objects.write_entry(only(folder).name, kernel.code.interface.to_json(), other)
     check(cs.compile(LAYER, threads=1))
     assert len(compiled) == 3
 
@@ -160,7 +162,7 @@ def test_the_key_depends_on_all_that_the_code_depends_on(monkeypatch: pytest.Mon
     here = host.machine()
 
     def key(layer: Conv2d = LAYER, schedule: str = "", layout: Any = "nchw", machine: Machine = here) -> str:
-        Kernel(layer, cs.parse_schedule(schedule), layout=layout, threads=1, machine=machine)
+        Kernel(Plan(layer, Target(machine, layout), named("direct", layer), cs.parse_schedule(schedule)))
         return keys.pop()
 
     first = key()
@@ -180,8 +182,8 @@ def test_the_key_depends_on_all_that_the_code_depends_on(monkeypatch: pytest.Mon
     others.append(key())
     monkeypatch.undo()
     monkeypatch.setattr(objects, "read_entry", keys.append)
-    monkeypatch.setattr(jit, "target", lambda machine: ("another-cpu", ""))
-    others.append(objects.object_key((repr(LAYER), "", "nchw"), here))
+    monkeypatch.setattr(objects, "target", lambda machine: ("another-cpu", ""))
+    others.append(objects.object_key(Plan(LAYER, Target(here), named("direct", LAYER), cs.Schedule())))
     assert len({first, *others}) == 1 + len(others)
 
 
@@ -202,8 +204,7 @@ def test_the_compiler_digest_changes_with_the_sources(
 
 def test_the_entry_of_another_machine_is_not_used(folder: Path, compiled: list[str]) -> None:
     here = cs.compile(LAYER, threads=1)
-    there = replace(here.machine, name="another CPU")
-    Kernel(LAYER, here.schedule, layout="nchw", threads=1, machine=there)
+    Kernel(here.plan.on(replace(host.machine(), name="another CPU")))
     assert len(compiled) == len(list(folder.iterdir())) == 2
 
 
@@ -320,10 +321,10 @@ def python(code: str, *arguments: str) -> "subprocess.Popen[str]":
 
 def test_processes_share_a_folder(folder: Path) -> None:
     """All compile the same layers at once, so that some read what others are writing."""
-    processes = [python("for i in range(40): run(i)\nprint('done')") for _ in range(4)]
+    processes = [python("for i in range(20): run(i)\nprint('done')") for _ in range(4)]
     results = [(*process.communicate(timeout=120), process.returncode) for process in processes]
     assert results == [("done\n", "", 0)] * 4
-    assert len(list(folder.iterdir())) == 40
+    assert len(list(folder.iterdir())) == 20
     assert all(objects.read_entry(path.name) is not None for path in folder.iterdir())
 
 
@@ -339,14 +340,13 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="
 
 
 @needs_proc
-def test_two_hundred_kernels_cost_little_memory() -> None:
-    assert grown(200) < 40  # the rate of 1,000 in 150 MB, and some slack
-
-
-@needs_proc
-@pytest.mark.slow
-def test_a_thousand_kernels_cost_little_memory() -> None:
-    assert grown(1000) < 150
+@pytest.mark.parametrize(("count", "most"), [
+    (60, 19),  # the rate of 1,000 in 150 MB, and the slack of 200 in 40
+    pytest.param(200, 40, marks=pytest.mark.slow),
+    pytest.param(1000, 150, marks=pytest.mark.slow),
+])  # fmt: skip
+def test_many_kernels_cost_little_memory(count: int, most: int) -> None:
+    assert grown(count) < most
 
 
 def test_code_lives_as_long_as_its_kernel() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import convsched as cs
@@ -17,7 +17,8 @@ from convsched.ir.interp import interpret
 from convsched.kernels.run.kernel import Kernel
 from convsched.machine import Isa, Machine, host
 from convsched.plan.defaults import default_recipe
-from convsched.plan.families import applicable
+from convsched.plan.families import applicable, named
+from convsched.plan.plan import Plan, Target
 from convsched.problem import Conv2d, Linear, Problem, layout
 from convsched.problem.layout import activation_shape, from_layout, to_layout
 from convsched.problem.reference import convolve
@@ -37,10 +38,7 @@ RUNS: dict[Isa, tuple[Isa, ...]] = {
     "generic": (),
 }
 
-property_test = settings(
-    deadline=None, max_examples=60,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
-)
+FEW = settings(max_examples=settings().max_examples // 3)  # each is compiled
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -148,26 +146,25 @@ def check_exact(kernel: Kernel, seed: int) -> None:
 def for_machine(problem: Problem, layout: Any, machine: Machine) -> Kernel:
     """The default kernel for another machine."""
     recipe = default_recipe(problem, machine, layout, 1)
-    return Kernel(problem, recipe.schedule(problem, layout), layout=layout, threads=1, machine=machine,
-                  recipe=recipe)  # fmt: skip
+    return Kernel(Plan.of(named("direct", problem), Target(machine, layout), recipe))
 
 
 # Tests
 
-@property_test
+@FEW
 @given(problems, st.sampled_from(LAYOUTS), st.integers(0, 9))
 def test_kernels_equal_the_oracle(problem: Problem, layout: Any, seed: int) -> None:
     check_exact(cs.compile(problem, algorithm="direct", layout=layout, threads=1), seed)
 
 
-@settings(property_test, max_examples=30)
+@FEW
 @given(problems, st.sampled_from(LAYOUTS), st.integers(0, 9))
 def test_unscheduled_kernels_equal_the_oracle(problem: Problem, layout: Any, seed: int) -> None:
     check_exact(cs.compile(problem, schedule=cs.Schedule(), layout=layout, threads=1), seed)
 
 
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "sse", "neon"])
-@settings(property_test, max_examples=30)
+@FEW
 @given(problem=problems, layout=st.sampled_from(LAYOUTS), seed=st.integers(0, 9))
 def test_kernels_for_each_instruction_set_equal_the_oracle(
     isa: Isa, problem: Problem, layout: Any, seed: int
@@ -177,7 +174,7 @@ def test_kernels_for_each_instruction_set_equal_the_oracle(
     check_exact(for_machine(problem, layout, Machine.example(isa)), seed)
 
 
-@settings(property_test, max_examples=20)
+@FEW
 @given(convolutions([None, "relu", "relu6"]), st.sampled_from(LAYOUTS), st.integers(0, 9))
 def test_infinities_and_nans_reach_their_outputs(problem: Conv2d, layout: Any, seed: int) -> None:
     """By every algorithm that says so."""
@@ -212,7 +209,7 @@ def test_an_algorithm_says_whether_it_keeps_infinities_where_they_belong(problem
         assert algorithm.fits("strict") == algorithm.keeps_nonfinite
 
 
-NORMAL_LAYERS = [
+NORMAL_LAYERS: list[dict[str, Any]] = [
     {"c": 40, "m": 24, "kernel_size": 3, "padding": 1, "input_size": 9, "residual": True},
     {"c": 33, "m": 17, "kernel_size": 1, "input_size": (5, 7), "bias": False},
     {"c": 20, "m": 20, "kernel_size": 3, "stride": 2, "padding": "same", "groups": 20, "input_size": 19},
@@ -224,7 +221,7 @@ NORMAL_LAYERS = [
 def test_normal_data_is_within_the_strict_bound(activation: Activation, layout: Any) -> None:
     for sizes in NORMAL_LAYERS:
         arguments = dict(sizes)
-        problem = Conv2d(arguments.pop("c"), arguments.pop("m"), **arguments, activation=activation)  # type: ignore[arg-type]
+        problem = Conv2d(arguments.pop("c"), arguments.pop("m"), **arguments, activation=activation)
         data = normal(problem, 0)
         expected = convolve(problem, *data)
         y = run(cs.compile(problem, layout=layout, threads=1), data)
@@ -237,7 +234,7 @@ def test_activations_of_large_numbers_and_nan(activation: Activation) -> None:
     values = [0.0, -0.0, 1e-30, -1e-30, 5.0, -5.0, 30.0, -30.0, 100.0, -100.0, 1e30, -1e30, np.nan]
     x = np.array(values, np.float32).reshape(1, 1, 1, -1)
     problem = Conv2d(1, 1, 1, bias=False, input_size=x.shape[2:], activation=activation)
-    data = [x, np.ones((1, 1, 1, 1), np.float32), None, None]
+    data: list[Any] = [x, np.ones((1, 1, 1, 1), np.float32), None, None]
     y = run(cs.compile(problem, threads=1), data)
     np.testing.assert_allclose(y, convolve(problem, *data), rtol=1e-5, atol=1e-5)
 

@@ -103,7 +103,9 @@ def test_a_peeled_copy_touches_no_new_data() -> None:
     peeled = apply(scaled(4, 6, 16), parse_schedule("split e 4 -> e0 e1 tail=mask; peel e0"))
     whole = apply(scaled(4, 6, 16), parse_schedule(""))
     (loops,), (before,) = (stage.body for stage in peeled.stages), (stage.body for stage in whole.stages)
-    assert len(loops[0].body) == 2
+    (loop,) = loops
+    assert isinstance(loop, Loop)
+    assert len(loop.body) == 2
     assert footprint(peeled, loops) == footprint(whole, before) == {
         "x": 4 * 6 * 16, "w": 64, "y": 4 * 4 * 6 * 16}
 
@@ -267,7 +269,7 @@ LAYERS: list[Problem] = [
 @pytest.mark.parametrize("problem", LAYERS, ids=str)
 def test_every_candidate_is_legal_and_has_a_bound(problem: Problem, layout: str) -> None:
     threads = 1 + (layout == "nchw")
-    found = [c.recipe for c in candidates(Target(problem, MACHINE, layout, threads, algorithm="direct"))]
+    found = [c.recipe for c in candidates(problem, Target(MACHINE, layout, threads), named("direct", problem))]
     for recipe in random.Random(0).sample(found, min(4, len(found))):
         assert isinstance(recipe, Channels | Pixels | Depthwise)
         seconds = estimate(problem, recipe, layout, threads).seconds

@@ -19,6 +19,7 @@ from convsched.autotune.workers.candidate import Job, Outcome
 from convsched.machine import host
 from convsched.model.cost import Cost
 from convsched.plan.defaults import default_recipe
+from convsched.plan.plan import Target
 from convsched.problem import Conv2d, Problem, parse_problem
 
 LIGHT, MIDDLE, HEAVY = (Conv2d(16, m, 1, input_size=6) for m in (16, 32, 48))
@@ -42,7 +43,8 @@ class Lab:
         self.now += JOB
         if self.failing(job):
             return Outcome("wrong", "max |error| / rms is 1")
-        hot, incumbent = (self.seconds(job.problem, schedule) for schedule in (job.schedule, job.incumbent))
+        hot, incumbent = (self.seconds(job.plan.problem.text, str(plan.schedule) if plan else "")
+                          for plan in (job.plan, job.incumbent))
         return Outcome("ok", hot=hot, incumbent=incumbent if job.incumbent else float("nan"), cold=hot)
 
     def seconds(self, problem: str, schedule: str) -> float:
@@ -68,8 +70,8 @@ def run(lab: Lab, cache: ScheduleCache, monkeypatch: pytest.MonkeyPatch, budget:
         layers: Sequence[tuple[Problem, int]] = LAYERS, report: Callable[[TunedLayer], None] = lambda _: None,
         progress: Callable[[Progress], None] = lambda _: None) -> TunedNetwork:
     monkeypatch.setattr(tuning, "cost", lab.look)
-    monkeypatch.setattr(tuning, "apply", lambda program, schedule: program)
-    tuner = Tuner(cache, threads=1, report=progress, clock=lambda: lab.now)
+    monkeypatch.setattr("convsched.plan.plan.apply", lambda program, schedule: program)
+    tuner = Tuner(cache, Target(host.machine()), report=progress, clock=lambda: lab.now)
     tuner.worker = lab  # type: ignore[assignment]
     with tuner:
         return tune_network(tuner, layers, budget, report)
@@ -80,8 +82,8 @@ def test_equal_layers_are_tuned_once_and_defaults_come_first(cache: ScheduleCach
     lab = Lab()
     network = run(lab, cache, monkeypatch, Budget(candidates=12))
     assert {layer.tuned.problem: layer.count for layer in network.layers} == {LIGHT: 2, HEAVY: 1, MIDDLE: 1}
-    assert [job.problem for job in lab.jobs[:3]] == [LIGHT.text, HEAVY.text, MIDDLE.text]
-    assert [job.incumbent for job in lab.jobs[:4]] == ["", "", "", lab.jobs[1].schedule]
+    assert [job.plan.problem for job in lab.jobs[:3]] == [LIGHT, HEAVY, MIDDLE]
+    assert [job.incumbent for job in lab.jobs[:4]] == [None, None, None, lab.jobs[1].plan]
     assert sum(layer.tuned.tried for layer in network.layers) == 12
 
 
@@ -112,12 +114,12 @@ def test_what_a_layer_leaves_goes_to_the_others(cache: ScheduleCache, monkeypatc
 
 
 def test_a_layer_that_fails_leaves_its_budget(cache: ScheduleCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    lab = Lab(failing=lambda job: job.problem == HEAVY.text)
+    lab = Lab(failing=lambda job: job.plan.problem == HEAVY)
     network = run(lab, cache, monkeypatch, Budget(candidates=21))
     assert network.failures == {HEAVY: f"the default of {HEAVY.text} wrong: max |error| / rms is 1"}
     tried = {layer.tuned.problem: layer.tuned.tried for layer in network.layers}
     assert tried == {MIDDLE: 10, LIGHT: 10}
-    later = Lab(failing=lambda job: job.problem == HEAVY.text and job.incumbent != "")
+    later = Lab(failing=lambda job: job.plan.problem == HEAVY and job.incumbent is not None)
     network = run(later, cache, monkeypatch, Budget(candidates=40))
     assert "candidates of conv2d c=16 m=48" in network.failures[HEAVY]
     assert not network.interrupted
@@ -133,16 +135,16 @@ def test_ctrl_c_keeps_everything(cache: ScheduleCache, monkeypatch: pytest.Monke
     lab = Lab(press)
     network = run(lab, cache, monkeypatch, Budget(candidates=60))
     assert network.interrupted
-    keys = [Key.of(problem, host.machine()) for problem in (LIGHT, MIDDLE, HEAVY)]
+    keys = [Key.of(problem, Target(host.machine())) for problem in (LIGHT, MIDDLE, HEAVY)]
     kept = Counter({key.problem: len(cache.records(key)) for key in keys})
-    measured = {(job.problem, job.schedule) for job in lab.jobs[:after]}
+    measured = {(job.plan.problem, job.plan.schedule) for job in lab.jobs[:after]}
     assert kept.total() == len(measured)
     runs = [cache.run_of(key) for key in keys if kept[key.problem]]
     assert runs
     assert not any(run.complete for run in runs if run is not None)
     again = Lab()
     assert not run(again, cache, monkeypatch, Budget(candidates=60 - after)).interrupted
-    repeated = [job for job in again.jobs if (job.problem, job.schedule) in measured]
+    repeated = [job for job in again.jobs if (job.plan.problem, job.plan.schedule) in measured]
     assert len(repeated) <= 3  # the winners, against their defaults
 
 

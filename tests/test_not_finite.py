@@ -98,7 +98,8 @@ def test_a_variance_that_is_not_positive_warns_with_the_name_of_its_node(
 
 def test_what_overflows_when_folded_warns_with_the_name_of_its_layer(tmp_path: Path) -> None:
     scale = helper.make_node("Mul", ["t", "factor"], ["y"])
-    path = model(tmp_path / "m.onnx", {"w": np.full((8, 4, 3, 3), 1e20, np.float32), "factor": np.float32(1e30)}, scale)
+    tensors = {"w": np.full((8, 4, 3, 3), 1e20, np.float32), "factor": np.array(1e30, np.float32)}
+    path = model(tmp_path / "m.onnx", tensors, scale)
     with pytest.warns(ModelWarning, match="Conv first: 288 of 288 .0 NaN. of its weights"):
         read_model(path)
 

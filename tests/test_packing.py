@@ -18,6 +18,7 @@ from convsched.kernels.run.kernel import Kernel
 from convsched.kernels.run.packing import ALIGNMENT, BLOCK, Copy, blocks, inside, plain
 from convsched.machine import Machine, host
 from convsched.plan.families import named
+from convsched.plan.plan import Plan, Target
 from convsched.problem import Conv2d, Linear, Problem
 from convsched.problem.layout import LAYOUTS
 from convsched.schedule import apply
@@ -79,8 +80,7 @@ def test_what_is_bound_is_what_the_bind_stages_mean(
 ], ids=str)
 def test_binding_takes_few_bytes_beside_its_result(algorithm: str, problem: Problem) -> None:
     """Some blocks, of 4 bytes an element when copied and of 8 when transformed."""
-    kernel = Kernel(problem, named(algorithm, problem).default(host.machine(), "nchw", 1).schedule(problem, "nchw"),
-                    layout="nchw", threads=1, machine=host.machine(), algorithm=algorithm)
+    kernel = Kernel(Plan.of(named(algorithm, problem), Target(host.machine())))
     weight, bias = np.ones(problem.weight_shape, np.float32), np.zeros(problem.M, np.float32)
     kernel.bind(weight, bias)
     tracemalloc.start()
@@ -90,7 +90,7 @@ def test_binding_takes_few_bytes_beside_its_result(algorithm: str, problem: Prob
     finally:
         tracemalloc.stop()
     result = sum(array.nbytes for array in bound.weights.values())
-    copied = all(isinstance(one, Copy) for one in kernel.interface.bindings)
+    copied = all(isinstance(one, Copy) for one in kernel.code.interface.bindings)
     assert result > 4 * BLOCK * 4
     assert peak - result < (3 * 4 if copied else 8 * 8) * BLOCK
 

@@ -14,9 +14,7 @@ from convsched.ir.examples import filtered, nests, product
 from convsched.ir.interp import interpret
 from convsched.lower.direct import lower_direct
 from convsched.problem import Conv2d
-from convsched.schedule import apply, apply_step, parse_schedule
-from convsched.schedule.layout import layout
-from convsched.schedule.stage import stage
+from convsched.schedule import Layout, StageAt, apply, parse_schedule
 
 LAYER = lower_direct(Conv2d(4, 6, 3, padding=1, input_size=(5, 7), activation="relu"))
 INNER = "attach init at e; attach epilogue at e"
@@ -25,7 +23,7 @@ INNER = "attach init at e; attach epilogue at e"
 def after(program: Program, text: str) -> Program:
     """The program after some steps, not simplified."""
     for step in parse_schedule(text).steps:
-        program = apply_step(program, step)
+        program = step.apply(program)
     return program
 
 
@@ -43,7 +41,7 @@ def refused(program: Program, text: str, step: str, why: str, fix: str, marked: 
     error = caught.value
     assert why in error.why, error.why
     assert fix in error.fix, error.fix
-    assert error.step == step.replace("layout w", "stage w at root packed")
+    assert error.step == step
     assert error.nest.startswith(program.name)
     arrows = [line for line in error.nest.splitlines() if line.endswith(" <--")]
     assert bool(arrows) == (marked is not None)
@@ -221,12 +219,12 @@ def test_window_refuses_accesses_that_differ_outside() -> None:
 
 
 def test_layout_refuses_inputs() -> None:
-    with pytest.raises(ScheduleError, match="x is no weight; use stage"):
-        layout(product(8, 4), "x", ("c",))
+    with pytest.raises(ScheduleError, match="x is not a weight; use stage"):
+        Layout("x", ("c",)).apply(product(8, 4))
     with pytest.raises(ScheduleError, match="there is no tensor q; use one of x, w, y"):
-        layout(product(8, 4), "q", ("c",))
+        Layout("q", ("c",)).apply(product(8, 4))
 
 
 def test_a_step_alone_checks_as_apply_does() -> None:
     with pytest.raises(ScheduleError, match="there is no loop q"):
-        stage(product(8, 4), "x", "q", "window")
+        StageAt("x", "q", "window").apply(product(8, 4))

@@ -20,10 +20,11 @@ from convsched.autotune.workers.worker import Worker
 from convsched.cli.verify import verify
 from convsched.machine import host
 from convsched.plan.defaults import default_recipe
+from convsched.plan.plan import Target
 from convsched.problem import Conv2d
 
 PROBLEM = Conv2d(4, 8, 3, padding=1, input_size=6)
-KEY = Key.of(PROBLEM, host.machine())
+KEY = Key.of(PROBLEM, Target(host.machine()))
 DEFAULT = default_recipe(PROBLEM, host.machine(), "nchw", 1).schedule(PROBLEM, "nchw").text
 
 
@@ -40,11 +41,11 @@ class FakeWorker:
 
     def run(self, job: Job) -> Outcome:
         self.jobs.append(job)
-        outcomes = self.outcomes[job.schedule]
+        outcomes = self.outcomes[job.plan.schedule.text]
         outcome = outcomes.pop(0) if len(outcomes) > 1 else outcomes[0]
         if isinstance(outcome, Outcome):
             return outcome
-        alone = job.incumbent in ("", job.schedule)
+        alone = job.incumbent in (None, job.plan)
         return Outcome("ok", hot=1.0 / outcome, incumbent=nan if alone else 1.0, spread=0.01, samples=20)
 
     def __enter__(self) -> FakeWorker:
@@ -96,7 +97,7 @@ def test_verdicts(cache: ScheduleCache, outcome: float | Outcome, verdict: str, 
 def test_the_winner_is_run_in_turn_with_the_default(cache: ScheduleCache) -> None:
     worker = FakeWorker({"unroll c": [2.0]})
     list(recheck(cache, winners(cache, host.machine()), worker.run))
-    assert worker.jobs == [Job(PROBLEM.text, "nchw", 1, "unroll c", DEFAULT)]
+    assert worker.jobs == [Job(make("unroll c", 1.0).plan(host.machine()), make(DEFAULT, 1.0).plan(host.machine()))]
 
 
 def test_a_bad_verdict_needs_a_second_run(cache: ScheduleCache) -> None:
@@ -105,7 +106,7 @@ def test_a_bad_verdict_needs_a_second_run(cache: ScheduleCache) -> None:
     assert [check.verdict for check in checks(cache, 0.5, crashed)] == ["crashed"]
     worker = FakeWorker({"unroll c": [crashed]})
     list(recheck(cache, winners(cache, host.machine()), worker.run))
-    assert [job.incumbent for job in worker.jobs] == [DEFAULT, ""]
+    assert [str(job.incumbent and job.incumbent.schedule) for job in worker.jobs] == [DEFAULT, "None"]
 
 
 def test_a_default_that_fails_is_not_the_winners_fault(cache: ScheduleCache) -> None:
@@ -158,7 +159,7 @@ def test_a_record_whose_default_cannot_be_made_is_bad(cache: ScheduleCache) -> N
 
 def test_winners_are_those_of_the_machine_and_layers(cache: ScheduleCache) -> None:
     here = host.machine()
-    cache.put(make("unroll m", 1.0, replace(KEY, machine=Key.of(PROBLEM, replace(here, cores=999)).machine)))
+    cache.put(make("unroll m", 1.0, replace(KEY, machine=Key.of(PROBLEM, Target(replace(here, cores=999))).machine)))
     cache.put(replace(make("unroll c", 1.0, replace(KEY, threads=2)), status="crashed", hot=None))
     assert winners(cache, here) == [make("unroll c", 1.0)]
     assert winners(cache, here, ["c=4", "nothing"]) == winners(cache, here)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from convsched.ir import Program
@@ -22,7 +22,7 @@ from convsched.recipes.direct import Channels, Depthwise, Pixels, copy_stride
 from convsched.recipes.recipe import Recipe
 from convsched.schedule import Schedule, apply, parse_schedule
 
-QUICK = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+FEW = settings(max_examples=settings().max_examples // 4)  # each is interpreted twice
 ISAS: tuple[Isa, ...] = ("avx512", "avx2", "sse", "neon")
 
 
@@ -69,14 +69,14 @@ def check(problem: Problem, recipe: Recipe, layout: str) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("isa", ISAS)
-@QUICK
+@FEW
 @given(problem=convolutions() | convolutions(depthwise=True) | products(), threads=st.integers(1, 3))
 def test_default_recipe(layout: str, isa: Isa, problem: Problem, threads: int) -> None:
     check(problem, default_recipe(problem, Machine.example(isa), layout, threads), layout)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@QUICK
+@FEW
 @given(data=st.data(), problem=convolutions() | products())
 def test_channels_with_any_parameters(layout: str, data: st.DataObject, problem: Problem) -> None:
     small, packs = st.integers(1, 4), ["none", "window", "packed"]
@@ -95,7 +95,7 @@ def test_channels_with_any_parameters(layout: str, data: st.DataObject, problem:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@QUICK
+@FEW
 @given(data=st.data(), problem=convolutions() | products())
 def test_pixels_with_any_parameters(layout: str, data: st.DataObject, problem: Problem) -> None:
     small = st.integers(1, 4)
@@ -107,7 +107,7 @@ def test_pixels_with_any_parameters(layout: str, data: st.DataObject, problem: P
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@QUICK
+@FEW
 @given(data=st.data(), problem=convolutions(depthwise=True))
 def test_depthwise_with_any_parameters(layout: str, data: st.DataObject, problem: Conv2d) -> None:
     small = st.integers(1, 4)

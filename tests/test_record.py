@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from convsched.autotune.store.record import FORMAT, SCHEDULE_FORMAT, CacheError, Key, Record, Run, Status, parse_line
 from convsched.autotune.store.winner import Contender, choose, winner
 from convsched.machine import Machine
+from convsched.plan.plan import Target
 from convsched.problem import Conv2d
 
 PROBLEM = Conv2d(8, 16, 3, padding=1, input_size=14)
 MACHINE = Machine.example("avx512")
-KEY = Key.of(PROBLEM, MACHINE)
+KEY = Key.of(PROBLEM, Target(MACHINE))
 
 
 def make(schedule: str = "unroll c", hot: float | None = 1.0, **values: Any) -> Record:

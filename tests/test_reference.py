@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from convsched.benchmark.baseline import gemm_baseline
@@ -66,7 +66,6 @@ def seven_loops(p: Conv2d, x: Any, weight: Any, bias: Any, residual: Any) -> lis
     return out
 
 
-@settings(max_examples=60, deadline=None)
 @given(tiny(), st.integers(0, 99))
 def test_oracle_and_baseline_equal_seven_loops(problem: Conv2d, seed: int) -> None:
     given_arrays = arrays(problem, seed)

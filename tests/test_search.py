@@ -11,10 +11,13 @@ from convsched.autotune.search.domain import Choice
 from convsched.autotune.search.search import FIRST_LOOKS, RACERS, Measured, Search, better, distance
 from convsched.autotune.store.winner import Contender, winner
 from convsched.autotune.workers.candidate import Outcome
+from convsched.plan.families import named
+from convsched.problem import Linear
 from convsched.recipes.direct import Pixels
 
-DEFAULT = Choice("direct", Pixels(16, 1, 1, 1, False, False))
-SPACE = tuple(Choice("direct", Pixels(16, maps, rows, 1, False, False)) for maps in range(1, 6) for rows in range(1, 6))
+DIRECT = named("direct", Linear(8, 8))
+DEFAULT = Choice(DIRECT, Pixels(16, 1, 1, 1, False, False))
+SPACE = tuple(Choice(DIRECT, Pixels(16, maps, rows, 1, False, False)) for maps in range(1, 6) for rows in range(1, 6))
 
 
 class Lab:

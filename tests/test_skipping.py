@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import convsched as cs
@@ -16,6 +16,8 @@ from convsched.ir import Program, Reduce, leaves
 from convsched.kernels.run.kernel import Kernel
 from convsched.lower.direct import lower_direct
 from convsched.machine import host
+from convsched.plan.families import named
+from convsched.plan.plan import Plan, Target
 from convsched.problem import Conv2d
 from convsched.problem.problem import meets_input
 from convsched.problem.reference import convolve
@@ -47,11 +49,11 @@ def padded(draw: st.DrawFn) -> Conv2d:
     padding: Any = draw(st.tuples(*[st.integers(0, 4)] * 4).filter(any))
     size = tuple(max(draw(st.integers(1, 20)), k) for k in kernel)
     return Conv2d(draw(st.integers(1, 9)), draw(st.integers(1, 40)), kernel, draw(st.integers(1, 2)), padding,
-                  draw(st.integers(1, 2)) if min(size) > 8 else 1, input_size=size,  # type: ignore[arg-type]
+                  draw(st.integers(1, 2)) if min(size) > 8 else 1, input_size=size,
                   activation=draw(st.sampled_from([None, "relu"])))  # fmt: skip
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
+@settings(max_examples=settings().max_examples // 4)  # each is compiled
 @given(problem=padded().filter(meets_input), data=st.data(), layout=st.sampled_from(["nchw", "nhwc"]))
 def test_kernels_that_skip_equal_the_oracle(problem: Conv2d, data: st.DataObject, layout: str) -> None:
     small = st.integers(1, 3)
@@ -60,7 +62,7 @@ def test_kernels_that_skip_equal_the_oracle(problem: Conv2d, data: st.DataObject
         lanes=machine.lanes, vectors=data.draw(small), rows=data.draw(small), pixels=data.draw(st.integers(1, 9)),
         block=data.draw(small), depth=data.draw(st.integers(1, 9)), unroll=data.draw(small),
         pack=data.draw(st.sampled_from(["none", "window"])), skip=data.draw(st.sampled_from(["h", "hw"])))
-    kernel = Kernel(problem, recipe.schedule(problem, layout), layout=layout, threads=1, machine=machine)
+    kernel = Kernel(Plan.of(named("direct", problem), Target(machine, layout), recipe))
     rng = np.random.default_rng(0)
     x, weight, bias = (rng.integers(-3, 4, shape).astype(np.float32)
                        for shape in (problem.input_shape, problem.weight_shape, problem.bias_shape))

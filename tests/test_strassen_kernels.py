@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import convsched as cs
@@ -21,6 +21,7 @@ from convsched.lower.strassen import blocks_of, lower_strassen
 from convsched.machine import host
 from convsched.plan.defaults import default_strassen
 from convsched.plan.families import named
+from convsched.plan.plan import Plan, Target
 from convsched.problem import Conv2d, Linear, Problem
 from convsched.problem.layout import from_layout, to_layout
 from convsched.problem.problem import is_flat
@@ -28,9 +29,10 @@ from convsched.problem.reference import convolve
 from convsched.recipes.strassen import StrassenBlocks
 from convsched.schedule import Schedule, apply, parse_schedule
 
-QUICK = settings(deadline=None, max_examples=8, suppress_health_check=list(HealthCheck))
+FEW = settings(max_examples=settings().max_examples // 8)  # each is compiled
+FEWEST = settings(max_examples=settings().max_examples // 20)  # each is interpreted
 LAYOUTS = ("nchw", "nhwc", "nchw16c")
-EXACT = {None: 0.0, "relu": 0.0, "hardswish": 1e-6}  # of an activation of exact sums, in float32
+EXACT: dict[Any, float] = {None: 0.0, "relu": 0.0, "hardswish": 1e-6}  # of an activation of exact sums, in float32
 
 
 @st.composite
@@ -56,7 +58,7 @@ def convolutions(draw: st.DrawFn, least: int = 2, most: int = 33) -> Problem:
     size = [max(1, (count - 1) * step + (tap - 1) * gap + 1 - before - after + draw(st.integers(0, step - 1)))
             for count, step, tap, gap, before, after
             in zip((rows, columns), stride, taps, dilation, padding[:2], padding[2:], strict=True)]
-    return Conv2d(draw(channels), draw(channels), taps, stride, padding, dilation, input_size=tuple(size),  # type: ignore[arg-type]
+    return Conv2d(draw(channels), draw(channels), taps, stride, padding, dilation, input_size=tuple(size),
                   bias=draw(st.booleans()), batch_size=draw(st.integers(1, 2)), residual=draw(st.booleans()),
                   activation=draw(st.sampled_from([None, "relu", "hardswish"])))
 
@@ -84,7 +86,7 @@ def as_matrices(problem: Problem, array: Any, layout: str) -> Any:
     return flat.transpose(1, 0, 2).reshape(1, flat.shape[1], -1) if layout == "nhwc" else flat
 
 
-@QUICK
+@FEWEST
 @given(data=st.data(), levels=st.integers(1, 2))
 def test_any_recipe(data: st.DataObject, levels: int) -> None:
     problem = data.draw(st.one_of(products(2**levels, most=11), convolutions(2**levels, most=11)))
@@ -104,7 +106,7 @@ def test_any_recipe(data: st.DataObject, levels: int) -> None:
     np.testing.assert_allclose(run_source(program, inputs)["y"], expected, rtol=EXACT[problem.activation])
 
 
-@settings(QUICK, max_examples=25)
+@FEW
 @given(data=st.data(), levels=st.integers(1, 2), threads=st.sampled_from([1, 2]))
 def test_kernels_are_exact(data: st.DataObject, levels: int, threads: int) -> None:
     problem = data.draw(st.one_of(products(2**levels), convolutions(2**levels)))
@@ -134,8 +136,7 @@ def test_several_blocks_of_rows_with_taps_strides_and_a_ragged_last_one(levels: 
                      activation="relu")
     recipe = replace(default_strassen(problem, levels, host.machine(), layout), block=5 - levels)
     assert blocks_of(problem, levels).block[2] % recipe.block
-    kernel = Kernel(problem, recipe.schedule(problem, layout), layout=layout, threads=2, machine=host.machine(),
-                    algorithm=f"strassen({levels})")
+    kernel = Kernel(Plan.of(named(f"strassen({levels})", problem), Target(host.machine(), layout, threads=2), recipe))
     data, wanted = data_of(problem)
     x, z = (to_layout(data[name], layout) for name in "xz")
     found = kernel(x, data["w"], data["b"], residual=z)
@@ -220,7 +221,6 @@ def test_predicted_error_is_kept(levels: int, problem: Problem) -> None:
     exact = convolve(problem, x, w)
     algorithm = named(f"strassen({levels})", problem)
     assert algorithm.terms == 2**-levels * problem.C * problem.R * problem.S
-    kernel = Kernel(problem, algorithm.default(host.machine(), "nchw", 1).schedule(problem), layout="nchw", threads=1,
-                    machine=host.machine(), algorithm=algorithm.name)
+    kernel = Kernel(Plan.of(algorithm, Target(host.machine())))
     error = float(np.abs(kernel(x, w) - exact).max() / np.sqrt((exact**2).mean()))
     assert error < 1.5 * algorithm.prediction.expected

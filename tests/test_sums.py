@@ -5,7 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from convsched.algebra.bilinear import Matrix
@@ -23,7 +23,6 @@ def matrices(draw: st.DrawFn) -> Matrix:
     return Matrix.of(draw(st.lists(st.lists(NUMBERS, min_size=columns, max_size=columns), min_size=1, max_size=5)))
 
 
-@settings(max_examples=150, deadline=None)
 @given(matrices())
 def test_any_matrix(matrix: Matrix) -> None:
     program = shared_sums(matrix)
@@ -61,7 +60,7 @@ def test_strassen_takes_fifteen_additions() -> None:
     assert counts == [4, 4, 7]
 
 
-@pytest.mark.parametrize("n", [16, 64, 128])
+@pytest.mark.parametrize("n", [16, 64, pytest.param(128, marks=pytest.mark.slow)])
 def test_transforms_cost_n_log_n(n: int) -> None:
     tile = fft_tile(n, n // 2)
     levels = n.bit_length() - 1

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -110,7 +111,8 @@ def photograph(size: tuple[int, int]) -> np.ndarray:
 
     height, width = size
     top, left = 256 - height, 256 - width  # of 512 x 512
-    pixels = astronaut()[top : top + 2 * height : 2, left : left + 2 * width : 2, ::-1]
+    picture: Any = astronaut
+    pixels = picture()[top : top + 2 * height : 2, left : left + 2 * width : 2, ::-1]
     scaled = (pixels.astype(np.float32) / 255 - np.float32(0.5)) / np.float32(0.5)
     return np.ascontiguousarray(scaled.transpose(2, 0, 1))[np.newaxis]
 
@@ -125,6 +127,8 @@ def run_opening(network: Network, path: Path) -> Iterator[tuple[str, np.ndarray,
         error = relative_error(y, convolve(layer.problem, x, layer.weight, layer.bias))
         if affine:
             scale, shift = graph.constant(f"{affine}.w_0"), graph.constant(f"{affine}.w_1")
+            assert scale is not None
+            assert shift is not None
             y = y * scale + shift
         yield layer.name, y, error
         x = y
@@ -146,7 +150,8 @@ def run_graph(path: Path, x: np.ndarray, tensor: str) -> np.ndarray:
     del model.graph.node[producer + 1 :]
     del model.graph.output[:]
     model.graph.output.append(onnx.helper.make_tensor_value_info(tensor, onnx.TensorProto.FLOAT, None))
-    return np.asarray(ReferenceEvaluator(model).run(None, {model.graph.input[0].name: x})[0])
+    outputs: Any = ReferenceEvaluator(model).run(None, {model.graph.input[0].name: x})
+    return np.asarray(outputs[0])
 
 
 @pytest.mark.parametrize("network", [DETECTOR, CLASSIFIER, READER], ids=lambda network: network.file)

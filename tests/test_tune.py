@@ -27,6 +27,7 @@ from convsched.autotune.store.winner import choose
 from convsched.autotune.workers.candidate import Job, Outcome
 from convsched.cli.main import main
 from convsched.machine import host
+from convsched.plan.plan import Target
 
 LAYER = cs.Conv2d(16, 16, 1, input_size=(6, 6), activation="relu")
 
@@ -40,26 +41,21 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ScheduleCache:
 
 
 def key() -> Key:
-    return Key.of(LAYER, host.machine())
+    return Key.of(LAYER, Target(host.machine()))
 
 
-def test_candidates_are_kept_and_recalled(cache: ScheduleCache) -> None:
-    with Tuner(cache, threads=1) as tuner:
-        first = tuner.tune(LAYER, Budget(candidates=6))
+def test_candidates_are_kept_and_recalled_and_compile_takes_the_best(cache: ScheduleCache) -> None:
+    with Tuner(cache, Target(host.machine())) as tuner:
+        first = tuner.tune(LAYER, Budget(candidates=4))
         records = cache.records(key())
-        again = tuner.tune(LAYER, Budget(candidates=6))
+        again = tuner.tune(LAYER, Budget(candidates=2))
     assert first.speed >= 1
-    assert first.tried == 6
-    assert len(records) == 6
+    assert first.tried == 4
+    assert len(records) == 4
     assert sum(record.is_default for record in records) == 1
     assert all(record.status == "ok" and record.error == 0 for record in records)
     assert {r.schedule for r in records} < {r.schedule for r in cache.records(key())}  # new ones only
-    assert again.tried == 6
-
-
-def test_compile_takes_what_was_found(cache: ScheduleCache) -> None:
-    with Tuner(cache, threads=1) as tuner:
-        tuner.tune(LAYER, Budget(candidates=4))
+    assert again.tried == 2
     hit = cache.best(key())
     assert hit is not None
     assert cs.compile(LAYER, threads=1, cache=cache).schedule.text == hit.record.schedule
@@ -68,12 +64,12 @@ def test_compile_takes_what_was_found(cache: ScheduleCache) -> None:
 
 def test_an_interrupted_run_keeps_what_it_measured(cache: ScheduleCache) -> None:
     def interrupt(progress: Progress) -> None:
-        if progress.tried == 3:
+        if progress.tried == 2:
             raise KeyboardInterrupt
 
-    with Tuner(cache, threads=1, report=interrupt) as tuner, pytest.raises(KeyboardInterrupt):
+    with Tuner(cache, Target(host.machine()), report=interrupt) as tuner, pytest.raises(KeyboardInterrupt):
         tuner.tune(LAYER, Budget(candidates=10))
-    assert len(cache.records(key())) == 3
+    assert len(cache.records(key())) == 2
     run = cache.run_of(key())
     assert run is not None
     assert not run.complete
@@ -93,22 +89,23 @@ class Lab:
     def close(self) -> None: ...
 
     def run(self, job: Job, timeout: float | None, meanwhile: Callable[[], bool]) -> Outcome:
-        seen = {earlier.schedule for earlier in self.jobs}
+        seen = {earlier.plan.schedule for earlier in self.jobs}
         self.jobs.append(job)
-        if job.incumbent and self.failing(job.schedule):
+        schedule = job.plan.schedule.text
+        if job.incumbent and self.failing(schedule):
             return Outcome("crashed", "the process ended with 3")
-        hot = (self.seconds if job.schedule in seen else self.first)(job.schedule)
-        incumbent = self.seconds(job.incumbent) if job.incumbent else float("nan")
+        hot = (self.seconds if job.plan.schedule in seen else self.first)(schedule)
+        incumbent = self.seconds(job.incumbent.schedule.text) if job.incumbent else float("nan")
         drift = 1 + len(self.jobs) / 7  # the machine gets slower: only times of one job compare
         return Outcome("ok", hot=hot * drift, incumbent=incumbent * drift, cold=2 * hot * drift, flags=("load",))
 
 
 @contextmanager
 def tuner_with(lab: Lab, cache: ScheduleCache, report: Callable[[Progress], None] = lambda _: None) -> Iterator[Tuner]:
-    tuner = Tuner(cache, threads=1, report=report)
+    tuner = Tuner(cache, Target(host.machine()), report=report)
     tuner.worker = lab  # type: ignore[assignment]
     with tuner, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tuning, "apply", lambda program, schedule: program)  # the model finds all alike, quickly
+        patch.setattr("convsched.plan.plan.apply", lambda program, schedule: program)  # all alike, quickly
         yield tuner
 
 
@@ -124,11 +121,11 @@ def test_what_is_returned_is_what_the_cache_gives(cache: ScheduleCache) -> None:
     hit = cache.best(key())
     assert hit is not None
     assert tuned.schedule.text == hit.record.schedule
-    default = lab.jobs[0].schedule
-    finals = [job.schedule for job in lab.jobs[40:]]
+    default = lab.jobs[0].plan.schedule.text
+    finals = [job.plan.schedule.text for job in lab.jobs[40:]]
     assert len(finals) > 1  # lucky ones, found out
     assert len(set(finals)) == len(finals)
-    assert all(job.incumbent == default for job in lab.jobs[40:])
+    assert all(job.incumbent == lab.jobs[0].plan for job in lab.jobs[40:])
     assert tuned.schedule.text in {default, *finals}
     assert tuned.speed == pytest.approx(varied(default) / varied(tuned.schedule.text))
     assert tuned.speed >= 1
@@ -136,14 +133,14 @@ def test_what_is_returned_is_what_the_cache_gives(cache: ScheduleCache) -> None:
 
 def test_a_winner_that_turns_out_slower_is_not_chosen(cache: ScheduleCache) -> None:
     def true(schedule: str) -> float:
-        return 1.0 if schedule == lab.jobs[0].schedule else 1.2
+        return 1.0 if schedule == lab.jobs[0].plan.schedule.text else 1.2
 
     lab = Lab(true, first=lambda schedule: 1.0 if len(lab.jobs) == 1 else 0.7)
     with tuner_with(lab, cache) as tuner:
         tuned = tuner.tune(LAYER, Budget(candidates=5))
     assert len(lab.jobs) == 5 + 4
     assert tuned.speed == 1.0
-    assert tuned.schedule.text == lab.jobs[0].schedule
+    assert tuned.schedule.text == lab.jobs[0].plan.schedule.text
     hit = cache.best(key())
     assert hit is not None
     assert hit.record.is_default
@@ -152,12 +149,12 @@ def test_a_winner_that_turns_out_slower_is_not_chosen(cache: ScheduleCache) -> N
 
 
 def test_a_winner_that_fails_at_the_end_is_not_chosen(cache: ScheduleCache) -> None:
-    lab = Lab(lambda schedule: 1.0 if schedule == lab.jobs[0].schedule else 0.8,
+    lab = Lab(lambda schedule: 1.0 if schedule == lab.jobs[0].plan.schedule.text else 0.8,
               failing=lambda schedule: len(lab.jobs) == 4)  # the first job after three candidates
     with tuner_with(lab, cache) as tuner:
         tuned = tuner.tune(LAYER, Budget(candidates=3))
     assert [record.status for record in cache.records(key())].count("crashed") == 1
-    assert tuned.schedule.text != lab.jobs[3].schedule
+    assert tuned.schedule.text != lab.jobs[3].plan.schedule.text
     assert tuned.speed == pytest.approx(1.25)
 
 
@@ -210,7 +207,8 @@ def test_a_default_of_another_version_is_the_incumbent_of_this_one(cache: Schedu
     lab = Lab(lambda schedule: 0.5)
     with tuner_with(lab, later) as tuner:
         tuner.tune(LAYER, Budget(candidates=1))
-    assert (lab.jobs[0].schedule, lab.jobs[0].incumbent) == (record.schedule, "unroll c")
+    assert (lab.jobs[0].plan.schedule.text, str(lab.jobs[0].incumbent and lab.jobs[0].incumbent.schedule)) == (
+        record.schedule, "unroll c")
     assert [r.hot for r in later.records(key())] == pytest.approx([record.hot, record.hot])
 
 
@@ -221,7 +219,7 @@ def test_failures_of_earlier_runs_count(cache: ScheduleCache) -> None:
         first = tuner.tune(LAYER, Budget(candidates=8))
     assert first.failures == {"crashed: the process ended with 3": 2}
     # A crash is tried once more; then it is known.
-    again = Lab(failing=lambda schedule: schedule in {job.schedule for job in lab.jobs[2:4]})
+    again = Lab(failing=lambda schedule: schedule in {job.plan.schedule.text for job in lab.jobs[2:4]})
     with tuner_with(again, cache, seen.append) as tuner:
         second = tuner.tune(LAYER, Budget(candidates=8))
     assert second.failures == first.failures
@@ -230,7 +228,7 @@ def test_failures_of_earlier_runs_count(cache: ScheduleCache) -> None:
         third = tuner.tune(LAYER, Budget(candidates=1))
     assert third.failures == first.failures
     assert (seen[-1].failed, seen[-1].tried) == (2, len(cache.records(key())))
-    assert not {job.schedule for job in last.jobs} & {job.schedule for job in lab.jobs[2:4]}
+    assert not {job.plan.schedule.text for job in last.jobs} & {job.plan.schedule.text for job in lab.jobs[2:4]}
 
 
 def test_a_search_in_which_most_fail_says_so(cache: ScheduleCache) -> None:
@@ -287,7 +285,7 @@ def test_the_model_does_not_eat_a_small_budget(cache: ScheduleCache, monkeypatch
     cost = tuning.cost
     monkeypatch.setattr(tuning, "cost", slow)
     lab = Lab(measured)
-    tuner = Tuner(cache, threads=1, clock=lambda: seconds)
+    tuner = Tuner(cache, Target(host.machine()), clock=lambda: seconds)
     tuner.worker = lab  # type: ignore[assignment]
     with tuner:
         tuned = tuner.tune(LAYER, Budget(seconds=30))
@@ -302,7 +300,10 @@ import convsched as cs
 from convsched.autotune.store.cache import ScheduleCache
 from convsched.autotune.search.budget import Budget
 from convsched.autotune.search.tuner import Tuner
-with Tuner(ScheduleCache(Path(sys.argv[1])), threads=1, report=lambda p: print(p.tried, flush=True)) as tuner:
+from convsched.machine import host
+from convsched.plan.plan import Target
+cache, target = ScheduleCache(Path(sys.argv[1])), Target(host.machine())
+with Tuner(cache, target, report=lambda p: print(p.tried, flush=True)) as tuner:
     tuner.tune(cs.Conv2d(16, 16, 1, input_size=6, activation="relu"), Budget(candidates=1000))
 """
 
@@ -327,7 +328,7 @@ def test_ctrl_c_stops_a_real_run_at_once(cache: ScheduleCache) -> None:
 
 
 def test_the_command_prints_a_total(cache: ScheduleCache) -> None:
-    arguments = ["tune", "lenet5", "--layer", "linear", "--budget", "6 candidates", "--cache", str(cache.path)]
+    arguments = ["tune", "lenet5", "--layer", "linear", "--budget", "2 candidates", "--cache", str(cache.path)]
     done = CliRunner().invoke(main, arguments)
     assert done.exit_code == 0, done.output
     assert "with the defaults" in done.output

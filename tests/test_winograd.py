@@ -15,7 +15,7 @@ from convsched.errors import LoweringError
 USUAL = tuple(map(Fraction, (0, 1, -1, 2, -2)))
 
 
-@pytest.mark.parametrize("m", range(1, 9))
+@pytest.mark.parametrize("m", [*range(1, 8), pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("r", range(1, 8))
 def test_any_size_with_the_fewest_products(m: int, r: int) -> None:
     triple = verify(winograd(m, r), correlate)

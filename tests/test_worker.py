@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from time import monotonic, sleep
 from typing import IO
@@ -18,21 +19,23 @@ from convsched.autotune.workers import worker as module
 from convsched.autotune.workers.candidate import Job
 from convsched.autotune.workers.worker import Worker, WorkerError
 from convsched.machine import host
-from convsched.plan.defaults import default_recipe
+from convsched.plan.families import named
+from convsched.plan.plan import Plan, Target
 from convsched.problem import Conv2d
+from convsched.schedule import parse_schedule
 
 PROBLEM = Conv2d(4, 8, 3, padding=1, input_size=6)
-DEFAULT = default_recipe(PROBLEM, host.machine()).schedule(PROBLEM).text
-GOOD = Job(PROBLEM.text, "nchw", 1, DEFAULT)
+DEFAULT = Plan.of(named("direct", PROBLEM), Target(host.machine()))
+GOOD = Job(DEFAULT)
 
-# A process that obeys these schedules, and runs all others. It is a file, for the process to import.
+# A process that obeys what the plan's origin says, and runs all others. It is a file, for the process to import.
 FAULTY = '''
 import os, signal, sys, time
 from convsched.autotune.workers import candidate, worker
 from convsched.autotune.workers.candidate import Outcome
 
 def obey(job, compiled, run=candidate.run_job):
-    match job.schedule.split():
+    match job.plan.origin.split():
         case ["segfault"]: os.kill(os.getpid(), signal.SIGSEGV)
         case ["abort"]:
             os.write(2, b"a warning\\nLLVM ERROR: cannot select\\n")
@@ -57,8 +60,12 @@ def main(descriptor):
 '''
 
 
-def job(schedule: str) -> Job:
-    return Job(PROBLEM.text, "nchw", 1, schedule)
+def job(order: str) -> Job:
+    return Job(replace(DEFAULT, origin=order))
+
+
+def scheduled(schedule: str) -> Plan:
+    return replace(DEFAULT, schedule=parse_schedule(schedule))
 
 
 @pytest.fixture
@@ -88,28 +95,29 @@ def test_a_real_worker() -> None:
         assert (good.status, good.error) == ("ok", 0.0)
         assert good.hot > 0
         assert good.cold > 0
-        bad = worker.run(job("split nowhere by 3 into a b"))
+        bad = worker.run(Job(scheduled("split nowhere 3 -> a b")))
         assert bad.status == "failed"
         assert "Error: " in bad.message
-        assert worker.run(Job(PROBLEM.text, "nchw", 1, "", DEFAULT)).ratio > 0
+        assert worker.run(Job(scheduled(""), DEFAULT)).ratio > 0
 
 
-@pytest.mark.parametrize(("schedule", "message"), [
-    ("segfault", "the process was ended by signal 11 (Segmentation fault)"),
-    ("abort", "the process was ended by signal 6 (Aborted): LLVM ERROR: cannot select"),
-    ("exit", "the process ended with 3"),
-    ("close", "the process closed its connection and went on"),
-])
-def test_a_crash_costs_one_candidate(faulty: str, schedule: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "END_SECONDS", 0.3 if schedule == "close" else 30.0)
+def test_a_crash_costs_one_candidate(faulty: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with Worker(module=faulty) as worker:
         first = worker.run(job("pid"))
-        crashed = worker.run(job(schedule))
-        assert (crashed.status, crashed.message) == ("crashed", message)
-        second = worker.run(job("pid"))
-        assert second.status == "ok"
-        assert second != first
-        assert is_gone(int(first.message))
+        for schedule, message in {
+            "segfault": "the process was ended by signal 11 (Segmentation fault)",
+            "abort": "the process was ended by signal 6 (Aborted): LLVM ERROR: cannot select",
+            "exit": "the process ended with 3",
+            "close": "the process closed its connection and went on",
+        }.items():
+            monkeypatch.setattr(module, "END_SECONDS", 0.3 if schedule == "close" else 30.0)
+            crashed = worker.run(job(schedule))
+            assert (crashed.status, crashed.message) == ("crashed", message)
+            second = worker.run(job("pid"))
+            assert second.status == "ok"
+            assert second != first
+            assert is_gone(int(first.message))
+            first = second
 
 
 def test_a_hang_costs_its_time(faulty: str) -> None:
@@ -122,7 +130,7 @@ def test_a_hang_costs_its_time(faulty: str) -> None:
 
 
 def test_what_is_done_meanwhile_is_done_before_the_timing(faulty: str) -> None:
-    calls = []
+    calls: list[None] = []
 
     def meanwhile() -> bool:
         calls.append(None)
@@ -130,7 +138,7 @@ def test_what_is_done_meanwhile_is_done_before_the_timing(faulty: str) -> None:
         return len(calls) < 3
 
     with Worker(module=faulty) as worker:
-        assert worker.run(job("split m 2 -> m0 m1"), meanwhile=meanwhile).status == "ok"
+        assert worker.run(Job(scheduled("split m 2 -> m0 m1")), meanwhile=meanwhile).status == "ok"
         assert len(calls) <= 3
         calls.clear()
         assert worker.run(job("hang"), 0.3, meanwhile).status == "timed out"
@@ -182,10 +190,19 @@ SCRIPT = """
 import sys
 from convsched.autotune.workers.candidate import Job
 from convsched.autotune.workers.worker import Worker
+from convsched.machine import host
+from convsched.plan.families import named
+from convsched.plan.plan import Plan, Target
+from convsched.problem import Conv2d
 sys.path.insert(0, sys.argv[1])
+
+def job(order):
+    plan = Plan.of(named("direct", Conv2d(4, 8, 3, input_size=6)), Target(host.machine()))
+    return Job(Plan(plan.problem, plan.target, plan.algorithm, plan.schedule, None, order))
+
 with Worker(module="faulty_worker") as worker:
-    print(worker.run(Job("", "", 1, "pid")).message, flush=True)
-    worker.run(Job("", "", 1, "hang"))
+    print(worker.run(job("pid")).message, flush=True)
+    worker.run(job("hang"))
 """
 
 

@@ -176,7 +176,7 @@ class _Farm:
                           accuracy=self.accuracy, machine=site.machine)
                 known = [record.to_json() for record in self.cache.records(key)]
                 future = self.client.submit(
-                    _tune, self.name, problem, budget, key, self.accuracy, self.algorithm, known, pure=False,
+                    _tune, self.name, problem, budget, key, self.algorithm, known, pure=False,
                     workers=[site.address])  # and no other: its machine is in the key
                 self.running[future] = index, site
 
@@ -295,7 +295,7 @@ def _survey(wanted: str) -> tuple[str, int]:
     return machine_key(host.machine()), default_threads()
 
 
-def _tune(farm: str, problem: Problem, budget: Budget, key: Key, accuracy: Accuracy, algorithm: str | None,
+def _tune(farm: str, problem: Problem, budget: Budget, key: Key, algorithm: str | None,
           known: list[str]) -> tuple[Tuned, list[str]]:
     """Tune a layer on this worker; the result, and all lines that were sent on the way."""
     from distributed import get_worker
@@ -303,7 +303,7 @@ def _tune(farm: str, problem: Problem, budget: Budget, key: Key, accuracy: Accur
     worker = get_worker()
     records = (record for record in map(parse_line, known) if isinstance(record, Record))
     ledger = _Ledger(farm, records, lambda line: worker.log_event(farm, (worker.address, line)))
-    with alone(), Tuner(ledger, key.threads, key.layout, accuracy, algorithm) as tuner:
+    with alone(), Tuner(ledger, key.target(host.machine()), algorithm) as tuner:
         return tuner.tune(problem, budget), ledger.lines
 
 

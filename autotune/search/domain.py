@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from convsched.problem import Problem
+from convsched.plan.families import Algorithm
+from convsched.plan.plan import Plan, Target
 from convsched.recipes.recipe import Recipe
-from convsched.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Domain:
     values: Mapping[str, tuple[Any, ...]]
     fits: Callable[[Any], bool]
     finer: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    algorithm: str = "direct"
+    algorithm: Algorithm = field(kw_only=True)
     seed: Recipe | None = None
 
     def __iter__(self) -> Iterator[Recipe]:
@@ -56,11 +56,11 @@ def _near(options: tuple[Any, ...], current: Any) -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class Choice:
-    """A candidate: an algorithm by its full name, and the recipe that schedules it."""
+    """A candidate: an algorithm, and the recipe that schedules it."""
 
-    algorithm: str
+    algorithm: Algorithm
     recipe: Recipe
 
-    def schedule(self, problem: Problem, layout: str) -> Schedule:
-        """The steps for a problem, as the algorithm lowers it."""
-        return self.recipe.schedule(problem, layout)
+    def plan(self, target: Target) -> Plan:
+        """What it is for a target."""
+        return Plan.of(self.algorithm, target, self.recipe)

@@ -29,13 +29,13 @@ VECTORS, UNROLL = (1, 2, 3, 4), (1, 2, 4, 8)
 PIXELS = (3, 4, 5, 6, 7, 8, 9, 12, 13, 14, 16, 18, 20, 24, 25, 28)
 
 
-def algorithms(target: Target) -> Iterator[Domain]:
+def algorithms(problem: Problem, target: Target) -> Iterator[Domain]:
     """A domain for each member that applies and fits."""
-    for name in members(target.problem, target.accuracy):
+    for name in members(problem, target.accuracy):
         if name == "direct":  # its recipes are domains of their own
             continue
         try:
-            algorithm = named(name, target.problem)
+            algorithm = named(name, problem)
         except LoweringError:
             continue
         if algorithm.fits(target.accuracy):
@@ -47,7 +47,7 @@ def _around(target: Target, algorithm: Algorithm) -> Domain:
     default: Any = algorithm.default(target.machine, target.layout, target.threads)
     values: dict[str, tuple[Any, ...]] = {}
     for name, options in (("vectors", VECTORS), ("pixels", PIXELS), ("unroll", UNROLL),
-                          ("block", _blocks(target, default)), ("parallel", ("pixels", "channels")),
+                          ("block", _blocks(algorithm.problem, default)), ("parallel", ("pixels", "channels")),
                           ("indirect", (False, True))):
         if hasattr(default, name):
             values[name] = tuple(dict.fromkeys(sorted([*options, getattr(default, name)])))
@@ -59,14 +59,13 @@ def _around(target: Target, algorithm: Algorithm) -> Domain:
 
     make: Callable[..., Recipe] = partial(replace, default)
     finer = {"prefetch": PREFETCH} if hasattr(default, "prefetch") else {}
-    return Domain(make, values, fits, finer, algorithm=algorithm.name, seed=default)
+    return Domain(make, values, fits, finer, algorithm=algorithm, seed=default)
 
 
-def _blocks(target: Target, default: Any) -> tuple[int, ...]:
+def _blocks(problem: Problem, default: Any) -> tuple[int, ...]:
     """The sizes of a block: those that divide the rows of tiles or pixels, or multiples where any will do."""
     match default:
         case Tiles() | Toeplitz():
-            problem = target.problem
             assert isinstance(problem, Conv2d)
             rows = (Plane(problem, default.shape.outputs, default.shape.fold).tiles[0] if isinstance(default, Tiles)
                     else problem.E)
@@ -94,9 +93,9 @@ def _sizes(extent: int, options: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def channels(target: Target) -> Domain | None:
+def channels(problem: Problem, target: Target) -> Domain | None:
     """Blocked schedules with vectors of output channels."""
-    problem, machine = target.problem, target.machine
+    machine = target.machine
     maps, inputs, rows, columns = _per_group(problem)
     if isinstance(problem, Conv2d) and maps < machine.lanes // 4:
         return None
@@ -126,7 +125,7 @@ def channels(target: Target) -> Domain | None:
         "tail": ("peel", "overlap", "mask"),
         "align": (0, APART),
         "prefetch": (0, 8, 16) if 4 * problem.weights > machine.l2 else (0,),
-    })
+    }, algorithm=named("direct", problem))
 
 
 def _copies(problem: Problem, layout: str) -> tuple[tuple[str, str], ...]:
@@ -163,14 +162,14 @@ def _is_apart(recipe: Channels, problem: Problem, layout: str) -> bool:
     return stride > 0 and stride % PAGE == 0
 
 
-def pixels(target: Target) -> Domain | None:
+def pixels(problem: Problem, target: Target) -> Domain | None:
     """Schedules with vectors of neighbouring pixels, for depthwise and thin layers; in layouts that keep
     channels together, where nothing else applies."""
-    problem, machine = target.problem, target.machine
+    machine = target.machine
     maps, inputs, rows, columns = _per_group(problem)
     if isinstance(problem, Linear) or maps * inputs > 256:
         return None
-    if target.layout != "nchw" and (channels(target) or depthwise(target)):
+    if target.layout != "nchw" and (channels(problem, target) or depthwise(problem, target)):
         return None
     taps = problem.R * problem.S
 
@@ -190,12 +189,12 @@ def pixels(target: Target) -> Domain | None:
         "unroll_taps": (True, False) if taps > 1 else (False,),
         "peel_borders": (True, False),
         "order": ("taps", "rows"),
-    }, fits)
+    }, fits, algorithm=named("direct", problem))
 
 
-def depthwise(target: Target) -> Domain | None:
+def depthwise(problem: Problem, target: Target) -> Domain | None:
     """Schedules with a channel a lane, for layouts that keep channels together."""
-    problem, machine = target.problem, target.machine
+    machine = target.machine
     if target.layout == "nchw" or isinstance(problem, Linear) or problem.groups == 1:
         return None
     if not problem.groups == problem.C == problem.M:
@@ -213,4 +212,4 @@ def depthwise(target: Target) -> Domain | None:
         "rows": _sizes(problem.E, (1, 2, 3, 4)),
         "pixels": _sizes(problem.F, (1, 2, 4, 6, 7, 8, 14)),
         "unroll_taps": (True, False),
-    }, fits)
+    }, fits, algorithm=named("direct", problem))

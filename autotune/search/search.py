@@ -181,6 +181,6 @@ def better(candidate: Measured, incumbent: Measured) -> bool:
 
 def distance(a: Choice, b: Choice) -> int:
     """In how many parameters two candidates differ; other algorithms and recipes are as far as can be."""
-    if a.algorithm != b.algorithm or type(a.recipe) is not type(b.recipe):
+    if a.algorithm.name != b.algorithm.name or type(a.recipe) is not type(b.recipe):
         return len(fields(b.recipe))
     return sum(getattr(a.recipe, f.name) != getattr(b.recipe, f.name) for f in fields(a.recipe))

@@ -26,49 +26,47 @@ from collections.abc import Callable, Iterable
 from convsched.autotune.search.domain import Choice, Domain
 from convsched.autotune.search.parameters import algorithms, channels, depthwise, pixels
 from convsched.plan.choice import choose
-from convsched.plan.families import named
+from convsched.plan.families import Algorithm
 from convsched.plan.plan import Target
+from convsched.problem import Problem
 
-Maker = Callable[[Target], Domain | Iterable[Domain] | None]
+Maker = Callable[[Problem, Target], Domain | Iterable[Domain] | None]
 MAKERS: tuple[Maker, ...] = (channels, pixels, depthwise, algorithms)
-"""``maker(target)`` gives a recipe's domain, or one for each algorithm, or None where it does not apply."""
+"""``maker(problem, target)`` gives a recipe's domain, or one for each algorithm, or None where it does not apply."""
 
 
-def domains(target: Target) -> tuple[Domain, ...]:
-    """The domains of all recipes that apply, of the algorithms that the target allows."""
+def domains(problem: Problem, target: Target, only: Algorithm | None = None) -> tuple[Domain, ...]:
+    """The domains of all recipes that apply, of the algorithms that fit the target's accuracy, or of one."""
     found: list[Domain] = []
     for maker in MAKERS:
-        made = maker(target)
+        made = maker(problem, target)
         found += [made] if isinstance(made, Domain) else made or ()
-    only = named(target.algorithm, target.problem).name if target.algorithm else None
     return tuple(domain for domain in found if only in (None, domain.algorithm))
 
 
-def candidates(target: Target) -> tuple[Choice, ...]:
-    """All candidates, the analytic default first. Raises LoweringError where the algorithm asked for does not apply, or
+def candidates(problem: Problem, target: Target, only: Algorithm | None = None) -> tuple[Choice, ...]:
+    """All candidates, or those of one algorithm; the analytic default first. Raises LoweringError where the algorithm
     does not fit the class of accuracy: ``compile`` would not take what is found."""
-    p, machine = target.problem, target.machine
-    if target.algorithm:
-        named(target.algorithm, p).require(target.accuracy)
-    algorithm = (named(target.algorithm, p) if target.algorithm
-                 else choose(p, machine, target.layout, target.threads, target.accuracy))
-    found = dict.fromkeys([Choice(algorithm.name, algorithm.default(machine, target.layout, target.threads))])
-    for domain in domains(target):
+    if only is not None:
+        only.require(target.accuracy)
+    algorithm = only or choose(problem, target)
+    default = algorithm.default(target.machine, target.layout, target.threads)
+    found = dict.fromkeys([Choice(algorithm, default)])
+    for domain in domains(problem, target, only):
         found.update(dict.fromkeys(Choice(domain.algorithm, recipe) for recipe in domain))
     return tuple(found)
 
 
-def seeds(target: Target) -> tuple[Choice, ...]:
+def seeds(problem: Problem, target: Target, only: Algorithm | None = None) -> tuple[Choice, ...]:
     """The defaults of all algorithms that may compute the problem: the search tries each."""
-    p, found = target.problem, {domain.algorithm: domain.seed for domain in domains(target)}
-    for name, seed in found.items():
-        found[name] = seed or named(name, p).default(target.machine, target.layout, target.threads)
-    return tuple(Choice(name, seed) for name, seed in found.items() if seed is not None)
+    found = {domain.algorithm: domain.seed for domain in domains(problem, target, only)}
+    return tuple(Choice(algorithm, seed or algorithm.default(target.machine, target.layout, target.threads))
+                 for algorithm, seed in found.items())
 
 
 def neighbours(target: Target, choice: Choice) -> tuple[Choice, ...]:
     """The candidates one step from another, of the same algorithm."""
-    own = [domain for domain in domains(target) if domain.algorithm == choice.algorithm and (
-        domain.seed is not None or domain.recipe is type(choice.recipe))]
+    own = [domain for domain in domains(choice.algorithm.problem, target, choice.algorithm)
+           if domain.seed is not None or domain.recipe is type(choice.recipe)]
     return tuple(dict.fromkeys(Choice(choice.algorithm, near)
                                for domain in own for near in domain.neighbours(choice.recipe)))

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, overload
 from convsched.autotune.search.budget import Budget, Tuned
 from convsched.autotune.search.tuner import Tuner
 from convsched.autotune.store.cache import ScheduleCache
-from convsched.machine import default_threads
+from convsched.machine import default_threads, host
 from convsched.options import Accuracy
+from convsched.plan.plan import Target
 from convsched.problem import Conv2d, Linear, Problem
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def tune(layer: Problem | Sequence[Problem], *, budget: str = "10s", threads: in
         done = tune_on(client, [(one, each) for one in layers], cache=records, threads=threads, layout=layout,
                        accuracy=accuracy, algorithm=algorithm)
     else:
-        with Tuner(records, threads or default_threads(), layout, accuracy, algorithm) as tuner:
+        target = Target(host.machine(), layout, threads or default_threads(), accuracy)
+        with Tuner(records, target, algorithm) as tuner:
             done = [tuner.tune(one, each) for one in layers]
     return done[0] if isinstance(layer, Conv2d | Linear) else done

@@ -23,13 +23,11 @@ from convsched.autotune.store.winner import choose
 from convsched.autotune.workers.candidate import Job, Outcome
 from convsched.autotune.workers.worker import Worker
 from convsched.errors import ConvschedError, LoweringError
-from convsched.machine import host
 from convsched.model.cost import Rates, cost
-from convsched.options import Accuracy
 from convsched.plan.families import named
-from convsched.plan.plan import Target
+from convsched.plan.plan import Plan, Target
 from convsched.problem import Problem
-from convsched.schedule import apply, parse_schedule
+from convsched.schedule import parse_schedule
 
 MOST_FAILURES = 0.5  # of the candidates; more, and the search says so instead of going on
 LEAST_TRIES = 8  # before the share of failures means something
@@ -39,23 +37,19 @@ PATIENCE = 10.0  # times the seconds of the default, from compiling to timing, a
 
 @dataclass
 class Tuner:
-    """Tunes problems one after another with one worker process; a context manager.
+    """Tunes problems one after another for a target, with one worker process; a context manager.
 
-    Candidates are of all algorithms whose predicted error fits the class of ``accuracy``, or of one ``algorithm``.
+    Candidates are of all algorithms whose predicted error fits the target's accuracy, or of one, by its name.
     """
 
     cache: Records
-    threads: int
-    layout: str = "nchw"
-    accuracy: Accuracy = "normal"
+    target: Target
     algorithm: str | None = None
     report: Callable[[Progress], None] = lambda _: None
     clock: Callable[[], float] = now
 
     def __post_init__(self) -> None:
-        self.machine = host.machine()
-        known = calibration()
-        self.rates = Rates.of(known)
+        self.rates = Rates.of(calibration())
         self.worker = Worker()
         self._writer = ThreadPoolExecutor(1, "convsched-records")
         self._writing: Future[object] | None = None
@@ -107,9 +101,8 @@ class LayerSearch:
 
     def __init__(self, tuner: Tuner, problem: Problem) -> None:
         self.tuner, self.problem = tuner, problem
-        self.target = Target(problem, tuner.machine, tuner.layout, tuner.threads, tuner.accuracy, tuner.algorithm)
-        self.key = Key.of(problem, tuner.machine, layout=tuner.layout, threads=tuner.threads,
-                          accuracy=tuner.accuracy)
+        self.target = tuner.target
+        self.key = Key.of(problem, self.target)
         self.known = {record.schedule: record for record in tuner.cache.records(self.key)}
         self.failures = Counter(_reason(r) for r in self.known.values() if r.status != "ok" and r.is_settled)
         self.measured = 0
@@ -117,11 +110,13 @@ class LayerSearch:
         self._job_seconds: float | None = None
         self._ranking = 0.0
         try:
-            space = candidates(self.target)
+            self._only = None if tuner.algorithm is None else named(tuner.algorithm, problem)
+            space = candidates(problem, self.target, self._only)
         except LoweringError as error:
             raise TuneError(str(error)) from error
         self._search = Search(space[0], space, lambda r: neighbours(self.target, r), self._measure,
-                              self._estimate, lambda: self._left.is_spent, self._may_rank, seeds(self.target))
+                              self._estimate, lambda: self._left.is_spent, self._may_rank,
+                              seeds(problem, self.target, self._only))
         self._deadline = self._most = self._ranking_limit = 0.0
 
     @property
@@ -149,7 +144,7 @@ class LayerSearch:
         outcome = self._search.run_default().outcome
         if outcome.status != "ok":
             raise TuneError(f"the default of {self.problem.text} {_reason(outcome)}")
-        choices = {(choice.algorithm, repr(choice.recipe)): choice for choice in self._search.space}
+        choices = {(choice.algorithm.name, repr(choice.recipe)): choice for choice in self._search.space}
         self._search.recall(self._recalled(choice, record) for record in self.known.values()
                             if (choice := choices.get((record.algorithm, record.recipe))) and record is not self.default
                             and record.is_settled and self._text(choice) == record.schedule)
@@ -171,7 +166,7 @@ class LayerSearch:
             if chosen.schedule in self._verified:
                 break
             self._verified.add(chosen.schedule)
-            outcome = self._run(chosen.algorithm, chosen.schedule, self.default)
+            outcome = self._run(chosen.plan(self.target.machine), self.default)
             self._keep(chosen, outcome, self.default, chosen.time)  # a later run takes up records in their order
         assert chosen is not None
         assert chosen.hot is not None
@@ -182,14 +177,13 @@ class LayerSearch:
 
     def _allowed(self) -> list[Record]:
         """The records of the algorithms that are searched."""
-        only = self._search.default.algorithm if self.tuner.algorithm else None
-        return [record for record in self.known.values() if only in (None, record.algorithm)]
+        return [record for record in self.known.values() if not self._only or self._only.name == record.algorithm]
 
     def _measure_usual(self) -> None:
         """Where only one algorithm is searched, measure also what ``compile`` takes where nothing is stored: else it
         would take the best of that algorithm from then on, although another one's default is faster."""
-        if self.tuner.algorithm is not None:
-            usual = candidates(replace(self.target, algorithm=None))[0]
+        if self._only is not None:
+            usual = candidates(self.problem, self.target)[0]
             if self._text(usual) not in self.known:
                 self._measure(usual, self._search.tried[self._search.default])
 
@@ -214,15 +208,14 @@ class LayerSearch:
         return looked
 
     def _text(self, choice: Choice) -> str:
-        return choice.schedule(self.problem, self.tuner.layout).text
+        return choice.plan(self.target).schedule.text
 
     def _estimate(self, choice: Choice) -> float | None:
         """The model's seconds; None for parameters that make no legal schedule."""
         start = self.tuner.clock()
         try:
-            schedule = choice.schedule(self.problem, self.tuner.layout)
-            program = apply(named(choice.algorithm, self.problem).lower(self.tuner.layout), schedule)
-            return cost(program, self.tuner.machine, self.tuner.rates, self.tuner.threads).seconds
+            program = choice.plan(self.target).program
+            return cost(program, self.target.machine, self.tuner.rates, self.target.threads).seconds
         except ConvschedError:
             return None
         finally:
@@ -231,28 +224,26 @@ class LayerSearch:
     def _measure(self, choice: Choice, incumbent: Measured | None) -> Measured:
         """By the worker, and recorded at once; what made the same schedule before is known. The default of
         another version is as good an incumbent as any."""
-        schedule = self._text(choice)
+        plan = choice.plan(self.target)
+        schedule = plan.schedule.text
         before = self.known.get(schedule)
         if incumbent and before and before.is_settled:
             return self._recalled(choice, before)
         against = self.known[incumbent.schedule] if incumbent else choose(self.known.values())
-        outcome = self._run(choice.algorithm, schedule, against, self._look_ahead)
+        outcome = self._run(plan, against, self._look_ahead)
         self.measured += 1
         self.tuner.measured += 1
         record = Record(
-            problem=self.key.problem, layout=self.key.layout, threads=self.key.threads,
-            accuracy=self.key.accuracy, machine=self.key.machine, algorithm=choice.algorithm,
-            recipe=repr(choice.recipe), schedule=schedule, status=outcome.status, is_default=incumbent is None,
+            **vars(self.key), algorithm=choice.algorithm.name, recipe=repr(choice.recipe), schedule=schedule,
+            status=outcome.status, is_default=incumbent is None,
             tries=before.tries + 1 if before else 1, time=self.tuner.clock())
         measured = self._recalled(choice, self._keep(record, outcome, against))
         self._count(outcome)
         return measured
 
-    def _run(self, algorithm: str, schedule: str, against: Record | None,
-             meanwhile: Callable[[], bool] = lambda: False) -> Outcome:
+    def _run(self, plan: Plan, against: Record | None, meanwhile: Callable[[], bool] = lambda: False) -> Outcome:
         """A job for the worker. None takes much longer than the first, which prepares data as well."""
-        job = Job(self.problem.text, self.tuner.layout, self.tuner.threads, schedule,
-                  against.schedule if against else "", algorithm, against.algorithm if against else "direct")
+        job = Job(plan, against.plan(self.target.machine) if against else None)
         start = self.tuner.clock()
         patience = None if self._job_seconds is None else PATIENCE * max(1.0, self._job_seconds)
         outcome = self.tuner.worker.run(job, patience, meanwhile)

@@ -145,11 +145,12 @@ class ScheduleCache:
             return tuple(sorted(_readable(rows, unused), key=lambda record: (record.time, record.schedule)))
 
     def best(self, key: Key, *, regime: Regime = "hot", furthest: Tier = "same isa",
-             check: Callable[[Record], object] | None = None) -> Hit | None:  # fmt: skip
+             accept: Callable[[Record], bool] = lambda record: True) -> Hit | None:  # fmt: skip
         """The schedule to use for a key: of the nearest machine that has any, the best by `choose`.
 
-        `furthest` bounds how unlike that machine may be. `check` may raise a ConvschedError for a record
-        that no longer fits (its schedule does not apply): it counts as missing, and the next is tried.
+        `furthest` bounds how unlike that machine may be. A record for which `accept` is false is passed over: it is
+        not what is asked for. For one that no longer fits (its schedule does not apply) it may raise a
+        ConvschedError: the record counts as missing, with a warning.
         """
         here, version = MachineKey.parse(key.machine), (key.format, key.compiler)
         with self._unused() as unused:
@@ -161,14 +162,13 @@ class ScheduleCache:
                 there = [row for row in rows if row[_MACHINE] == machine]
                 records = _readable(there, unused, check=False)  # of the texts: only the best one's
                 while record := choose(records, regime):
+                    records.remove(record)
                     try:
                         record.check()
-                        if check is not None: check(record)
+                        if accept(record):
+                            return Hit(record, tier)
                     except ConvschedError as error:
                         unused.append(f"{record.key.text}: {str(error).splitlines()[0]}")
-                        records.remove(record)
-                    else:
-                        return Hit(record, tier)
             if found and not rows:
                 unused.append(f"{other_version(*_version(found[-1]))}; tune again")
         return None

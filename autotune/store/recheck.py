@@ -12,19 +12,17 @@ since the failure may be the default's.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from convsched.autotune.store.cache import ScheduleCache
-from convsched.autotune.store.record import CacheError, Record, Status
+from convsched.autotune.store.record import Record, Status
 from convsched.autotune.store.winner import TIE
 from convsched.autotune.workers.candidate import Job, Outcome
 from convsched.errors import ConvschedError
 from convsched.machine import Machine, host, machine_key
-from convsched.options import ACCURACIES
 from convsched.plan.choice import choose
-from convsched.problem import parse_problem
-from convsched.problem.layout import LAYOUTS
+from convsched.plan.plan import Plan
 
 Verdict: TypeAlias = Literal["good", "changed", "slower"] | Status
 
@@ -88,37 +86,15 @@ def recheck(cache: ScheduleCache, records: Sequence[Record], run: Callable[[Job]
 
 def _check(cache: ScheduleCache, record: Record, run: Callable[[Job], Outcome]) -> Check:
     try:
-        default = _default(record)
+        plan = record.plan(host.machine())
+        default = Plan.of(choose(plan.problem, plan.target), plan.target)
     except ConvschedError as error:
         return Check(record, Outcome("failed", str(error).splitlines()[0]))
     stored = {(other.algorithm, other.schedule): other.hot for other in cache.records(record.key)}
-    seconds = stored.get((default.algorithm, default.schedule))
+    seconds = stored.get((default.algorithm.name, default.schedule.text))
     then = seconds / record.hot if seconds and record.hot else None
-    job = Job(record.problem, record.layout, record.threads, record.schedule, default.schedule, record.algorithm,
-              default.algorithm)
+    job = Job(plan, default)
     check = Check(record, run(job), then)
     if not check.is_bad:
         return check
-    alone = replace(job, incumbent="", incumbent_algorithm="direct")
-    return Check(record, run(job if check.verdict == "slower" else alone), then)
-
-
-@dataclass(frozen=True)
-class _Default:
-    """What `compile` takes where nothing is stored."""
-
-    algorithm: str
-    schedule: str
-
-
-def _default(record: Record) -> _Default:
-    if record.layout not in LAYOUTS:
-        raise CacheError(f"layout {record.layout!r} is none: use one of {', '.join(LAYOUTS)}")
-    accuracy = next((known for known in ACCURACIES if known == record.accuracy), None)
-    if accuracy is None:
-        raise CacheError(f"accuracy {record.accuracy!r} is none: use one of {', '.join(ACCURACIES)}")
-    problem = parse_problem(record.problem)
-    machine = host.machine()
-    chosen = choose(problem, machine, record.layout, record.threads, accuracy)
-    recipe = chosen.default(machine, record.layout, record.threads)
-    return _Default(chosen.name, recipe.schedule(problem, record.layout).text)
+    return Check(record, run(job if check.verdict == "slower" else Job(plan)), then)

@@ -14,9 +14,10 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, Self, TypeAlias, get_args
 
 from convsched.errors import ConvschedError, MachineError
-from convsched.machine import Machine, MachineKey, machine_key
+from convsched.machine import Machine, MachineKey, host, machine_key
 from convsched.options import ACCURACIES
 from convsched.plan.families import named
+from convsched.plan.plan import Plan, Target
 from convsched.problem import Problem, parse_problem
 from convsched.problem.layout import LAYOUTS
 from convsched.schedule import parse_schedule
@@ -61,11 +62,19 @@ class Key:
                 raise CacheError(f"{type(self).__name__}({name}={given!r}): {why}") from None
 
     @staticmethod
-    def of(problem: Problem, machine: Machine, *, layout: str = "nchw", threads: int = 1,
-           accuracy: str = "normal") -> Key:  # fmt: skip
-        """The key of a compilation."""
-        return Key(problem=problem.text, layout=layout, threads=threads, accuracy=accuracy,
-                   machine=machine_key(machine))  # fmt: skip
+    def of(problem: Problem, target: Target) -> Key:
+        """What a problem's schedule for a target is looked up by."""
+        return Key(problem=problem.text, layout=target.layout, threads=target.threads, accuracy=target.accuracy,
+                   machine=machine_key(target.machine))  # fmt: skip
+
+    def target(self, machine: Machine) -> Target:
+        """What was asked for, on a machine. Raises CacheError for a layout or an accuracy that is not known."""
+        if self.layout not in LAYOUTS:
+            raise CacheError(f"layout {self.layout!r} is not known: use one of {', '.join(LAYOUTS)}")
+        accuracy = next((known for known in ACCURACIES if known == self.accuracy), None)
+        if accuracy is None:
+            raise CacheError(f"accuracy {self.accuracy!r} is not known: use one of {', '.join(ACCURACIES)}")
+        return Target(machine, self.layout, self.threads, accuracy)
 
     @property
     def key(self) -> Key:
@@ -87,9 +96,7 @@ class Key:
         except MachineError as error:
             raise CacheError(str(error)) from None
         self._check_text("problem", lambda text: parse_problem(text).text)
-        for name, known in (("layout", tuple(LAYOUTS)), ("accuracy", ACCURACIES)):
-            if (given := getattr(self, name)) not in known:
-                raise CacheError(f"{name} {given!r} is not known: use one of {', '.join(known)}")
+        self.target(host.machine())
 
     def _check_text(self, name: str, written: Callable[[str], str]) -> None:
         """`written`: how convsched writes what a text says; raises a ConvschedError for a text that says nothing."""
@@ -145,6 +152,14 @@ class Record(Key):
     def is_settled(self) -> bool:
         """Whether to measure it again would tell nothing new: a crash or a time-out is tried once more."""
         return self.status not in ("crashed", "timed out") or self.tries >= TRIES
+
+    def plan(self, machine: Machine) -> Plan:
+        """What was measured, as a plan for a machine. Raises CacheError for a record that says something else than
+        this convsched would write."""
+        self.check()
+        problem = parse_problem(self.problem)
+        return Plan(problem, self.target(machine), named(self.algorithm, problem), parse_schedule(self.schedule),
+                    origin=f"from the schedule cache: {self.recipe or 'of no recipe'}")
 
     def check(self) -> None:
         """As `Key.check`, and of algorithm and schedule."""

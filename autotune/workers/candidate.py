@@ -24,10 +24,10 @@ from convsched.kernels.run.bound import BoundKernel
 from convsched.kernels.run.kernel import Kernel
 from convsched.machine import CpuCounters, cpu_counters, host
 from convsched.machine.conditions import timing_flags
-from convsched.problem import Problem, parse_problem
+from convsched.plan.plan import Plan
+from convsched.problem import Problem
 from convsched.problem.layout import from_layout, to_layout
 from convsched.problem.reference import convolve
-from convsched.schedule import parse_schedule
 
 Floats = NDArray[np.float32]
 
@@ -41,15 +41,10 @@ WINDOW = (50, 1000)  # CPU ticks of measuring, 10 ms each, over which conditions
 
 @dataclass(frozen=True)
 class Job:
-    """One candidate, and the incumbent to time it against ("" for none); algorithms by name, schedules as text."""
+    """One candidate, and the incumbent to time it against; None for none."""
 
-    problem: str
-    layout: str
-    threads: int
-    schedule: str
-    incumbent: str = ""
-    algorithm: str = "direct"
-    incumbent_algorithm: str = "direct"
+    plan: Plan
+    incumbent: Plan | None = None
 
 
 @dataclass(frozen=True)
@@ -86,10 +81,9 @@ def run_job(job: Job, compiled: Callable[[], object] = lambda: None) -> Outcome:
 
 
 def _run(job: Job, compiled: Callable[[], object]) -> Outcome:
-    prepare = partial(prepared, job.problem, job.layout, job.threads)
-    alone = (job.incumbent, job.incumbent_algorithm) in (("", "direct"), (job.schedule, job.algorithm))
-    incumbent = None if alone else prepare(job.incumbent, job.incumbent_algorithm)  # first: kept longer
-    candidate = prepare(job.schedule, job.algorithm)
+    alone = job.incumbent in (None, job.plan)
+    incumbent = None if alone or job.incumbent is None else prepared(job.incumbent)  # first: kept longer
+    candidate = prepared(job.plan)
     compiled()
     if (wrong := _wrong(candidate)) is not None:
         return wrong
@@ -97,7 +91,7 @@ def _run(job: Job, compiled: Callable[[], object]) -> Outcome:
     timing, other = race(candidate.call, incumbent.call if incumbent else None)
     cold_seconds = float("nan")
     if other is None or timing.minimum <= other.minimum:
-        flush = partial(evict, host.machine(), job.threads)
+        flush = partial(evict, host.machine(), job.plan.target.threads)
         cold_seconds = cold(candidate.call, repeats=COLD_ROUNDS, flush=flush, keep=(candidate.x,),
                             budget=COLD_SECONDS).minimum
         if (wrong := _wrong(candidate)) is not None:
@@ -156,20 +150,17 @@ class Prepared:
 
 
 @lru_cache(maxsize=2)  # the incumbent and the candidate
-def prepared(problem_text: str, layout: str, threads: int, schedule: str, algorithm: str = "direct") -> Prepared:
+def prepared(plan: Plan) -> Prepared:
     """A candidate, compiled."""
-    data = data_of(problem_text)
-    kernel = Kernel(parse_problem(problem_text), parse_schedule(schedule), layout=layout, threads=threads,
-                    machine=host.machine(), algorithm=algorithm)
+    data, layout, kernel = data_of(plan.problem), plan.target.layout, Kernel(plan)
     residual = None if data.residual is None else to_layout(data.residual, layout)
     return Prepared(kernel.bind(data.weight, data.bias), data, to_layout(data.x, layout), residual,
                     np.empty(kernel.y_shape, np.float32))
 
 
 @lru_cache(maxsize=1)
-def data_of(problem_text: str) -> Data:
+def data_of(problem: Problem) -> Data:
     """Small integers for all arrays, and the oracle's answer."""
-    problem: Problem = parse_problem(problem_text)
     random = np.random.default_rng(0)
 
     def integers(shape: tuple[int, ...]) -> Floats:

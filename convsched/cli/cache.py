@@ -13,7 +13,7 @@ from click.core import ParameterSource
 from convsched.cli.output import PATH, _console, _file, _opened, _print, _width
 from convsched.errors import shortened
 from convsched.machine import host
-from convsched.options import ACCURACIES, MAX_THREADS
+from convsched.options import ACCURACIES, MAX_THREADS, Accuracy
 from convsched.problem.layout import LAYOUTS
 
 if TYPE_CHECKING:
@@ -97,16 +97,16 @@ def show(context: click.Context, wanted: str, everything: bool, file: Path | Non
               help="Default: as many as a compilation would use.")  # fmt: skip
 @click.option("--accuracy", type=click.Choice(ACCURACIES), default="normal", show_default=True)
 @_file
-def explain_miss(problem: str, layout: str, threads: int | None, accuracy: str, file: Path | None) -> None:
+def explain_miss(problem: str, layout: str, threads: int | None, accuracy: Accuracy, file: Path | None) -> None:
     """Say why a PROBLEM (its text, as `cache list` prints it) has no schedule on this machine."""
     with _opened(file) as store:
         from convsched.autotune.store.record import Key
         from convsched.machine import default_threads
+        from convsched.plan.plan import Target
         from convsched.problem import parse_problem
 
-        key = Key.of(parse_problem(problem), host.machine(), layout=layout, accuracy=accuracy,
-                     threads=threads or default_threads())  # fmt: skip
-        click.echo(store.explain_miss(key))
+        target = Target(host.machine(), layout, threads or default_threads(), accuracy)
+        click.echo(store.explain_miss(Key.of(parse_problem(problem), target)))
 
 
 @cache.command()

@@ -1,4 +1,4 @@
-"""The command line: `convsched bench`, `tune`, `cache` and `info`.
+"""The command line: `convsched bench`, `tune`, `explain`, `cache` and `info`.
 
 A command imports what it needs when it runs, so that `convsched --help` answers at once.
 """
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from convsched.cli.cache import cache
+from convsched.cli.explain import explain
 from convsched.cli.verify import verify
 from convsched.errors import shortened
 from convsched.options import ACCURACIES, INTERRUPTED_EXIT_CODE, MAX_THREADS, Accuracy
@@ -295,3 +296,4 @@ def _write_atomically(path: Path, text: str) -> None:
 
 cache.add_command(verify)
 main.add_command(cache)
+main.add_command(explain)

@@ -33,10 +33,13 @@ def run(cases: list[Case], budget: str, threads: int, layout: str, file: Path | 
     from convsched.autotune.search.network import tune_network
     from convsched.autotune.search.tuner import Tuner
     from convsched.autotune.store.cache import ScheduleCache
+    from convsched.machine import host
+    from convsched.plan.plan import Target
 
     whole = Budget.parse(budget)
     layers = [(case.problem, case.count) for case in cases]
-    with Tuner(ScheduleCache(file), threads, layout, accuracy, algorithm) as tuner, _live(tuner, whole):
+    target = Target(host.machine(), layout, threads, accuracy)
+    with Tuner(ScheduleCache(file), target, algorithm) as tuner, _live(tuner, whole):
         network = tune_network(tuner, layers, whole, lambda layer: click.echo(line(layer, _columns())))
     for problem, why in network.failures.items():
         click.echo(wrapped(f"{problem.text}: {why}", _columns()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 
 
@@ -26,7 +26,7 @@ class Affine:
         sums: dict[str, int] = {}
         for name, coefficient in terms:
             sums[name] = sums.get(name, 0) + coefficient
-        return Affine(tuple(sorted((n, c) for n, c in sums.items() if c)), constant)
+        return Affine(tuple(sorted([term for term in sums.items() if term[1]])), constant)
 
     def __add__(self, other: Affine | str | int) -> Affine:
         if isinstance(other, int):
@@ -37,7 +37,12 @@ class Affine:
         return Affine.total((*self.terms, *other.terms), self.constant + other.constant)
 
     def __sub__(self, other: Affine | str | int) -> Affine:
-        return self + Affine.of(other) * -1
+        if isinstance(other, int):
+            return Affine(self.terms, self.constant - other)
+        other = Affine.of(other)
+        if not other.terms:
+            return Affine(self.terms, self.constant - other.constant)
+        return Affine.total((*self.terms, *[(n, -c) for n, c in other.terms]), self.constant - other.constant)
 
     def __mul__(self, factor: int) -> Affine:
         return Affine(tuple([(n, c * factor) for n, c in self.terms]) if factor else (), self.constant * factor)
@@ -45,20 +50,30 @@ class Affine:
     @property
     def variables(self) -> frozenset[str]:
         """The names of the variables it depends on."""
-        return frozenset(n for n, _ in self.terms)
+        return frozenset([n for n, _ in self.terms])
 
     def coefficient(self, name: str) -> int:
         """The factor of ``name``, 0 where it is absent."""
-        return next((c for n, c in self.terms if n == name), 0)
+        for n, c in self.terms:
+            if n == name:
+                return c
+        return 0
 
     def part(self, names: Iterable[str]) -> Affine:
         """The terms of the given variables, without the constant."""
         keep = set(names)
-        return Affine(tuple(t for t in self.terms if t[0] in keep), 0)
+        return Affine(tuple([t for t in self.terms if t[0] in keep]), 0)
+
+    def without(self, names: Container[str]) -> Affine:
+        """The terms of all other variables, and the constant."""
+        return Affine(tuple([t for t in self.terms if t[0] not in names]), self.constant)
 
     def substitute(self, values: Mapping[str, Affine]) -> Affine:
         """Replace variables by affine expressions."""
-        if not any(n in values for n, _ in self.terms):
+        for n, _ in self.terms:
+            if n in values:
+                break
+        else:
             return self
         terms: list[tuple[str, int]] = []
         constant = self.constant
@@ -75,9 +90,10 @@ class Affine:
         """The least and greatest value (both inclusive) over ``0 <= var < extent``."""
         low = high = self.constant
         for name, coefficient in self.terms:
-            step = coefficient * (extents[name] - 1)
-            low += min(0, step)
-            high += max(0, step)
+            if coefficient < 0:
+                low += coefficient * (extents[name] - 1)
+            else:
+                high += coefficient * (extents[name] - 1)
         return low, high
 
     def evaluate(self, values: Mapping[str, int]) -> int:

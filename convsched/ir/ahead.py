@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from convsched.ir.address import offset
-from convsched.ir.grammar import Loop, Program
-from convsched.ir.walk import extents_of, leaves, loads
+from convsched.ir.grammar import Loop, Program, extents_of, leaves
 
 
 def part_of(program: Program, loop: Loop, tensor: str) -> int | None:
@@ -15,7 +14,7 @@ def part_of(program: Program, loop: Loop, tensor: str) -> int | None:
     inside = extents_of(loop.body)
     extents = {**extents_of(tuple(s for stage in program.stages for s in stage.body)), **extents_of((loop,))}
     found = {offset(program.tensor(tensor), load.index, extents)
-             for _, leaf in leaves(loop.body) for load in loads(leaf.value) if load.tensor == tensor}
+             for _, leaf in leaves(loop.body) for load in leaf.loads if load.tensor == tensor}
     if len(found) != 1:
         return None
     (place,) = found

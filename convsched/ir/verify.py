@@ -13,20 +13,34 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 
 from convsched.errors import VerifyError
-from convsched.ir.affine import Affine, Index
-from convsched.ir.bounds import lower_bound, upper_bound
-from convsched.ir.grammar import OPS, Body, Leaf, Load, Loop, Op, Program, Stage, Tensor, Value
+from convsched.ir.affine import Index
+from convsched.ir.bounds import bounds_where
+from convsched.ir.grammar import (
+    OPS,
+    Block,
+    Body,
+    Leaf,
+    Let,
+    Load,
+    Loop,
+    Op,
+    Path,
+    Program,
+    Stage,
+    Tensor,
+    Value,
+    leaves,
+)
 from convsched.ir.text import print_statement
-from convsched.ir.walk import leaves, loads
 
 
 def verify(program: Program) -> None:
     """Raise VerifyError at the first rule of the IR that the program breaks."""
     _check_tensors(program)
-    packed = {leaf.tensor for s in program.stages if s.when == "bind" for _, leaf in leaves(s.body)}
+    packed = {leaf.tensor for s in program.stages if s.when == "bind" for leaf in s.leaves}
     for stage in program.stages:
         _check_loops(stage, stage.body, ())
-        for around, leaf in leaves(stage.body):
+        for around, leaf in stage.paths:
             rule = next(_broken(program, stage, packed, around, leaf), None)
             if rule is not None:
                 raise VerifyError(f"stage {stage.name}: {print_statement(leaf)}: {rule}")
@@ -68,39 +82,44 @@ def _broken_tensor(tensor: Tensor) -> str | None:
     return None
 
 
-def _check_loops(stage: Stage, body: Body, path: tuple[Loop, ...]) -> None:
-    for loop in body:
-        if not isinstance(loop, Loop):
+def _check_loops(stage: Stage, body: Body, path: Path) -> None:
+    for block in body:
+        if not isinstance(block, Block):
             continue
-        rule = None
-        if loop.extent < 1:
-            rule = f"the extent {loop.extent} must be positive"
-        elif any(outer.var == loop.var for outer in path):
-            rule = f"it is inside another loop {loop.var}"
-        elif loop.kind == "vector" and any(isinstance(s, Loop) for s in loop.body):
-            rule = "a vector loop may hold statements only"
-        elif (loop.kind == "digit" or loop.of != Affine()) and _is_no_digit(loop, path):
-            rule = f"it is no digit of {loop.of}, step {loop.step}: of loops around it, and never negative"
-        elif loop.kind == "parallel" and any(outer.kind == "parallel" for outer in path):
-            rule = "it is inside another parallel loop"
+        rule = _broken_value(block, path) if isinstance(block, Let) else _broken_loop(block, path)
+        if block.extent < 1:
+            rule = f"the extent {block.extent} must be positive"
+        elif any(outer.var == block.var for outer in path):
+            rule = f"it is inside another loop {block.var}"
         if rule:
-            raise VerifyError(f"stage {stage.name}: {loop.kind} loop {loop.var} < {loop.extent}: {rule}")
-        _check_loops(stage, loop.body, (*path, loop))
+            kind = "let" if isinstance(block, Let) else f"{block.kind} loop"
+            raise VerifyError(f"stage {stage.name}: {kind} {block.var} < {block.extent}: {rule}")
+        _check_loops(stage, block.body, (*path, block))
 
 
-def _is_no_digit(loop: Loop, path: tuple[Loop, ...]) -> bool:
+def _broken_loop(loop: Loop, path: Path) -> str | None:
+    """The rule that a loop breaks by its kind."""
+    if loop.kind == "vector" and any(isinstance(s, Block) for s in loop.body):
+        return "a vector loop may hold statements only"
+    if loop.kind == "parallel" and any(outer.kind == "parallel" for outer in path):
+        return "it is inside another parallel loop"
+    return None
+
+
+def _broken_value(value: Let, path: Path) -> str | None:
+    """The rule that a named digit breaks."""
     extents = {outer.var: outer.extent for outer in path}
-    return (loop.kind != "digit" or loop.step < 1 or not loop.of.variables <= extents.keys()
-            or loop.of.bounds(extents)[0] < 0)
+    if value.step >= 1 and value.of.variables <= extents.keys() and value.of.bounds(extents)[0] >= 0:
+        return None
+    return f"it is not a digit of {value.of}, step {value.step}: of loops around it, and never negative"
 
 
-def _broken(program: Program, stage: Stage, packed: set[str], around: tuple[Loop, ...],
+def _broken(program: Program, stage: Stage, packed: set[str], around: Path,
             leaf: Leaf) -> Iterator[str]:
     """The rules that a statement breaks."""
     extents = {loop.var: loop.extent for loop in around}
-    read = list(loads(leaf.value))
-    accesses = [(leaf.tensor, leaf.index), *((load.tensor, load.index) for load in read)]
-    yield from _broken_names(program, accesses, leaf.where, extents)
+    read = leaf.loads
+    yield from _broken_names(program, leaf, extents)
     yield from _broken_ops(leaf.value)
     yield from _broken_roles(program, stage, packed, leaf, read)
     if any(w.bounds(extents)[0] >= 0 for w in leaf.where):
@@ -110,20 +129,13 @@ def _broken(program: Program, stage: Stage, packed: set[str], around: tuple[Loop
         yield from _out_of_range(program.tensor(load.tensor), load.index, leaf.where, extents, is_load=True)
 
 
-def _broken_names(program: Program, accesses: Iterable[tuple[str, Index]], where: Index,
-                  extents: Mapping[str, int]) -> Iterator[str]:
-    for name, index in accesses:
+def _broken_names(program: Program, leaf: Leaf, extents: Mapping[str, int]) -> Iterator[str]:
+    for name, index in leaf.accesses:
         if name not in program.by_name:
             yield f"there is no tensor {name}"
         elif len(index) != len(program.tensor(name).shape):
             yield f"{name} has {len(program.tensor(name).shape)} axes, not {len(index)}"
-        yield from _unbound(index, extents)
-    yield from _unbound(where, extents)
-
-
-def _unbound(expressions: Index, extents: Mapping[str, int]) -> Iterator[str]:
-    names = {name for a in expressions for name in a.variables} - extents.keys()
-    yield from (f"no loop {name} is around it" for name in sorted(names))
+    yield from (f"no loop {name} is around it" for name in sorted(leaf.variables - extents.keys()))
 
 
 def _broken_ops(value: Value) -> Iterator[str]:
@@ -157,7 +169,7 @@ def _out_of_range(tensor: Tensor, index: Index, where: Index, extents: Mapping[s
                   is_load: bool) -> Iterator[str]:
     for axis, a in enumerate(index):
         before, after = tensor.frame(axis) if is_load else (0, 0)
-        low, high = lower_bound(a, where, extents), upper_bound(a, where, extents)
+        low, high = bounds_where(a, where, extents)
         if low < -before or high >= tensor.shape[axis] + after:
             verb = "load from" if is_load else "store to"
             yield (f"{verb} {tensor.name}: axis {tensor.letters[axis]} has the index {a} in [{low}, {high}], "
@@ -170,7 +182,7 @@ def _check_registers(program: Program) -> None:
     for number, stage in enumerate(program.stages):
         for position, statement in enumerate(stage.body):
             for _, leaf in leaves((statement,)):
-                for name in (leaf.tensor, *(load.tensor for load in loads(leaf.value))):
+                for name in (leaf.tensor, *(load.tensor for load in leaf.loads)):
                     if program.tensor(name).role != "register":
                         continue
                     if homes.setdefault(name, (number, position)) != (number, position):

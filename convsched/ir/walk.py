@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import replace
 
 from convsched.ir.affine import Affine, Index
-from convsched.ir.grammar import Body, Leaf, Load, Loop, Op, Program, Reduce, Statement, Value
+from convsched.ir.grammar import Block, Body, Leaf, Let, Load, Loop, Op, Path, Program, Reduce, Statement, Value
 
 
 def nested(loops: Mapping[str, int], leaf: Leaf) -> Body:
@@ -17,28 +17,17 @@ def nested(loops: Mapping[str, int], leaf: Leaf) -> Body:
     return body
 
 
-def leaves(body: Body, loops: tuple[Loop, ...] = ()) -> list[tuple[tuple[Loop, ...], Leaf]]:
-    """Every statement with the loops around it, outermost first, in program order."""
-    found: list[tuple[tuple[Loop, ...], Leaf]] = []
-    _collect(body, loops, found)
-    return found
-
-
-def _collect(body: Body, loops: tuple[Loop, ...], found: list[tuple[tuple[Loop, ...], Leaf]]) -> None:
+def touching(body: Body, tensors: Set[str], loops: Path = ()) -> list[tuple[Path, Leaf]]:
+    """The statements that touch some tensors, with the loops around them."""
+    found: list[tuple[Path, Leaf]] = []
     for statement in body:
-        if isinstance(statement, Loop):
-            _collect(statement.body, (*loops, statement), found)
+        if statement.facts.tensors.isdisjoint(tensors):
+            continue
+        if isinstance(statement, Block):
+            found += touching(statement.body, tensors, (*loops, statement))
         else:
             found.append((loops, statement))
-
-
-def loads(value: Value) -> Iterator[Load]:
-    """The loads in a value, left to right."""
-    if isinstance(value, Load):
-        yield value
-    elif isinstance(value, Op):
-        for operand in value.values:
-            yield from loads(operand)
+    return found
 
 
 def matrix_of(program: Program, leaf: Leaf) -> Load | None:
@@ -61,21 +50,30 @@ def map_value(value: Value, change: Callable[[Load], Value]) -> Value:
 
 def map_leaves(body: Body, change: Callable[[Leaf], Leaf]) -> Body:
     """The body with every statement changed, loops kept; the same object where nothing is."""
-    return rebuilt(body, [holding(s, map_leaves(s.body, change)) if isinstance(s, Loop) else change(s)
+    return rebuilt(body, [holding(s, map_leaves(s.body, change)) if isinstance(s, Block) else change(s)
                            for s in body])
 
 
-def holding(loop: Loop, body: Body) -> Loop:
-    """The loop around another body; the loop itself where it is the same. All fields, in their order: this runs for
-    each loop at each step, and ``replace`` takes three times as long."""
-    return loop if body is loop.body else Loop(
-        loop.var, loop.extent, body, loop.kind, loop.ahead, loop.of, loop.step)
+def map_touching(body: Body, tensor: str, change: Callable[[Leaf], Leaf]) -> Body:
+    """The body with every statement changed that touches a tensor; what does not touch it stays the same object."""
+    return rebuilt(body, [
+        s if tensor not in s.facts.tensors
+        else holding(s, map_touching(s.body, tensor, change)) if isinstance(s, Block) else change(s) for s in body])
+
+
+def holding(block: Loop | Let, body: Body) -> Loop | Let:
+    """The loop or value around another body; itself where that is the same."""
+    return block if body is block.body else block.holding(body)
 
 
 def rebuilt(body: Body, statements: list[Statement]) -> Body:
     """The body itself if it has just these statements, else one of them."""
-    same = len(body) == len(statements) and all(a is b for a, b in zip(body, statements, strict=True))
-    return body if same else tuple(statements)
+    if len(body) != len(statements):
+        return tuple(statements)
+    for a, b in zip(body, statements, strict=True):
+        if a is not b:
+            return tuple(statements)
+    return body
 
 
 def map_loops(body: Body, var: str, change: Callable[[Loop], Body]) -> Body:
@@ -83,9 +81,9 @@ def map_loops(body: Body, var: str, change: Callable[[Loop], Body]) -> Body:
     is none."""
     out: list[Statement] = []
     for statement in body:
-        if not isinstance(statement, Loop):
+        if not isinstance(statement, Block) or var not in statement.facts.names:
             out.append(statement)
-        elif statement.var == var:
+        elif isinstance(statement, Loop) and statement.var == var:
             out += change(statement)
         else:
             out.append(holding(statement, map_loops(statement.body, var, change)))
@@ -95,24 +93,25 @@ def map_loops(body: Body, var: str, change: Callable[[Loop], Body]) -> Body:
 def map_indices(leaf: Leaf, change: Callable[[Affine], Affine]) -> Leaf:
     """The statement with every affine expression in it changed."""
     def load(access: Load) -> Value:
-        return Load(access.tensor, tuple(change(i) for i in access.index))
-    return replace(leaf, index=tuple(change(i) for i in leaf.index), value=map_value(leaf.value, load),
-                   where=tuple(change(w) for w in leaf.where))
+        return Load(access.tensor, tuple([change(i) for i in access.index]))
+    return type(leaf)(leaf.tensor, tuple([change(i) for i in leaf.index]), map_value(leaf.value, load),
+                      tuple([change(w) for w in leaf.where]))
 
 
 def substitute(body: Body, values: Mapping[str, Affine]) -> Body:
     """The body with loop variables replaced by affine expressions."""
-    def change(leaf: Leaf) -> Leaf:
-        used = (*leaf.index, *leaf.where, *(a for load in loads(leaf.value) for a in load.index))
-        is_used = any(name in values for a in used for name, _ in a.terms)
-        return map_indices(leaf, lambda a: a.substitute(values)) if is_used else leaf
+    def change(statement: Statement) -> Statement:
+        if statement.variables.isdisjoint(values):
+            return statement
+        if not isinstance(statement, Block):
+            return map_indices(statement, lambda a: a.substitute(values))
+        inside = within(statement.body)
+        if isinstance(statement, Let) and not statement.of.variables.isdisjoint(values):
+            return replace(statement, body=inside, of=statement.of.substitute(values))
+        return holding(statement, inside)
 
     def within(body: Body) -> Body:
-        return rebuilt(body, [loop(s) if isinstance(s, Loop) else change(s) for s in body])
-
-    def loop(found: Loop) -> Loop:
-        inside, of = within(found.body), found.of.substitute(values)
-        return holding(found, inside) if of is found.of else replace(found, body=inside, of=of)
+        return rebuilt(body, [change(statement) for statement in body])
 
     return within(body)
 
@@ -121,8 +120,8 @@ def find_loops(body: Body, var: str) -> list[Loop]:
     """Every loop over ``var``."""
     found: list[Loop] = []
     for statement in body:
-        if isinstance(statement, Loop):
-            if statement.var == var:
+        if isinstance(statement, Block) and var in statement.facts.names:
+            if isinstance(statement, Loop) and statement.var == var:
                 found.append(statement)
             found += find_loops(statement.body, var)
     return found
@@ -131,21 +130,17 @@ def find_loops(body: Body, var: str) -> list[Loop]:
 def loop_names(body: Body) -> list[str]:
     """The names of all loops, outermost first, each once."""
     names: dict[str, None] = {}
-    for around, _ in leaves(body):
-        for loop in around:
-            names.setdefault(loop.var)
+    _collect_names(body, names)
     return list(names)
 
 
-def indices(leaf: Leaf) -> list[tuple[str, Index]]:
+def _collect_names(body: Body, names: dict[str, None]) -> None:
+    for statement in body:
+        if isinstance(statement, Block):
+            names.setdefault(statement.var)
+            _collect_names(statement.body, names)
+
+
+def indices(leaf: Leaf) -> Sequence[tuple[str, Index]]:
     """Every tensor a statement touches, with the index: the target first, then the loads."""
-    return [(leaf.tensor, leaf.index), *((load.tensor, load.index) for load in loads(leaf.value))]
-
-
-def extents_of(body: Body) -> dict[str, int]:
-    """The extent of every loop; the greatest, where a name has several."""
-    extents: dict[str, int] = {}
-    for around, _ in leaves(body):
-        for loop in around:
-            extents[loop.var] = max(loop.extent, extents.get(loop.var, 0))
-    return extents
+    return leaf.accesses

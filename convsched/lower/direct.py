@@ -9,23 +9,9 @@ the bias, ``conv`` adds the products, ``epilogue`` writes the output. Padding is
 
 from __future__ import annotations
 
-from convsched.ir import (
-    Affine,
-    Const,
-    Index,
-    Load,
-    Op,
-    Program,
-    Reduce,
-    Role,
-    Stage,
-    Store,
-    Tensor,
-    Value,
-    nested,
-    storage_of,
-)
-from convsched.lower.epilogue import activation
+from convsched.ir import Affine, Index, Load, Op, Program, Reduce, Stage, Store, Tensor, Value, nested
+from convsched.lower.epilogue import Epilogue
+from convsched.lower.stages import at, tensor_of
 from convsched.problem import Conv2d, Linear, Problem
 from convsched.problem.layout import LAYOUTS
 from convsched.problem.problem import taps
@@ -39,34 +25,20 @@ def lower_direct(problem: Problem, layout: str = "nchw") -> Program:
     return _lower_linear(problem) if isinstance(problem, Linear) else _lower_conv2d(problem, layout)
 
 
-def tensor_of(name: str, letters: str, shape: tuple[int, ...], role: Role,
-              order: tuple[str, ...] | None = None, border: tuple[tuple[int, int], ...] = ()) -> Tensor:
-    """A tensor with axes of one letter each, stored in ``order``."""
-    names = tuple(letters)
-    return Tensor(name, names, shape, role, storage_of(names, shape, order), border)
-
-
-def sum_of_products(problem: Problem, tensors: list[Tensor], outer: dict[str, int], inner: dict[str, int],
-                    product: Value) -> Program:
-    """Init, conv and epilogue around a product; ``outer`` are the loops of the output, those of pixels last."""
-    output = next(t for t in tensors if t.name == "y")
+def init_conv_epilogue(problem: Problem, tensors: list[Tensor], outer: dict[str, int], inner: dict[str, int],
+                       product: Value) -> Program:
+    """The three stages around a product; ``outer`` are the loops of the output, those of pixels last."""
+    output, epilogue = next(t for t in tensors if t.name == "y"), Epilogue(problem)
     channel = Affine.of("m") + (Affine.of("g") * outer["m"] if "g" in outer else 0)
-    pixel = [Affine.of(name) for name in outer if name in ("e", "f", "p")]
-    point = (Affine.of("n"), channel, *pixel)
-    local = Tensor("t", output.letters, output.shape, "local", storage_of(output.letters, output.shape))
-    start: Value = Load("b", (channel,)) if problem.bias else Const(0.0)
-    result: Value = Load("t", point)
-    if problem.residual:
-        result = Op("add", (result, Load("z", point)))
-        tensors.append(Tensor("z", output.letters, output.shape, "input", output.storage))
-    if problem.bias:
-        tensors.append(tensor_of("b", "m", (problem.M,), "weight"))
+    point = at("n", channel, *(name for name in outer if name in ("e", "f", "p")))
+    result = epilogue.finish(Load("t", point), point)
     stages = (
-        Stage("init", nested(outer, Store("t", point, start))),
+        Stage("init", nested(outer, Store("t", point, epilogue.start(channel)))),
         Stage("conv", nested({**outer, **inner}, Reduce("t", point, product))),
-        Stage("epilogue", nested(outer, Store("y", point, activation(problem.activation, result)))),
+        Stage("epilogue", nested(outer, Store("y", point, result))),
     )
-    return Program(problem.text, (*tensors, local), stages)
+    local = tensor_of("t", "".join(output.letters), output.shape, "local")
+    return Program(problem.text, (*tensors, *epilogue.tensors(output), local), stages)
 
 
 def _lower_conv2d(p: Conv2d, layout: str) -> Program:
@@ -79,7 +51,7 @@ def _lower_conv2d(p: Conv2d, layout: str) -> Program:
         tensor_of("w", "mcrs", p.weight_shape, "weight"),
         tensor_of("y", "nchw", p.output_shape, "output", LAYOUTS[layout]),
     ]
-    return sum_of_products(p, tensors, outer, inner, Op("mul", (Load("x", index), Load("w", weight_index(p)))))
+    return init_conv_epilogue(p, tensors, outer, inner, Op("mul", (Load("x", index), Load("w", weight_index(p)))))
 
 
 def padded_input(p: Conv2d, layout: str) -> tuple[Tensor, Index]:
@@ -108,11 +80,10 @@ def _tap(p: Conv2d) -> tuple[Affine, Affine]:
 
 
 def _lower_linear(p: Linear) -> Program:
-    n, m, c = Affine.of("n"), Affine.of("m"), Affine.of("c")
     tensors = [
         tensor_of("x", "nc", p.input_shape, "input"),
         tensor_of("w", "mc", p.weight_shape, "weight"),
         tensor_of("y", "nc", p.output_shape, "output"),
     ]
-    product = Op("mul", (Load("x", (n, c)), Load("w", (m, c))))
-    return sum_of_products(p, tensors, {"n": p.N, "m": p.M}, {"c": p.C}, product)
+    product = Op("mul", (Load("x", at("n", "c")), Load("w", at("m", "c"))))
+    return init_conv_epilogue(p, tensors, {"n": p.N, "m": p.M}, {"c": p.C}, product)

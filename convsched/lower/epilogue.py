@@ -1,16 +1,53 @@
-"""Activations as IR values: the last thing that happens to an output element.
+"""What is done to the sum of an output element, the same after every algorithm.
 
-NaN in gives NaN out: ``max`` and ``min`` give their second operand when an operand is NaN. Infinities give the limits:
-``exp`` is 0 far below and infinite far above, and what would be 0 times an infinity is bounded first. The sign of a
-zero is of no account, and errors are relative to the greater of 1 and the value.
+    y[point] = act(b[channel] + sum + z[point])                    z is the residual
+
+Activations are values of the IR. NaN in gives NaN out: ``max`` and ``min`` give their second operand when an operand is
+NaN. Infinities give the limits: ``exp`` is 0 far below and infinite far above, and what would be 0 times an infinity is
+bounded first. The sign of a zero is of no account, and errors are relative to the greater of 1 and the value.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import numpy as np
 
-from convsched.ir import Const, Op, Value
+from convsched.ir import Affine, Const, Index, Load, Op, Tensor, Value
+from convsched.lower.stages import tensor_of
+from convsched.problem import Problem
 from convsched.problem.rules import Activation
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """Bias, residual and activation of a problem's outputs.
+
+    A sum begins with ``start`` or, where all of it comes from one that begins at zero, gets the bias by ``biased``;
+    ``finish`` gives what is stored. ``tensors`` are those read.
+    """
+
+    problem: Problem
+
+    def tensors(self, y: Tensor) -> tuple[Tensor, ...]:
+        """The bias, and the residual, which lies in memory as the output ``y`` does."""
+        bias = tensor_of("b", "m", self.problem.bias_shape, "weight")
+        return (*([bias] if self.problem.bias else []),
+                *([replace(y, name="z", role="input")] if self.problem.residual else []))
+
+    def start(self, channel: Affine) -> Value:
+        """What the sum of an output channel begins with."""
+        return Load("b", (channel,)) if self.problem.bias else Const(0.0)
+
+    def biased(self, total: Value, channel: Affine) -> Value:
+        """The sum of an output channel that began at zero, with the bias."""
+        return Op("add", (total, self.start(channel))) if self.problem.bias else total
+
+    def finish(self, total: Value, point: Index) -> Value:
+        """The output at a point, of the sum with its bias."""
+        if self.problem.residual:
+            total = Op("add", (total, Load("z", point)))
+        return activation(self.problem.activation, total)
 
 
 def _clip(value: Value, low: float, high: float) -> Value:

@@ -14,7 +14,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from convsched.ir import Affine, Load, Op, Program, Stage, Store, nested
-from convsched.lower.direct import padded_input, sum_of_products, tensor_of, weight_index
+from convsched.lower.direct import init_conv_epilogue, padded_input, weight_index
+from convsched.lower.stages import tensor_of
 from convsched.problem import Conv2d
 from convsched.problem.layout import LAYOUTS
 from convsched.problem.problem import taps
@@ -36,7 +37,7 @@ def lower_im2col(problem: Conv2d, layout: str = "nchw") -> Program:
     inner = {"c": p.C // p.groups, **taps(p)}
     element = (Affine.of("n"), index[1], *weight_index(p)[2:])
     product = Op("mul", (Load("i", (*element, Affine.of("p"))), Load("w", weight_index(p))))
-    program = sum_of_products(p, tensors, outer, inner, product)
+    program = init_conv_epilogue(p, tensors, outer, inner, product)
     toeplitz = nested({"n": p.N, **group, **inner, "e": p.E, "f": p.F},
                       Store("i", (*element, Affine.of("e") * p.F + "f"), Load("x", index)))
     return replace(program, stages=(Stage("i", toeplitz), *program.stages))

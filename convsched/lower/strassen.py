@@ -31,24 +31,9 @@ from math import gcd, isqrt
 from convsched.algebra.bilinear import Matrix
 from convsched.algebra.strassen import strassen
 from convsched.errors import LoweringError
-from convsched.ir import (
-    Affine,
-    Const,
-    Index,
-    Load,
-    Op,
-    Program,
-    Reduce,
-    Stage,
-    Store,
-    Tensor,
-    Value,
-    When,
-    nested,
-    storage_of,
-)
-from convsched.lower.direct import tensor_of
-from convsched.lower.epilogue import activation
+from convsched.ir import Affine, Index, Load, Program, Stage, Store, Tensor, nested
+from convsched.lower.epilogue import Epilogue
+from convsched.lower.stages import at, copy, sum_of_products, tensor_of
 from convsched.problem import Conv2d, Linear, Problem
 from convsched.problem.layout import LAYOUTS
 from convsched.problem.problem import is_flat, taps
@@ -172,7 +157,7 @@ def lower_strassen(problem: Problem, levels: int = 1, layout: str = "nchw") -> P
     filters = tuple(Affine.of(f"{name}w") if name in tap else Affine() for name in "rs")
     read = () if columns is None else (
         Affine.of("f") * columns.stride + (Affine.of("s") * columns.dilation if "s" in tap else 0),)
-    place = _at("k", "n", "m", *pixels_out)
+    place = at("k", "n", "m", *pixels_out)
     tensors = [
         *_arrays(problem, cut, parts), _constant("A", "k", "ij", triple.filter.matrix),
         *sums_in.tensors, *sums_out.tensors,
@@ -180,14 +165,14 @@ def lower_strassen(problem: Problem, levels: int = 1, layout: str = "nchw") -> P
         *(_local(name, {"k": k, "n": n, "m": m, **pixels_out}) for name in ("ts", "t")),
     ]
     return Program(problem.text, tuple(tensors), (
-        *_sum("u", _at(*bound), bound, {"iw": parts, "jw": parts}, ("A", _at("kw", "iw", "jw")),
+        *sum_of_products("u", at(*bound), bound, {"iw": parts, "jw": parts}, ("A", at("kw", "iw", "jw")),
               ("w", (Affine.of("iw") * m + "mw", Affine.of("jw") * c + "cw", *filters)[:len(problem.weight_shape)]),
-              "bind"),
+              when="bind"),
         *sums_in.stages(("x", _input_index(problem, cut, *sums_in.digits(0, 0).values()))),
-        *_sum("ts", place, products, {"c": c, **tap},
-              ("v", (*_at("k", "n", "c", *row_taps, "e"), *read)), ("u", _at("k", *weights))),
-        Stage("t", nested(products, Store("t", place, Load("ts", place)))),
-        *sums_out.stages(("t", (*sums_out.digits(0, 0).values(), *_at(*sums_out.outer)))),
+        *sum_of_products("ts", place, products, {"c": c, **tap},
+              ("v", (*at("k", "n", "c", *row_taps, "e"), *read)), ("u", at("k", *weights))),
+        copy("t", place, "ts", place, products),
+        *sums_out.stages(("t", (*sums_out.digits(0, 0).values(), *at(*sums_out.outer)))),
         _output(problem, cut, parts, sums_out)))
 
 
@@ -206,17 +191,13 @@ def _arrays(problem: Problem, cut: Blocks, parts: int) -> list[Tensor]:
         border[2:] = [(before, max(0, size - before - extent)) for before, size, extent
                       in zip(problem.padding, (high, reach), problem.input_shape[2:], strict=False)]
     filters = len(problem.weight_shape)
-    arrays = [
-        tensor_of("x", letters, shape, "input", cut.order, _border(*border)),
+    y = tensor_of("y", letters, (n, M, E, *width), "output", cut.order)
+    return [
+        tensor_of("x", letters, shape, "input", cut.order, tuple(border)),
         tensor_of("w", "mcrs"[:filters], problem.weight_shape, "weight",
-                  border=_border(maps, channels, *[(0, 0)] * (filters - 2))),
-        tensor_of("y", letters, (n, M, E, *width), "output", cut.order),
+                  border=(maps, channels, *[(0, 0)] * (filters - 2))),
+        y, *Epilogue(problem).tensors(y),
     ]
-    if problem.bias:
-        arrays.append(tensor_of("b", "m", (M,), "weight"))
-    if problem.residual:
-        arrays.append(tensor_of("z", letters, (n, M, E, *width), "input", cut.order))
-    return arrays
 
 
 def _input_index(problem: Problem, cut: Blocks, j: Affine, l: Affine) -> Index:
@@ -234,16 +215,12 @@ def _output(problem: Problem, cut: Blocks, parts: int, sums: _Sums) -> Stage:
     level = levels_of(sums.levels, "y")[-1]
     block = sums.digits(sums.levels - 1, sums.levels)
     maps, row = block["i"] * cut.block[0] + "my", block["l"] * cut.block[2] + "ey"
-    place = (Affine.of("n"), maps, row, *(_at("fy") if cut.columns else ()))
-    value: Value = Load(level.sums, (*block.values(), *_at(*sums.outer)))
-    if problem.bias:
-        value = Op("add", (value, Load("b", (maps,))))
-    if problem.residual:
-        value = Op("add", (value, Load("z", place)))
-    where = tuple(at - cut.sizes[axis] for at, axis in ((maps, 0), (row, 2))
+    place = (Affine.of("n"), maps, row, *(at("fy") if cut.columns else ()))
+    epilogue = Epilogue(problem)
+    value = epilogue.finish(epilogue.biased(Load(level.sums, (*block.values(), *at(*sums.outer))), maps), place)
+    where = tuple(position - cut.sizes[axis] for position, axis in ((maps, 0), (row, 2))
                   if parts * cut.block[axis] > cut.sizes[axis])
-    return Stage("y", nested(sums.loops(level, *level.made), Store("y", place, activation(problem.activation, value),
-                                                                   where)))
+    return Stage("y", nested(sums.loops(level, *level.made), Store("y", place, value, where)))
 
 
 @dataclass(frozen=True)
@@ -294,7 +271,7 @@ class _Sums:
     def stages(self, source: tuple[str, Index]) -> tuple[Stage, ...]:
         """Two stages a factor, and one that hands on what a level makes; the last of outputs is left to others."""
         stages: list[Stage] = []
-        outer, last = _at(*self.outer), len(self.factors)
+        outer, last = at(*self.outer), len(self.factors)
         for number, level in enumerate(levels_of(self.levels, self.letter)):
             if number:
                 source = (level.source, (*self.digits(number, number).values(), *outer))
@@ -304,19 +281,13 @@ class _Sums:
                 made = {name: BASES[name[0]] for name in level.made} if place == last else {
                     f"g{self.letter}{place}": len(factor.rows)}
                 name = level.sums if place == last else f"{level.sums}{place}"
-                index = target if place == last else (*_at(*made, *level.rest), *outer)
-                stages += _sum(name, index, {**self.loops(level), **made}, given,
-                               (f"{self.symbol}{place}", _at(*made, *given)), source)
+                index = target if place == last else (*at(*made, *level.rest), *outer)
+                stages += sum_of_products(name, index, {**self.loops(level), **made}, given,
+                               (f"{self.symbol}{place}", at(*made, *given)), source)
                 source, given = (name, index), made
             if level.result:
-                stages.append(Stage(level.result, nested(self.loops(level, *level.made),
-                                                         Store(level.result, target, Load(level.sums, target)))))
+                stages.append(copy(level.result, target, level.sums, target, self.loops(level, *level.made)))
         return tuple(stages)
-
-
-def _border(*sides: tuple[int, int]) -> tuple[tuple[int, int], ...]:
-    """A tensor's border, which is left out where there is none."""
-    return sides if any(map(any, sides)) else ()
 
 
 def _local(name: str, sizes: dict[str, int]) -> Tensor:
@@ -332,9 +303,8 @@ def _constant(name: str, rows: str, columns: str, matrix: Matrix) -> Tensor:
         return (size, size), [_nested_index(i, j) for i in range(size) for j in range(size)]
 
     (high, down), (wide, across) = order(rows, len(matrix.rows)), order(columns, matrix.columns)
-    return Tensor(name, tuple(rows + columns), (*high, *wide), "constant",
-                  storage_of(tuple(rows + columns), (*high, *wide)),
-                  values=tuple(float(matrix.dense[row][column]) for row in down for column in across))
+    return tensor_of(name, rows + columns, (*high, *wide), "constant",
+                     values=tuple(float(matrix.dense[row][column]) for row in down for column in across))
 
 
 def _nested_index(i: int, j: int) -> int:
@@ -344,15 +314,3 @@ def _nested_index(i: int, j: int) -> int:
     [2, 1, 13]
     """
     return 2 * (i & 1) + (j & 1) + (4 * _nested_index(i >> 1, j >> 1) if i > 1 or j > 1 else 0)
-
-
-def _at(*parts: Affine | str | int) -> Index:
-    return tuple(map(Affine.of, parts))
-
-
-def _sum(target: str, index: Index, loops: dict[str, int], inner: dict[str, int], factor: tuple[str, Index],
-         other: tuple[str, Index], when: When = "run") -> tuple[Stage, Stage]:
-    """``target = sum over the inner loops of factor * other``, as two stages."""
-    product = Op("mul", (Load(*factor), Load(*other)))
-    return (Stage(f"{target}.start", nested(loops, Store(target, index, Const(0.0))), when),
-            Stage(target, nested({**loops, **inner}, Reduce(target, index, product)), when))

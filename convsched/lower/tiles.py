@@ -35,25 +35,11 @@ from numpy.typing import NDArray
 
 from convsched.algebra.bilinear import Bilinear, Transform
 from convsched.errors import LoweringError
-from convsched.ir import (
-    Affine,
-    Const,
-    Index,
-    Load,
-    Op,
-    Program,
-    Reduce,
-    Stage,
-    Store,
-    Tensor,
-    Value,
-    When,
-    nested,
-    storage_of,
-)
+from convsched.ir import Affine, Index, Load, Program, Stage, Store, Tensor, Value, nested
 from convsched.lazy import cached_property
-from convsched.lower.epilogue import activation
+from convsched.lower.epilogue import Epilogue
 from convsched.lower.plane import Fold, Plane
+from convsched.lower.stages import ZERO, at, copy, sum_of_products, tensor_of
 from convsched.problem import Conv2d
 from convsched.problem.layout import LAYOUTS
 
@@ -133,10 +119,10 @@ class _Lowering:
         planes = self.plane.number.bounds(self.plane.loops)[1] + 1
         return self.problem.N, planes, channels, self.tiles
 
-    def at(self, channel: str, te: str, tf: str) -> Index:
+    def tile(self, channel: str, te: str, tf: str) -> Index:
         """The place of a tile along these axes."""
         tile = Affine.of(te) * self.plane.tiles[1] + tf
-        return (*_at("n"), self.plane.number, *_at(channel, tile))
+        return (*at("n"), self.plane.number, *at(channel, tile))
 
     def loops(self, **inner: int) -> dict[str, int]:
         """The loops of stages: over images and planes, then the given ones."""
@@ -158,28 +144,28 @@ class _Lowering:
         """``u`` of ``w``, when weights are bound."""
         p = self.problem
         tap = Plane(replace(p, dilation=(1, 1)), self.sizes, self.fold).place(0, 0, "r", "s")
-        spare = tuple((0, at.bounds({"r": self.taps[0], "s": self.taps[1]})[1] + 1 - size)
-                      for at, size in zip(tap, (p.R, p.S), strict=True))
+        spare = tuple((0, position.bounds({"r": self.taps[0], "s": self.taps[1]})[1] + 1 - size)
+                      for position, size in zip(tap, (p.R, p.S), strict=True))
         channels = {"zw": p.groups, "mw": self.maps, "cw": self.channels}
         weight = (Affine.of("zw") * channels["mw"] + "mw", Affine.of("cw"), *tap)
         (g, h), s = self.points, self.taps[1]
         return _Part([
-            _tensor("w", "mcrs", p.weight_shape, "weight", border=((0, 0), (0, 0), *spare)),
+            tensor_of("w", "mcrs", p.weight_shape, "weight", border=((0, 0), (0, 0), *spare)),
             _constant("A", "gr", dense_array(self.column.filter)), _constant("A'", "hs", dense_array(self.row.filter)),
-            _tensor("a", "gszmc", (g, s, *channels.values()), "local"),
-            _tensor("u", "ghzmc", (g, h, *channels.values()), "local"),
+            tensor_of("a", "gszmc", (g, s, *channels.values()), "local"),
+            tensor_of("u", "ghzmc", (g, h, *channels.values()), "local"),
         ], [
-            *_sum("a", _at("g", "s", *channels), {"g": g, "s": s, **channels}, {"r": self.taps[0]},
-                  ("A", _at("g", "r")), ("w", weight), when="bind"),
-            *_sum("u", _at("g", "h", *channels), {"g": g, "h": h, **channels}, {"s": s},
-                  ("A'", _at("h", "s")), ("a", _at("g", "s", *channels)), when="bind"),
+            *sum_of_products("a", at("g", "s", *channels), {"g": g, "s": s, **channels}, {"r": self.taps[0]},
+                  ("A", at("g", "r")), ("w", weight), when="bind"),
+            *sum_of_products("u", at("g", "h", *channels), {"g": g, "h": h, **channels}, {"s": s},
+                  ("A'", at("h", "s")), ("a", at("g", "s", *channels)), when="bind"),
         ])
 
     def input(self) -> _Part:
         """``v`` of ``x``, by way of ``vx``, whose columns are transformed."""
         p, (top, left) = self.problem, self.problem.padding[:2]
         loops = self.loops(te=self.plane.tiles[0], tf=self.plane.tiles[1], d=self.channels)
-        place, deep = self.at("d", "te", "tf"), self.deep(self.channels)
+        place, deep = self.tile("d", "te", "tf"), self.deep(self.channels)
         high, wide = self.plane.place("te", "tf", "k1", "lx", p.stride)
         columns, rows, count = {**loops, "lx": self.reads[1]}, {**loops, "p": self.points[0]}, self.reads[1]
         last = {**columns, "k1": self.reads[0]}
@@ -187,19 +173,19 @@ class _Lowering:
                 in zip((high, wide), (top, left), (p.H, p.W), strict=True)]
         border = ((0, 0), (0, 0), (top, max(past[0], p.padding[2])), (left, max(past[1], p.padding[3])))
         channel = self.plane.channel("d", self.channels)
-        pixel = (*_at("n"), channel, high - top, wide - left)
-        bx = _factors("bx", "B", self.column.input, columns, ("px", "k"), lambda at: (*_at(at, "lx"), *place),
+        pixel = (*at("n"), channel, high - top, wide - left)
+        bx = _factors("bx", "B", self.column.input, columns, ("px", "k"), lambda row: (*at(row, "lx"), *place),
                       ("x", pixel), "plnzct", (count, *deep))
-        bxb = _factors("bxb", "B'", self.row.input, rows, ("q", "l"), lambda at: (*_at(at, "p"), *place),
-                       ("vx", (*_at("p", "l1"), *place)), "qpnzct", (self.points[0], *deep))
+        bxb = _factors("bxb", "B'", self.row.input, rows, ("q", "l"), lambda row: (*at(row, "p"), *place),
+                       ("vx", (*at("p", "l1"), *place)), "qpnzct", (self.points[0], *deep))
         return _Part([
-            _tensor("x", "nchw", p.input_shape, "input", LAYOUTS[self.layout], border), *bx.tensors, *bxb.tensors,
-            _tensor("vx", "plnzct", (self.points[0], count, *deep), "local"),
-            _tensor("v", "ghnzct", (*self.points, *deep), "local"),
+            tensor_of("x", "nchw", p.input_shape, "input", LAYOUTS[self.layout], border), *bx.tensors, *bxb.tensors,
+            tensor_of("vx", "plnzct", (self.points[0], count, *deep), "local"),
+            tensor_of("v", "ghnzct", (*self.points, *deep), "local"),
         ], [
-            *bx.stages, _copy("vx", (*_at("px", "lx"), *place), bx.tensors[-1].name, (*_at("px", "lx"), *place),
+            *bx.stages, copy("vx", (*at("px", "lx"), *place), bx.tensors[-1].name, (*at("px", "lx"), *place),
                               {**columns, "px": self.points[0]}),
-            *bxb.stages, _copy("v", (*_at("p", "q"), *place), bxb.tensors[-1].name, (*_at("q", "p"), *place),
+            *bxb.stages, copy("v", (*at("p", "q"), *place), bxb.tensors[-1].name, (*at("q", "p"), *place),
                                {**rows, "q": self.points[1]}),
         ])
 
@@ -207,50 +193,45 @@ class _Lowering:
         """``t`` of ``u`` and ``v``."""
         g, h = self.points
         loops = self.loops(t=self.tiles, g=g, h=h, m=self.maps)
-        point = (*_at("g", "h", "n"), self.plane.number, *_at("m", "t"))
+        point = (*at("g", "h", "n"), self.plane.number, *at("m", "t"))
         group = "group" if self.problem.groups > 1 else 0
         shape = (g, h, *self.deep(self.maps))
-        return _Part([_tensor("s", "ghnzmt", shape, "local"), _tensor("t", "ghnzmt", shape, "local")], [
-            *_sum("s", point, loops, {"c": self.channels},
-                  ("v", (*_at("g", "h", "n"), self.plane.number, *_at("c", "t"))),
-                  ("u", _at("g", "h", group, "m", "c"))),
-            _copy("t", point, "s", point, loops),
+        return _Part([tensor_of("s", "ghnzmt", shape, "local"), tensor_of("t", "ghnzmt", shape, "local")], [
+            *sum_of_products("s", point, loops, {"c": self.channels},
+                  ("v", (*at("g", "h", "n"), self.plane.number, *at("c", "t"))),
+                  ("u", at("g", "h", group, "m", "c"))),
+            copy("t", point, "s", point, loops),
         ])
 
     def output(self) -> _Part:
         """``y`` of ``t``, by way of ``yt``, whose columns are transformed."""
         p, (high, wide) = self.problem, self.sizes
         loops = self.loops(ye=self.plane.tiles[0], yf=self.plane.tiles[1], o=self.maps)
-        place, deep = self.at("o", "ye", "yf"), self.deep(self.maps)
+        place, deep = self.tile("o", "ye", "yf"), self.deep(self.maps)
         channel = self.plane.channel("o", self.maps)
         e, f = self.plane.place("ye", "yf", "i", "j")
-        bias = Load("b", (channel,)) if p.bias else Const(0.0)
+        epilogue, y = Epilogue(p), tensor_of("y", "nchw", p.output_shape, "output", LAYOUTS[self.layout])
         columns, rows = {**loops, "qy": self.points[1]}, {**loops, "i": high}
-        ct = _factors("ct", "C", self.column.output, columns, ("iy", "pc"), lambda at: (*_at(at, "qy"), *place),
-                      ("t", (*_at("pc1", "qy"), *place)), "iqnzmt", (self.points[1], *deep))
-        ctc = _factors("ctc", "C'", self.row.output, rows, ("j", "qc"), lambda at: (*_at(at, "i"), *place),
-                       ("yt", (*_at("i", "qc1"), *place)), "jinzmt", (high, *deep),
-                       start=bias)
-        tensors = [*ct.tensors, *ctc.tensors, _tensor("yt", "iqnzmt", (high, self.points[1], *deep), "local"),
-                   _tensor("y", "nchw", p.output_shape, "output", LAYOUTS[self.layout])]
-        result: Value = Load(ctc.tensors[-1].name, (*_at("j", "i"), *place))
-        if p.bias:
-            tensors.append(_tensor("b", "m", (p.M,), "weight"))
-        if p.residual:
-            tensors.append(_tensor("z", "nchw", p.output_shape, "input", LAYOUTS[self.layout]))
-            result = Op("add", (result, Load("z", (*_at("n"), channel, e, f))))
-        result, last = activation(p.activation, result), {**rows, "j": wide}
-        inside = tuple(at - size for at, size in ((e, p.E), (f, p.F)) if at.bounds(last)[1] >= size)
+        ct = _factors("ct", "C", self.column.output, columns, ("iy", "pc"), lambda row: (*at(row, "qy"), *place),
+                      ("t", (*at("pc1", "qy"), *place)), "iqnzmt", (self.points[1], *deep))
+        ctc = _factors("ctc", "C'", self.row.output, rows, ("j", "qc"), lambda row: (*at(row, "i"), *place),
+                       ("yt", (*at("i", "qc1"), *place)), "jinzmt", (high, *deep),
+                       start=epilogue.start(channel))
+        tensors = [*ct.tensors, *ctc.tensors, tensor_of("yt", "iqnzmt", (high, self.points[1], *deep), "local"),
+                   y, *epilogue.tensors(y)]
+        point, last = (*at("n"), channel, e, f), {**rows, "j": wide}
+        result = epilogue.finish(Load(ctc.tensors[-1].name, (*at("j", "i"), *place)), point)
+        inside = tuple(position - size for position, size in ((e, p.E), (f, p.F)) if position.bounds(last)[1] >= size)
         return _Part(tensors, [
-            *ct.stages, _copy("yt", (*_at("iy", "qy"), *place), ct.tensors[-1].name, (*_at("iy", "qy"), *place),
+            *ct.stages, copy("yt", (*at("iy", "qy"), *place), ct.tensors[-1].name, (*at("iy", "qy"), *place),
                               {**columns, "iy": high}),
-            *ctc.stages, Stage("y", nested(last, Store("y", (*_at("n"), channel, e, f), result, inside))),
+            *ctc.stages, Stage("y", nested(last, Store("y", point, result, inside))),
         ])
 
 
 def _factors(name: str, constant: str, of: Transform, loops: dict[str, int], names: tuple[str, str],
              index: Callable[[str], Index], source: tuple[str, Index], letters: str, shape: tuple[int, ...],
-             start: Value = Const(0.0)) -> _Part:  # noqa: B008
+             start: Value = ZERO) -> _Part:
     """A sum for each factor, name1 = constant1 source, name2 = constant2 name1, ...; the last tensor is the result.
 
     ``names`` are those of the loops over a factor's rows and columns; ``index`` places a row in the result.
@@ -261,22 +242,12 @@ def _factors(name: str, constant: str, of: Transform, loops: dict[str, int], nam
         result, (to, over) = f"{name}{number}", (f"{names[0]}{number}", f"{names[1]}{number}")
         rows = len(factor.rows)
         tensors += [_constant(f"{constant}{number}", letters[0] + names[1][0], factor.array()),
-                    _tensor(result, letters, (rows, *shape), "local")]
-        stages += _sum(result, index(to), {**loops, to: rows}, {over: factor.columns},
-                       (f"{constant}{number}", _at(to, over)), source,
-                       start if number == len(of.factors) else Const(0.0))
+                    tensor_of(result, letters, (rows, *shape), "local")]
+        stages += sum_of_products(result, index(to), {**loops, to: rows}, {over: factor.columns},
+                       (f"{constant}{number}", at(to, over)), source,
+                       start if number == len(of.factors) else ZERO)
         source = (result, index(f"{names[1]}{number + 1}"))
     return _Part(tensors, stages)
-
-
-def _at(*parts: Affine | str | int) -> Index:
-    return tuple(map(Affine.of, parts))
-
-
-def _tensor(name: str, letters: str, shape: tuple[int, ...], role: str, order: tuple[str, ...] | None = None,
-            border: tuple[tuple[int, int], ...] = ()) -> Tensor:
-    framed = border if any(map(any, border)) else ()
-    return Tensor(name, tuple(letters), shape, role, storage_of(tuple(letters), shape, order), framed)  # type: ignore[arg-type]
 
 
 def dense_array(transform: Transform) -> NDArray[np.float64]:
@@ -286,18 +257,4 @@ def dense_array(transform: Transform) -> NDArray[np.float64]:
 
 
 def _constant(name: str, letters: str, matrix: NDArray[np.float64]) -> Tensor:
-    return Tensor(name, tuple(letters), matrix.shape, "constant", storage_of(tuple(letters), matrix.shape),
-                  values=tuple(map(float, np.ravel(matrix))))
-
-
-def _copy(target: str, index: Index, source: str, place: Index, loops: dict[str, int]) -> Stage:
-    return Stage(target, nested(loops, Store(target, index, Load(source, place))))
-
-
-def _sum(target: str, index: Index, loops: dict[str, int], inner: dict[str, int],
-         factor: tuple[str, Index], other: tuple[str, Index], start: Value = Const(0.0),  # noqa: B008
-         when: When = "run") -> tuple[Stage, Stage]:
-    """``target = start + sum over the inner loops of factor * other``, as two stages."""
-    product = Op("mul", (Load(*factor), Load(*other)))
-    return (Stage(f"{target}.start", nested(loops, Store(target, index, start)), when),
-            Stage(target, nested({**loops, **inner}, Reduce(target, index, product)), when))
+    return tensor_of(name, letters, matrix.shape, "constant", values=tuple(map(float, np.ravel(matrix))))

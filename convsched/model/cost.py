@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from convsched.ir import Body, Loop, Program
+from convsched.ir import Block, Body, Program
 from convsched.machine import Machine
 from convsched.model.constants import CORE
 from convsched.model.issue import Issue
@@ -84,5 +84,5 @@ def _share(body: Body, threads: int) -> Body:
         return body
     return tuple(replace(statement, body=_share(statement.body, threads),
                          extent=-(-statement.extent // threads) if statement.kind == "parallel"
-                         else statement.extent) if isinstance(statement, Loop) else statement
+                         else statement.extent) if isinstance(statement, Block) else statement
                  for statement in body)

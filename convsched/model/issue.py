@@ -19,7 +19,23 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 
-from convsched.ir import Affine, Body, Index, Leaf, Load, Loop, Op, Program, Reduce, Tensor, Value, leaves, loads, matrix_of
+from convsched.ir import (
+    Affine,
+    Body,
+    Index,
+    Leaf,
+    Let,
+    Load,
+    Loop,
+    Op,
+    Program,
+    Reduce,
+    Tensor,
+    Value,
+    leaves,
+    loads,
+    matrix_of,
+)
 from convsched.ir.access import Access, Vector, classify_load, classify_store
 from convsched.ir.address import offset
 from convsched.model.constants import CORE
@@ -123,14 +139,14 @@ class Issue:
     def _straight(self, body: Body, around: Around) -> Iterator[tuple[Leaf | Loop, Around]]:
         """Statements that unrolling leaves in a row, and the run-time loops between them."""
         for statement in body:
-            if not isinstance(statement, Loop):
-                yield statement, around
-            elif statement.kind in ("unroll", "vector") or statement.iterations == 1:
+            if isinstance(statement, Let):
                 extents = {**around.extents, statement.var: statement.extent}
-                if statement.kind == "digit":
-                    digits = {**around.digits, statement.var: statement.of.variables}
-                    yield from self._straight(statement.body, replace(around, extents=extents, digits=digits))
-                    continue
+                digits = {**around.digits, statement.var: statement.of.variables}
+                yield from self._straight(statement.body, replace(around, extents=extents, digits=digits))
+            elif not isinstance(statement, Loop):
+                yield statement, around
+            elif statement.kind in ("unroll", "vector") or statement.extent == 1:
+                extents = {**around.extents, statement.var: statement.extent}
                 lane = statement.var if statement.kind == "vector" and statement.extent > 1 else around.lane
                 unrolled = around.unrolled if lane == statement.var else {
                     **around.unrolled, statement.var: statement.extent}

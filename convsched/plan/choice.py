@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Iterator
 
 from convsched.algebra.accuracy import BOUNDS
-from convsched.machine import Machine
 from convsched.options import Accuracy
 from convsched.plan.families import (
     FAMILIES,
@@ -19,6 +18,7 @@ from convsched.plan.families import (
     Algorithm,
     _that_apply,
 )
+from convsched.plan.plan import Target
 from convsched.problem import Conv2d, Problem
 from convsched.problem.problem import is_flat
 
@@ -45,15 +45,17 @@ def members(problem: Problem, accuracy: Accuracy = "normal") -> tuple[str, ...]:
     return tuple(found)
 
 
-def choices(problem: Problem, machine: Machine, layout: str = "nchw", threads: int = 1,
-            accuracy: Accuracy = "normal") -> Iterator[Algorithm]:
+def choices(problem: Problem, target: Target) -> Iterator[Algorithm]:
     """The algorithms whose predicted errors fit a class, the one with the least estimated time first.
 
     Those without an estimate come last. Where none fits, it is the most accurate one that applies (for "strict", of
     those that keep Inf and NaN where they belong), with an AccuracyWarning.
     """
+    accuracy = target.accuracy
+
     def time(algorithm: Algorithm) -> float:
-        return algorithm.estimate(machine, layout, threads) * (1 if algorithm.name == "direct" else MARGIN)
+        margin = 1 if algorithm.name == "direct" else MARGIN
+        return algorithm.estimate(target.machine, target.layout, target.threads) * margin
 
     found: list[Algorithm] = []
     fitting = False
@@ -74,7 +76,6 @@ def choices(problem: Problem, machine: Machine, layout: str = "nchw", threads: i
         yield best
 
 
-def choose(problem: Problem, machine: Machine, layout: str = "nchw", threads: int = 1,
-           accuracy: Accuracy = "normal") -> Algorithm:
+def choose(problem: Problem, target: Target) -> Algorithm:
     """The algorithm of which ``compile`` takes the default recipe where nothing is stored: the first of ``choices``."""
-    return next(choices(problem, machine, layout, threads, accuracy))
+    return next(choices(problem, target))

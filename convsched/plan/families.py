@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from math import hypot, inf, prod, sqrt
+from typing import Any
 
 from convsched.algebra.accuracy import BOUNDS, UNIT, Prediction, predict, predict_direct
 from convsched.algebra.bilinear import Bilinear, kronecker
@@ -57,10 +58,10 @@ def _unknown(machine: Machine, layout: str, threads: int) -> float:
     return inf
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Algorithm:
     """A way to compute one problem: ``lower(layout)`` is the unscheduled program, ``default(machine, layout,
-    threads)`` the recipe that nothing was measured for.
+    threads)`` the recipe that nothing was measured for. Those of the same name and problem are equal.
 
     ``predict(terms, outputs)`` tells the errors of sums of so many products; ``terms`` are those of each product of
     transformed data, ``outputs`` the elements of the output. ``estimate(machine, layout, threads)`` is the time of a
@@ -72,6 +73,7 @@ class Algorithm:
     """
 
     name: str
+    problem: Problem
     lower: Callable[[str], Program]
     default: Callable[[Machine, str, int], Recipe]
     predict: Callable[[int, int], Prediction]
@@ -79,6 +81,15 @@ class Algorithm:
     outputs: int
     estimate: Callable[[Machine, str, int], float] = _unknown
     keeps_nonfinite: bool = False
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Algorithm) and (self.name, self.problem) == (other.name, other.problem)
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.problem))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return named, (self.name, self.problem)
 
     @cached_property
     def prediction(self) -> Prediction:
@@ -133,7 +144,7 @@ def parse_name(name: str) -> tuple[str, tuple[tuple[int, ...], ...]]:
 def _direct(problem: Problem, sizes: tuple[tuple[int, ...], ...]) -> Algorithm:
     if sizes:
         raise LoweringError("algorithm='direct' has no sizes: leave the brackets out")
-    return Algorithm("direct", partial(lower_direct, problem),
+    return Algorithm("direct", problem, partial(lower_direct, problem),
                      lambda machine, layout, threads: default_recipe(problem, machine, layout, threads),
                      partial(_direct_error, _taps(problem)), problem.weights // problem.M, prod(problem.output_shape),
                      partial(_direct_time, problem), keeps_nonfinite=True)
@@ -148,7 +159,7 @@ def _im2col(problem: Problem, sizes: tuple[tuple[int, ...], ...]) -> Algorithm:
         raise LoweringError("algorithm='im2col' has no sizes: leave the brackets out")
     if isinstance(problem, Linear) or is_flat(problem):
         raise LoweringError(f"im2col: {problem.text} is a product of matrices as it stands; use direct")
-    return Algorithm("im2col", partial(lower_im2col, problem), partial(default_toeplitz, problem),
+    return Algorithm("im2col", problem, partial(lower_im2col, problem), partial(default_toeplitz, problem),
                      partial(_direct_error, _taps(problem)), problem.weights // problem.M, prod(problem.output_shape),
                      lambda machine, layout, threads: IM2COL * _direct_time(problem, machine, layout, threads),
                      keeps_nonfinite=True)
@@ -193,7 +204,7 @@ def _winograd(problem: Problem, sizes: tuple[tuple[int, ...], ...]) -> Algorithm
             return inf
         return best_blocking(Plane(conv, outputs), points, machine, threads).time
 
-    return Algorithm(name, lambda layout: lower_bilinear(conv, column(), row(), layout),
+    return Algorithm(name, conv, lambda layout: lower_bilinear(conv, column(), row(), layout),
                      lambda machine, layout, threads: default_tiles(
                          conv, Shape.of(column(), row()), machine, layout, threads),
                      lambda terms, size: _bilinear_error(column(), row(), terms, size),
@@ -208,7 +219,7 @@ def _fft(problem: Problem, sizes: tuple[tuple[int, ...], ...]) -> Algorithm:
     if any(len(pair) > 1 for pair in sizes):
         raise LoweringError("algorithm='fft' has the points of a tile as its sizes: write fft(64), or fft(32)x(64)")
     tiles = fft(conv, tuple(n for n, in sizes))
-    return Algorithm(tiles.name, tiles.lower,
+    return Algorithm(tiles.name, conv, tiles.lower,
                      partial(default_tiles, conv, tiles.shape, by_lines=True),
                      partial(_fft_error, tiles), conv.C, prod(conv.output_shape), partial(_fft_time, tiles))
 
@@ -218,7 +229,7 @@ def _strassen(problem: Problem, sizes: tuple[tuple[int, ...], ...]) -> Algorithm
     if sizes not in ((), ((1,),), ((2,),)):
         raise LoweringError("algorithm='strassen' has its levels as size: write strassen, strassen(1) or strassen(2)")
     levels = sizes[0][0] if sizes else 1
-    return Algorithm(f"strassen({levels})", partial(lower_strassen, problem, levels),
+    return Algorithm(f"strassen({levels})", problem, partial(lower_strassen, problem, levels),
                      partial(default_strassen, problem, levels), partial(_strassen_error, levels),
                      blocks_of(problem, levels).block[1] * problem.R * problem.S, prod(problem.output_shape))
 

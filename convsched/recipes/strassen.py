@@ -9,8 +9,19 @@ from convsched.lower.strassen import Blocks, blocks_of, levels_of
 from convsched.problem import Problem
 from convsched.problem.problem import taps
 from convsched.recipes.recipe import Axis
-from convsched.schedule import Attach, Layout, Parallel, Reorder, Schedule, Split, StageAt, Step, Unroll, Vectorize
-from convsched.schedule.step import Tail
+from convsched.schedule import (
+    Attach,
+    Layout,
+    Parallel,
+    Reorder,
+    Schedule,
+    Split,
+    StageAt,
+    Step,
+    Tail,
+    Unroll,
+    Vectorize,
+)
 
 RUN = 8  # pixels of a row at most, whose sums of two levels are written out
 

@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from convsched.errors import ScheduleError
-from convsched.ir import Body, Index, Leaf, Load, Loop, Program, Tensor, leaves, map_leaves, map_value
-from convsched.ir.walk import indices
+from convsched.ir import (
+    Affine,
+    Block,
+    Body,
+    Index,
+    Leaf,
+    Let,
+    Load,
+    Loop,
+    Path,
+    Program,
+    Tensor,
+    holding,
+    map_value,
+    rebuilt,
+)
+from convsched.ir.walk import indices, map_touching, touching
+from convsched.lazy import cached_property
 from convsched.schedule.checks import fail
+from convsched.schedule.step import Step
 
-Scope = tuple[tuple[Loop, ...], Body]  # the loops around a body, the body
+Scope = tuple[Path, Body]  # the loops around a body, the body
 
 
 @dataclass(frozen=True)
@@ -18,7 +35,7 @@ class Request:
     """What a step is asked for: the part of a tensor that one iteration of loop ``at`` uses, in a place of its own."""
 
     program: Program
-    step: str
+    step: Step
     tensor: Tensor
     at: str
     order: tuple[str, ...]
@@ -33,17 +50,18 @@ class Request:
         """The error of the step."""
         return fail(self.program, self.step, why, fix, None if self.at == "root" else self.at)
 
-    def scopes(self) -> Iterator[Scope]:
+    @cached_property
+    def scopes(self) -> tuple[Scope, ...]:
         """The bodies of the loops ``at`` that use the tensor, with the loops around (``at`` included)."""
-        for item in self.program.stages:
-            for path, body in _loops_named(item.body, self.at) if self.at != "root" else [((), item.body)]:
-                if any(uses(leaf, self.tensor.name) for _, leaf in leaves(body)):
-                    yield path, body
+        users = [stage.body for stage in self.program.stages if self.tensor.name in stage.facts.tensors]
+        if self.at == "root":
+            return tuple([((), body) for body in users])
+        return tuple([scope for body in users for scope in _loops_named(body, self.at, self.tensor.name)])
 
     def around(self) -> dict[str, int]:
         """The extents of the loops around those bodies, the greatest where a loop has several."""
         extents: dict[str, int] = {}
-        for path, _ in self.scopes():
+        for path, _ in self.scopes:
             extents.update({loop.var: max(loop.extent, extents.get(loop.var, 0)) for loop in path})
         return extents
 
@@ -61,27 +79,23 @@ class Box:
         return tuple(a - b for a, b in zip(index, self.base, strict=True))
 
 
-def uses(leaf: Leaf, name: str) -> bool:
-    """Whether a statement touches a tensor."""
-    return any(n == name for n, _ in indices(leaf))
-
-
-def _loops_named(body: Body, var: str, path: tuple[Loop, ...] = ()) -> Iterator[Scope]:
+def _loops_named(body: Body, var: str, tensor: str, path: Path = ()) -> Iterator[Scope]:
+    """The loops of a name in which a tensor is used."""
     for statement in body:
-        if isinstance(statement, Loop):
+        if isinstance(statement, Block) and var in statement.facts.names and tensor in statement.facts.tensors:
             if statement.var == var:
                 yield (*path, statement), statement.body
-            yield from _loops_named(statement.body, var, (*path, statement))
+            yield from _loops_named(statement.body, var, tensor, (*path, statement))
 
 
 def box_of(request: Request) -> Box:
     """The union of what all accesses inside ``at`` touch; they must share the part outside."""
     found: list[tuple[Index, dict[str, int]]] = []
     outside: set[str] = set()
-    for path, body in request.scopes():
+    for path, body in request.scopes:
         outside |= {loop.var for loop in path}
-        for around, leaf in leaves(body):
-            extents = {loop.var: loop.extent for loop in around}
+        for loops, leaf in touching(body, {request.tensor.name}):
+            extents = {loop.var: loop.extent for loop in loops}
             found += [(index, extents) for n, index in indices(leaf) if n == request.tensor.name]
     if not found:
         raise request.fail(f"nothing inside {request.at} uses {request.tensor.name}", "choose another loop")
@@ -91,28 +105,29 @@ def box_of(request: Request) -> Box:
     if outside & inner.keys():
         both = ", ".join(sorted(outside & inner.keys()))
         raise request.fail(f"{both} is inside one loop {request.at} and around another", "stage before peel")
+    once = dict.fromkeys(outside, 1)
+    within_one = [(index, {**once, **extents}) for index, extents in found]
     base, sizes = [], []
     for axis in range(len(request.tensor.shape)):
-        outer = {index[axis] - index[axis].part(inner) - index[axis].constant for index, _ in found}
+        outer = {index[axis].without(inner).terms for index, _ in found}
         if len(outer) != 1:
             raise request.fail(f"accesses to {request.tensor.name} differ outside {request.at}", "choose an outer loop")
-        bounds = [(index[axis].part(extents) + index[axis].constant).bounds(extents) for index, extents in found]
-        low = min(b[0] for b in bounds)
-        base.append(next(iter(outer)) + low)
-        sizes.append(max(b[1] for b in bounds) - low + 1)
+        bounds = [index[axis].bounds(extents) for index, extents in within_one]
+        low = min([least for least, _ in bounds])
+        base.append(Affine(outer.pop(), low))
+        sizes.append(max([most for _, most in bounds]) - low + 1)
     return Box(tuple(base), tuple(sizes), inner)
 
 
 def within(request: Request, change: Callable[[Body], Body]) -> Program:
     """The program with the bodies of the loops ``at`` that use the tensor changed."""
     def walk(body: Body) -> Body:
-        return tuple(loop(s) if isinstance(s, Loop) else s for s in body)
+        return rebuilt(body, [within_block(s) if isinstance(s, Block) else s for s in body])
 
-    def loop(found: Loop) -> Loop:
-        if found.var != request.at:
-            return replace(found, body=walk(found.body))
-        used = any(uses(leaf, request.tensor.name) for _, leaf in leaves(found.body))
-        return replace(found, body=change(found.body)) if used else found
+    def within_block(found: Loop | Let) -> Loop | Let:
+        if request.at not in found.facts.names or request.tensor.name not in found.facts.tensors:
+            return found
+        return holding(found, change(found.body) if found.var == request.at else walk(found.body))
 
     return request.program.with_body(change if request.at == "root" else walk)
 
@@ -125,16 +140,17 @@ def redirected(body: Body, name: str, target: str, index_of: Callable[[Index], I
     def change(leaf: Leaf) -> Leaf:
         value = map_value(leaf.value, load)
         if leaf.tensor != name:
-            return replace(leaf, value=value)
-        return replace(leaf, tensor=target, index=index_of(leaf.index), value=value)
+            return type(leaf)(leaf.tensor, leaf.index, value, leaf.where)
+        return type(leaf)(target, index_of(leaf.index), value, leaf.where)
 
-    return map_leaves(body, change)
+    return map_touching(body, name, change)
 
 
 def require_axes(request: Request, order: Sequence[str]) -> None:
     """Raise unless an order has each axis once: as ``c``, or as ``c/16`` before or after ``c%16``."""
     letters = request.tensor.letters
-    parts = {letter: sorted(entry[1:] for entry in order if entry[:1] == letter) for letter in letters}
+    parts = {letter: sorted(entry[len(letter):] for entry in order
+                            if entry.replace("%", "/").partition("/")[0] == letter) for letter in letters}
     whole = sum(map(len, parts.values())) == len(order)
     for part in parts.values():
         block = part[0][1:] if part else ""

@@ -1,4 +1,4 @@
-"""The step that makes one loop of two, by making one axis of two."""
+"""``fuse``: make one loop of two, by making one axis of two."""
 
 from __future__ import annotations
 
@@ -23,22 +23,11 @@ from convsched.ir import (
 )
 from convsched.ir.walk import indices
 from convsched.schedule.checks import checked, fail, require_loop, require_new
-from convsched.schedule.step import _Checked
+from convsched.schedule.step import Step
 
 
 @dataclass(frozen=True)
-class Fuse(_Checked):
-    """One loop of two; see ``fusing.fuse``."""
-
-    first: str
-    second: str
-    fused: str
-
-    def __str__(self) -> str:
-        return f"fuse {self.first} {self.second} -> {self.fused}"
-
-
-def fuse(program: Program, first: str, second: str, fused: str) -> Program:
+class Fuse(Step):
     """Make one loop of two perfectly nested ones that walk whole adjacent axes of every tensor they index.
 
     >>> from convsched.ir.examples import nests, scaled
@@ -46,55 +35,75 @@ def fuse(program: Program, first: str, second: str, fused: str) -> Program:
     conv:
       for m < 8: for e < 7: for f < 9:
         y[m, e, f] = x[e, f] * w[m]
-    >>> print(nests(fuse(scaled(8, 7, 9), "e", "f", "p")))
+    >>> print(nests(Fuse("e", "f", "p").apply(scaled(8, 7, 9))))
     conv:
       for m < 8: for p < 63:
         y[m, p] = x[p] * w[m]
     """
-    step = f"fuse {first} {second} -> {fused}"
-    require_loop(program, step, first)
-    require_loop(program, step, second)
-    if first == second:
-        raise fail(program, step, f"{first} is named twice", "name two loops", first)
-    require_new(program, step, (fused,), first)
-    merged = _merged_axes(program, step, first, second)
 
-    def change(found: Loop) -> Body:
-        if len(found.body) != 1 or not isinstance(found.body[0], Loop) or found.body[0].var != second:
-            raise fail(program, step, f"{second} is not directly inside {first}", "reorder first", first)
-        within = found.body[0]
-        return (Loop(fused, found.extent * within.extent, within.body, found.kind),)
+    GRAMMAR = "fuse FIRST SECOND -> FUSED"
+    first: str
+    second: str
+    fused: str
 
-    changed = program.with_body(lambda body: map_leaves(
-        map_loops(body, first, change), lambda leaf: _merge_leaf(leaf, merged, fused)))
-    for name, axis in merged.items():
-        if axis >= 0:
-            changed = changed.with_tensor(_merge_axes(program, step, program.tensor(name), axis, first))
-    return checked(program, step, changed)
+    def apply(self, program: Program) -> Program:
+        require_loop(program, self, self.first)
+        require_loop(program, self, self.second)
+        if self.first == self.second:
+            raise fail(program, self, f"{self.first} is named twice", "name two loops", self.first)
+        require_new(program, self, (self.fused,), self.first)
+        merged = self._merged_axes(program)
 
+        def change(found: Loop) -> Body:
+            if len(found.body) != 1 or not isinstance(found.body[0], Loop) or found.body[0].var != self.second:
+                raise fail(program, self, f"{self.second} is not directly inside {self.first}", "reorder first",
+                           self.first)
+            within = found.body[0]
+            return (Loop(self.fused, found.extent * within.extent, within.body, found.kind),)
 
-def _merged_axes(program: Program, step: str, first: str, second: str) -> dict[str, int]:
-    """The first of the two axes of each tensor, -1 where neither loop indexes it."""
-    outer, inner = Affine.of(first), Affine.of(second)
-    merged: dict[str, int] = {}
-    for stage in program.stages:
-        for name in (first, second):
-            if any(loop.kind != "serial" for loop in find_loops(stage.body, name)):
-                raise fail(program, step, f"{name} is not serial any more", "fuse first", name)
-        for around, leaf in leaves(stage.body):
-            extents = {loop.var: loop.extent for loop in around}
-            if (first in extents) != (second in extents):
-                only, missing = (first, second) if first in extents else (second, first)
-                raise fail(program, step, f"stage {stage.name} has {only} without {missing}",
-                           "fuse loops that are always together", only)
-            if any(v in w.variables for w in leaf.where for v in (first, second)):
-                raise fail(program, step, "a guard depends on one of them", "fuse before splitting", first)
-            for name, index in indices(leaf):
-                axis = _merging_axis(program.tensor(name), index, outer, inner, extents)
-                if axis == -2 or merged.setdefault(name, axis) != axis:
-                    raise fail(program, step, f"{name} is not indexed by both over whole adjacent axes",
-                               "fuse only where the filter is 1x1, stride 1, without padding", first)
-    return merged
+        changed = program.with_body(lambda body: map_leaves(
+            map_loops(body, self.first, change), lambda leaf: _merge_leaf(leaf, merged, self.fused)))
+        for name, axis in merged.items():
+            if axis >= 0:
+                changed = changed.with_tensor(self._merge_axes(program, program.tensor(name), axis))
+        return checked(program, self, changed)
+
+    def _merged_axes(self, program: Program) -> dict[str, int]:
+        """The first of the two axes of each tensor, -1 where neither loop indexes it."""
+        first, second = self.first, self.second
+        outer, inner = Affine.of(first), Affine.of(second)
+        merged: dict[str, int] = {}
+        for stage in program.stages:
+            for name in (first, second):
+                if any(loop.kind != "serial" for loop in find_loops(stage.body, name)):
+                    raise fail(program, self, f"{name} is not serial any more", "fuse first", name)
+            for around, leaf in leaves(stage.body):
+                extents = {loop.var: loop.extent for loop in around}
+                if (first in extents) != (second in extents):
+                    only, missing = (first, second) if first in extents else (second, first)
+                    raise fail(program, self, f"stage {stage.name} has {only} without {missing}",
+                               "fuse loops that are always together", only)
+                if any(v in w.variables for w in leaf.where for v in (first, second)):
+                    raise fail(program, self, "a guard depends on one of them", "fuse before splitting", first)
+                for name, index in indices(leaf):
+                    axis = _merging_axis(program.tensor(name), index, outer, inner, extents)
+                    if axis == -2 or merged.setdefault(name, axis) != axis:
+                        raise fail(program, self, f"{name} is not indexed by both over whole adjacent axes",
+                                   "fuse only where the filter is 1x1, stride 1, without padding", first)
+        return merged
+
+    def _merge_axes(self, program: Program, tensor: Tensor, axis: int) -> Tensor:
+        order = list(tensor.order)
+        first, second = tensor.letters[axis], tensor.letters[axis + 1]
+        if order.count(first) != 1 or order.count(second) != 1 or order.index(second) != order.index(first) + 1:
+            raise fail(program, self, f"{tensor.name} is stored as {' '.join(order)}", "fuse adjacent axes",
+                       self.first)
+        order.remove(second)
+        letters = tensor.letters[:axis + 1] + tensor.letters[axis + 2:]
+        shape = (*tensor.shape[:axis], tensor.shape[axis] * tensor.shape[axis + 1], *tensor.shape[axis + 2:])
+        border = tensor.border[:axis + 1] + tensor.border[axis + 2:]
+        return replace(tensor, letters=letters, shape=shape, border=border,
+                       storage=storage_of(letters, shape, tuple(order)))
 
 
 def _merging_axis(tensor: Tensor, index: Index, outer: Affine, inner: Affine,
@@ -110,19 +119,6 @@ def _merging_axis(tensor: Tensor, index: Index, outer: Affine, inner: Affine,
         return -2
     whole = all(tensor.shape[axis] == extents[next(iter(index[axis].variables))] for axis in used)
     return used[0] if whole and not any(tensor.frame(axis) != (0, 0) for axis in used) else -2
-
-
-def _merge_axes(program: Program, step: str, tensor: Tensor, axis: int, loop: str) -> Tensor:
-    order = list(tensor.order)
-    first, second = tensor.letters[axis], tensor.letters[axis + 1]
-    if order.count(first) != 1 or order.count(second) != 1 or order.index(second) != order.index(first) + 1:
-        raise fail(program, step, f"{tensor.name} is stored as {' '.join(order)}", "fuse adjacent axes", loop)
-    order.remove(second)
-    letters = tensor.letters[:axis + 1] + tensor.letters[axis + 2:]
-    shape = (*tensor.shape[:axis], tensor.shape[axis] * tensor.shape[axis + 1], *tensor.shape[axis + 2:])
-    border = tensor.border[:axis + 1] + tensor.border[axis + 2:]
-    return replace(tensor, letters=letters, shape=shape, border=border,
-                   storage=storage_of(letters, shape, tuple(order)))
 
 
 def _merge_leaf(leaf: Leaf, merged: Mapping[str, int], fused: str) -> Leaf:

@@ -1,4 +1,4 @@
-"""The step that reads data where a stage would copy it from: the copy is not made."""
+"""``inline``: read data where a stage would copy it from, so that the copy is not made."""
 
 from __future__ import annotations
 
@@ -7,38 +7,28 @@ from dataclasses import dataclass, replace
 
 from convsched.ir import (
     Affine,
+    Block,
     Body,
     Index,
     Leaf,
+    Let,
     Load,
-    Loop,
     Program,
     Stage,
     Statement,
     Store,
     Value,
     leaves,
-    loads,
     loop_names,
     map_value,
 )
 from convsched.ir.address import floor_divide, modulo
-from convsched.ir.walk import indices
 from convsched.schedule.checks import checked, fail
-from convsched.schedule.step import _Checked
+from convsched.schedule.step import Step
 
 
 @dataclass(frozen=True)
-class Inline(_Checked):
-    """Read what a stage copies into ``tensor`` where it lies; see ``inlining.inline``."""
-
-    tensor: str
-
-    def __str__(self) -> str:
-        return f"inline {self.tensor}"
-
-
-def inline(program: Program, tensor: str) -> Program:
+class Inline(Step):
     """Leave a stage out, and put what it stores in place of what is read of its tensor.
 
     >>> from convsched.ir.examples import nests, unfolded
@@ -49,26 +39,30 @@ def inline(program: Program, tensor: str) -> Program:
     conv:
       for p < 6:
         y[p] = i[p] * w
-    >>> print(nests(inline(unfolded(2, 3), "i")))
+    >>> print(nests(Inline("i").apply(unfolded(2, 3))))
     conv:
       for p < 6: with e < 2 = p / 3: with f < 3 = p:
         y[p] = x[2 e, f] * w
 
-    Where an index is no sum of the loops around it, its digits get loops of their own, which run once: ``with
+    Where an index is no sum of the loops around it, its digits get names of their own: ``with
     f < 3 = p`` is ``f = p % 3``. Source: the ``compute_inline`` of Ragan-Kelley et al., "Halide", 2013.
     """
-    step = f"inline {tensor}"
-    stage, axes, value = _producer(program, step, tensor)
-    others = [other for other in program.stages if other is not stage]
-    readers = [other for other in others
-               if any(name == tensor for _, leaf in leaves(other.body) for name, _ in indices(leaf))]
-    if not readers or program.stages.index(readers[0]) < program.stages.index(stage):
-        raise fail(program, step, f"no stage after {stage.name} reads {tensor}, or one before it does",
-                   "inline a tensor that is filled before it is read")
-    stages = tuple(replace(other, body=_Inliner(program, step, tensor, axes, value, set(loop_names(other.body)))
-                           .body(other.body)) for other in others)
-    kept = tuple(found for found in program.tensors if found.name != tensor)
-    return checked(program, step, replace(program, tensors=kept, stages=stages))
+
+    GRAMMAR = "inline TENSOR"
+    tensor: str
+
+    def apply(self, program: Program) -> Program:
+        stage, axes, value = _producer(program, self)
+        others = [other for other in program.stages if other is not stage]
+        readers = [other for other in others
+                   if self.tensor in other.facts.tensors]
+        if not readers or program.stages.index(readers[0]) < program.stages.index(stage):
+            raise fail(program, self, f"no stage after {stage.name} reads {self.tensor}, or one before it does",
+                       "inline a tensor that is filled before it is read")
+        stages = tuple(replace(other, body=_Inliner(program, self, axes, value, set(loop_names(other.body)))
+                               .body(other.body)) for other in others)
+        kept = tuple(found for found in program.tensors if found.name != self.tensor)
+        return checked(program, self, replace(program, tensors=kept, stages=stages))
 
 
 @dataclass(frozen=True)
@@ -81,9 +75,10 @@ class _Place:
     extent: int
 
 
-def _producer(program: Program, step: str, tensor: str) -> tuple[Stage, tuple[_Place, ...], Value]:
+def _producer(program: Program, step: Inline) -> tuple[Stage, tuple[_Place, ...], Value]:
     """The stage that fills a tensor, its loops by the index they store to, and what it stores."""
-    stages = [stage for stage in program.stages if any(leaf.tensor == tensor for _, leaf in leaves(stage.body))]
+    tensor = step.tensor
+    stages = [stage for stage in program.stages if any(leaf.tensor == tensor for leaf in stage.leaves)]
     if tensor not in program.by_name:
         names = ", ".join(found.name for found in program.tensors if found.role == "local")
         raise fail(program, step, f"there is no tensor {tensor}", f"use one that a single stage fills, of {names}")
@@ -95,7 +90,7 @@ def _producer(program: Program, step: str, tensor: str) -> tuple[Stage, tuple[_P
     if more or not isinstance(leaf, Store) or leaf.where or stages[0].when == "bind":
         raise fail(program, step, f"stage {stages[0].name} does more than store each element of {tensor} once",
                    "inline before its loops are cut, and other stages attached")
-    for load in loads(leaf.value):
+    for load in leaf.loads:
         if program.tensor(load.tensor).role not in ("input", "weight", "constant"):
             raise fail(program, step, f"stage {stages[0].name} reads {load.tensor}, which the program writes",
                        "inline what reads inputs only")
@@ -109,7 +104,7 @@ def _producer(program: Program, step: str, tensor: str) -> tuple[Stage, tuple[_P
         reach[place.axis] *= place.extent
     whole = tuple(reach.values()) == program.tensor(tensor).shape
     if not once or not whole or any(a.constant for a in leaf.index):
-        raise fail(program, step, f"the loops of stage {stages[0].name} are no digits of the index of {tensor}",
+        raise fail(program, step, f"the loops of stage {stages[0].name} are not the digits of the index of {tensor}",
                    "inline a stage that walks whole axes")
     single = {loop.var: Affine() for loop in loops if loop.extent == 1}
     return stages[0], tuple(places), map_value(leaf.value, lambda load: _substituted(load, single))
@@ -130,8 +125,7 @@ class _Inliner:
     """Rewrites one stage that reads the tensor."""
 
     program: Program
-    step: str
-    tensor: str
+    step: Inline
     places: tuple[_Place, ...]
     value: Value
     taken: set[str]
@@ -142,12 +136,12 @@ class _Inliner:
         assert not pending
         return inside
 
-    def _body(self, body: Body, extents: Mapping[str, int]) -> tuple[Body, list[Loop]]:
+    def _body(self, body: Body, extents: Mapping[str, int]) -> tuple[Body, list[Let]]:
         """The statements, and the digits that loops further out are to give."""
         out: list[Statement] = []
-        pending: list[Loop] = []
+        pending: list[Let] = []
         for statement in body:
-            if not isinstance(statement, Loop):
+            if not isinstance(statement, Block):
                 out.append(self._leaf(statement, extents, pending))
                 continue
             within, found = self._body(statement.body, {**extents, statement.var: statement.extent})
@@ -161,16 +155,16 @@ class _Inliner:
             pending += [digit for digit in found if digit not in own and digit not in pending]
         return tuple(out), pending
 
-    def _leaf(self, leaf: Leaf, extents: Mapping[str, int], pending: list[Loop]) -> Leaf:
+    def _leaf(self, leaf: Leaf, extents: Mapping[str, int], pending: list[Let]) -> Leaf:
         def change(load: Load) -> Value:
-            if load.tensor != self.tensor:
+            if load.tensor != self.step.tensor:
                 return load
             values = {place.var: self._digit(place, load.index, extents, pending) for place in self.places}
             return map_value(self.value, lambda read: _substituted(read, values))
 
         return replace(leaf, value=map_value(leaf.value, change))
 
-    def _digit(self, place: _Place, index: Index, extents: Mapping[str, int], pending: list[Loop]) -> Affine:
+    def _digit(self, place: _Place, index: Index, extents: Mapping[str, int], pending: list[Let]) -> Affine:
         """A loop of the stage as a sum of the loops here, or as a new one."""
         single = {name: Affine() for name, extent in extents.items() if extent == 1}
         a = index[place.axis].substitute(single)  # the same in all copies of a nest
@@ -186,5 +180,5 @@ class _Inliner:
         name = next(name for name in (place.var, *(f"{place.var}_{i}" for i in range(1, 2 + len(self.taken))))
                     if name not in self.taken)
         self.taken.add(name)
-        pending.append(Loop(name, place.extent, (), "digit", of=a, step=place.step))
+        pending.append(Let(name, place.extent, (), a, place.step))
         return Affine.of(name)

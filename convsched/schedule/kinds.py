@@ -1,107 +1,44 @@
-"""``unroll``, ``vectorize`` and ``parallel``: say how a loop runs."""
+"""What ``unroll``, ``vectorize`` and ``parallel`` share: they say how a loop runs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Sequence, Set
+from dataclasses import replace
 
-from convsched.ir import Body, Kind, Loop, Program, find_loops, leaves, map_loops
-from convsched.ir.walk import extents_of, indices
+from convsched.ir import Block, Body, Kind, Loop, Program, Stage, Statement
+from convsched.ir.walk import holding, rebuilt
 from convsched.schedule.checks import checked, fail, require_loop
-from convsched.schedule.legality import carried, fills_first, without
-from convsched.schedule.step import _Checked
+from convsched.schedule.legality import carried
+from convsched.schedule.step import Step
 
 
-@dataclass(frozen=True)
-class Unroll(_Checked):
-    """Write out the iterations of loops; see ``steps.set_kind``."""
-
-    loops: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return f"unroll {' '.join(self.loops)}"
-
-
-@dataclass(frozen=True)
-class Vectorize(_Checked):
-    """Run loops as vector instructions; see ``steps.set_kind``."""
-
-    loops: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return f"vectorize {' '.join(self.loops)}"
-
-
-@dataclass(frozen=True)
-class Parallel(_Checked):
-    """Divide a loop among the threads; see ``steps.set_kind``."""
-
-    loop: str
-
-    def __str__(self) -> str:
-        return f"parallel {self.loop}"
-
-
-def _each(program: Program, loops: tuple[str, ...], kind: Literal["unroll", "vector"]) -> Program:
+def with_kind(program: Program, step: Step, loops: Sequence[str], kind: Kind) -> Program:
+    """The program with all loops of some names run so."""
     for loop in loops:
-        program = set_kind(program, loop, kind)
-    return program
+        require_loop(program, step, loop)
+    named = frozenset(loops)
+
+    def change(statement: Statement) -> Statement:
+        if not isinstance(statement, Block) or named.isdisjoint(statement.facts.names):
+            return statement
+        inside = holding(statement, within(statement.body))
+        if isinstance(inside, Loop) and inside.var in named and inside.kind != kind:
+            return replace(inside, kind=kind)
+        return inside
+
+    def within(body: Body) -> Body:
+        return rebuilt(body, [change(statement) for statement in body])
+
+    return checked(program, step, program.with_body(within))
 
 
-def set_kind(program: Program, loop: str, kind: Kind) -> Program:
-    """``unroll``, ``vectorize`` or ``parallel``: say how a loop runs.
-
-    >>> from convsched.ir.examples import nests, product
-    >>> from convsched.schedule.reorder import reorder
-    >>> swapped = reorder(product(16, 4), ("c", "m"))
-    >>> print(nests(set_kind(set_kind(swapped, "m", "vector"), "c", "unroll")))
-    conv:
-      unroll c < 4: vector m < 16:
-        y[m] += x[c] * w[m, c]
-    >>> print(nests(set_kind(product(16, 4), "m", "parallel")))
-    conv:
-      parallel m < 16: for c < 4:
-        y[m] += x[c] * w[m, c]
-
-    A vector loop holds statements only. Iterations of vector and parallel loops must not depend on each
-    other.
-    """
-    verb = {"unroll": "unroll", "vector": "vectorize", "parallel": "parallel", "serial": "serial"}[kind]
-    step = f"{verb} {loop}"
-    require_loop(program, step, loop)
-    for stage in program.stages:
-        extents = extents_of(stage.body)
-        for found in find_loops(stage.body, loop):
-            if kind == "vector" and any(isinstance(s, Loop) for s in found.body):
-                raise fail(program, step, f"{loop} is not innermost", "reorder it to the end first", loop)
-            if kind in ("vector", "parallel"):
-                _require_independent(program, step, found, extents, kind)
-    return checked(program, step, program.with_body(
-        lambda body: map_loops(body, loop, lambda found: (replace(found, kind=kind),))))
-
-
-def _require_independent(program: Program, step: str, loop: Loop, extents: Mapping[str, int],
-                         kind: Kind) -> None:
-    """Iterations may share nothing; those of a parallel loop may each fill a tensor that is private to it."""
+def require_independent(program: Program, step: Step, stage: Stage, loop: Loop,
+                        private: Set[str] = frozenset()) -> None:
+    """Raise if iterations of a loop depend on each other, but for what is in tensors private to each."""
     if loop.extent == 1:
         return
-    inside = {leaf.tensor for _, leaf in leaves(loop.body)}
-    private = {name for name in inside if kind == "parallel" and _is_private(program, name, loop)}
-    tensor = carried(loop.var, without(loop.body, private), extents)
-    if tensor is not None:
-        raise fail(program, step, f"iterations of {loop.var} depend on each other through {tensor}",
+    shared = [leaf for leaf in loop.leaves if leaf.tensor not in private]
+    found = carried((loop.var,), shared, stage.extents)
+    if found is not None:
+        raise fail(program, step, f"iterations of {loop.var} depend on each other through {found[1]}",
                    "choose a loop of the output", loop.var)
-
-
-def _is_private(program: Program, name: str, loop: Loop) -> bool:
-    """A local or register tensor that only this loop touches, and that each iteration fills first."""
-    if program.tensor(name).role not in ("local", "register"):
-        return False
-
-    def count(body: Body) -> int:
-        return sum(used == name for _, leaf in leaves(body) for used, _ in indices(leaf))
-
-    total = sum(count(stage.body) for stage in program.stages)
-    return fills_first(loop.body, name) and total == sum(
-        count(f.body) for s in program.stages for f in find_loops(s.body, loop.var))

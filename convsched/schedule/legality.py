@@ -12,31 +12,35 @@ that only one stage uses is each thread's own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import combinations_with_replacement
 
-from convsched.ir import Affine, Body, Index, Leaf, Loop, Program, Reduce, Stage, Store, leaves, loads
-from convsched.ir.bounds import lower_bound, upper_bound
+from convsched.ir import Affine, Block, Body, Index, Leaf, Loop, Path, Program, Reduce, Stage, Store, leaves, leaves_of
+from convsched.ir.bounds import bounds_where
 from convsched.ir.walk import indices
 
 Guards = tuple[Affine, ...]
 Access = tuple[Index, Guards]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Domain:
     """The points at which an expression is evaluated: extents of the loops, and guards that hold."""
 
     extents: Mapping[str, int]
     guards: Guards = ()
+    known: dict[Affine, tuple[int, int]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def bounds(self, a: Affine) -> tuple[int, int]:
         """A bound on the least and on the greatest value."""
         if not self.guards:
             return a.bounds(self.extents)
-        guards = [w for w in self.guards if w.variables <= self.extents.keys()]
-        return lower_bound(a, guards, self.extents), upper_bound(a, guards, self.extents)
+        found = self.known.get(a)
+        if found is None:
+            guards = [w for w in self.guards if w.variables <= self.extents.keys()]
+            found = self.known[a] = bounds_where(a, guards, self.extents)
+        return found
 
 
 def digits(one: Affine, here: Domain, other: Affine, there: Domain) -> tuple[set[str], bool]:
@@ -57,7 +61,8 @@ def digits(one: Affine, here: Domain, other: Affine, there: Domain) -> tuple[set
     rest = sorted([t for t in one.terms if t in other.terms], key=lambda t: (-abs(t[1]), t[0]))
     while True:
         for term in rest:
-            fewer, less = (Affine(tuple([t for t in a.terms if t != term]), a.constant) for a in (one, other))
+            fewer = one.without(term[:1])
+            less = fewer if one is other else other.without(term[:1])
             low, high = _difference(fewer, here, less, there)
             if max(abs(low), abs(high)) < abs(term[1]):
                 found.add(term[0])
@@ -71,70 +76,60 @@ def digits(one: Affine, here: Domain, other: Affine, there: Domain) -> tuple[set
 
 def _difference(one: Affine, here: Domain, other: Affine, there: Domain) -> tuple[int, int]:
     """Bounds on ``one - other``, each at a point of its own."""
-    (a, b), (c, d) = here.bounds(one), there.bounds(other)
+    a, b = here.bounds(one)
+    c, d = (a, b) if one is other and here is there else there.bounds(other)
     return a - d, b - c
 
 
-def accesses(body: Body) -> tuple[dict[str, list[Access]], dict[str, list[Access]], set[str]]:
+def accesses(found: Iterable[Leaf]) -> tuple[dict[str, list[Access]], dict[str, list[Access]], set[str]]:
     """Reads and writes of each tensor, and the tensors only ever reduced into."""
     reads: dict[str, list[Access]] = {}
     writes: dict[str, list[Access]] = {}
     stored: set[str] = set()
-    for _, leaf in leaves(body):
+    for leaf in found:
         writes.setdefault(leaf.tensor, []).append((leaf.index, leaf.where))
         if not isinstance(leaf, Reduce):
             stored.add(leaf.tensor)
-        for load in loads(leaf.value):
+        for load in leaf.loads:
             reads.setdefault(load.tensor, []).append((load.index, leaf.where))
     return reads, writes, {t for t in writes if t not in stored and t not in reads}
 
 
-def carried(var: str, body: Body, extents: Mapping[str, int], commutative: bool = False) -> str | None:
-    """A tensor through which iterations of ``var`` depend on each other, or None.
+def carried(variables: Sequence[str], found: Iterable[Leaf], extents: Mapping[str, int],
+            commutative: bool = False) -> tuple[str, str] | None:
+    """The first of some loops whose iterations depend on each other by some statements, and a tensor through which they
+    do; or None.
 
     With ``commutative``, a tensor that is only reduced into does not count: sums may be reordered.
     """
-    reads, writes, reduced = accesses(body)
-    for tensor, written in writes.items():
-        if commutative and tensor in reduced:
-            continue
-        if not is_separated(var, written + reads.get(tensor, []), extents):
-            return tensor
-    return None
+    reads, writes, reduced = accesses(found)
+    wanted = frozenset(variables)
+    apart = {tensor: separated(wanted, written + reads.get(tensor, []), extents)
+             for tensor, written in writes.items() if not (commutative and tensor in reduced)}
+    return next(((var, tensor) for var in variables for tensor, found in apart.items() if var not in found), None)
 
 
-def is_separated(var: str, touched: list[Access], extents: Mapping[str, int]) -> bool:
-    """Whether accesses to one tensor touch the same element only at the same ``var``."""
+def separated(variables: frozenset[str], touched: Sequence[Access], extents: Mapping[str, int]) -> frozenset[str]:
+    """Those of some variables that are the same wherever accesses to one tensor touch the same element."""
+    domains = {where: Domain(extents, where) for _, where in touched}
+    found = [(index, domains[where]) for index, where in touched]
+    done: frozenset[str] = frozenset()
     for axis in range(len(touched[0][0])):
-        places = {(index[axis], where) for index, where in touched}
-        if all(a.coefficient(var) and b.coefficient(var)
-               and var in digits(a, Domain(extents, here), b, Domain(extents, there))[0]
-               for (a, here), (b, there) in combinations_with_replacement(places, 2)):
-            return True
-    return False
-
-
-def without(body: Body, tensors: set[str]) -> Body:
-    """The body without the statements that store to some tensors."""
-    return _only(body, lambda leaf: leaf.tensor not in tensors)
-
-
-def touching(body: Body, tensors: set[str]) -> Body:
-    """The body with only the statements that touch one of some tensors."""
-    return _only(body, lambda leaf: any(name in tensors for name, _ in indices(leaf)))
-
-
-def _only(body: Body, keep: Callable[[Leaf], bool]) -> Body:
-    """The body with only some statements; loops stay, also around none."""
-    return tuple(replace(s, body=_only(s.body, keep)) if isinstance(s, Loop) else s
-                 for s in body if isinstance(s, Loop) or keep(s))
+        places = {(index[axis], domain) for index, domain in found}
+        left = (variables - done).intersection(*[[name for name, _ in a.terms] for a, _ in places])
+        for (a, here), (b, there) in combinations_with_replacement(places, 2) if left else ():
+            left &= digits(a, here, b, there)[0]
+            if not left:
+                break
+        done |= left
+    return done
 
 
 def fills_first(body: Body, tensor: str) -> bool:
     """Whether the first statement that touches a tensor sets it, without reading it."""
-    first = next((leaf for _, leaf in leaves(body) if any(n == tensor for n, _ in indices(leaf))), None)
+    first = next((leaf for leaf in leaves_of(body) if tensor in leaf.facts.tensors), None)
     return (isinstance(first, Store) and first.tensor == tensor
-            and not any(load.tensor == tensor for load in loads(first.value)))
+            and not any(load.tensor == tensor for load in first.loads))
 
 
 @dataclass(frozen=True)
@@ -146,40 +141,43 @@ class _Touch:
     writes: bool
     home: int
     parallel: Loop | None
-    extents: Mapping[str, int]
+    domain: Domain
 
 
 def race(program: Program) -> tuple[str, str] | None:
     """A parallel loop and a tensor through which threads that do not wait would meet, or None."""
     for stage in program.stages:
-        homes = list(_homes(stage.body))
-        name = next((loop.var for loop, _, _ in homes if loop is not None), None)
-        if stage.when == "bind" or name is None:
+        if stage.when == "bind" or "parallel" not in stage.facts.kinds:
             continue
+        homes = list(_homes(stage.body))
+        name = next(loop.var for loop, _, _ in homes if loop is not None)
+        written = {leaf.tensor for leaf in stage.leaves}
         touches: dict[str, list[_Touch]] = {}
         for home, (loop, path, body) in enumerate(homes):
             for around, leaf in leaves(body, path):
-                extents = {found.var: found.extent for found in around}
+                domain = Domain({found.var: found.extent for found in around}, leaf.where)
                 for position, (tensor, index) in enumerate(indices(leaf)):
+                    if tensor not in written:
+                        continue
                     touches.setdefault(tensor, []).append(
-                        _Touch(leaf, index, position == 0, home, loop, extents))
+                        _Touch(leaf, index, position == 0, home, loop, domain))
         for tensor, found in touches.items():
             role = program.tensor(tensor).role
             own = role == "register" or (role == "local" and _is_alone(program, stage, tensor))
-            if any(t.writes for t in found) and _meets(tensor, found, own, role == "register", homes):
+            if _meets(tensor, found, own, role == "register", homes):
                 return next((t.parallel.var for t in found if t.parallel is not None), name), tensor
     return None
 
 
-_Home = tuple[Loop | None, tuple[Loop, ...], Body]  # parallel loop, loops around its body, the body
+_Home = tuple[Loop | None, Path, Body]  # parallel loop, loops around its body, the body
 
 
-def _homes(body: Body, path: tuple[Loop, ...] = ()) -> Iterator[_Home]:
+def _homes(body: Body, path: Path = ()) -> Iterator[_Home]:
     """Each parallel loop with its body, and each statement that is in none."""
     for statement in body:
-        if not isinstance(statement, Loop):
+        if not isinstance(statement, Block):
             yield None, path, (statement,)
-        elif statement.kind == "parallel":
+        elif isinstance(statement, Loop) and statement.kind == "parallel":
             yield statement, (*path, statement), statement.body
         else:
             yield from _homes(statement.body, (*path, statement))
@@ -187,8 +185,7 @@ def _homes(body: Body, path: tuple[Loop, ...] = ()) -> Iterator[_Home]:
 
 def _is_alone(program: Program, stage: Stage, tensor: str) -> bool:
     """Whether no other stage touches a tensor."""
-    return not any(name == tensor for other in program.stages if other is not stage
-                   for _, leaf in leaves(other.body) for name, _ in indices(leaf))
+    return not any(tensor in other.facts.tensors for other in program.stages if other is not stage)
 
 
 def _meets(tensor: str, touches: list[_Touch], own: bool, register: bool, homes: list[_Home]) -> bool:
@@ -226,6 +223,5 @@ def _apart(a: _Touch, b: _Touch) -> bool:
 
 
 def _along_axes(a: _Touch, b: _Touch) -> Iterator[tuple[set[str], bool]]:
-    here, there = Domain(a.extents, a.leaf.where), Domain(b.extents, b.leaf.where)
     for one, other in zip(a.index, b.index, strict=True):
-        yield digits(one, here, other, there)
+        yield digits(one, a.domain, other, b.domain)

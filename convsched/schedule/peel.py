@@ -1,24 +1,25 @@
-"""The steps that give some iterations their own copy of the nest, and drop what never runs."""
+"""``peel``: give some iterations their own copy of the nest, and drop what never runs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from convsched.ir import (
     Affine,
+    Block,
     Body,
+    Let,
     Load,
     Loop,
     Program,
     Reduce,
-    Stage,
     Statement,
     Store,
     find_loops,
     holding,
     leaves,
-    loads,
     map_indices,
     map_leaves,
     map_value,
@@ -26,73 +27,70 @@ from convsched.ir import (
     substitute,
 )
 from convsched.ir.simplify import simplify
-from convsched.ir.walk import indices
+from convsched.ir.walk import indices, map_touching
 from convsched.schedule.checks import checked, fail, require_loop
-from convsched.schedule.step import Which, _Checked
+from convsched.schedule.step import Step
+
+Which = Literal["first", "last", "guarded", "overlap"]
 
 
 @dataclass(frozen=True)
-class Peel(_Checked):
-    """An own copy of the nest for the first or last iteration; see ``peeling.peel``."""
-
-    loop: str
-    which: Which = "last"
-
-    def __str__(self) -> str:
-        return f"peel {self.loop} {self.which}"
-
-
-def peel(program: Program, loop: str, which: Which = "last") -> Program:
+class Peel(Step):
     """Give iterations of a loop their own copies of the body, with guards resolved in each.
 
     The first or the last iteration; "guarded", at both ends, each in which some guard may fail.
 
     >>> from convsched.ir.examples import nests, product
-    >>> from convsched.schedule.split import split
-    >>> ragged = split(product(7, 2), "m", 4, "m0", "m1", tail="mask")
+    >>> from convsched.schedule.split import Split
+    >>> ragged = Split("m", 4, "m0", "m1", tail="mask").apply(product(7, 2))
     >>> print(nests(ragged))
     conv:
       for m0 < 2: for m1 < 4: for c < 2:
         if 4 m0 + m1 < 7: y[4 m0 + m1] += x[c] * w[4 m0 + m1, c]
-    >>> print(nests(peel(ragged, "m0")))
+    >>> print(nests(Peel("m0").apply(ragged)))
     conv:
       for m0 < 1: for m1 < 4: for c < 2:
         y[4 m0 + m1] += x[c] * w[4 m0 + m1, c]
       for m1 < 3: for c < 2:
         y[m1 + 4] += x[c] * w[m1 + 4, c]
 
-    "overlap" moves the last iteration back so that it is as full as the others (see ``split``). A parallel
+    "overlap" moves the last iteration back so that it is as full as the others (see ``Split``). A parallel
     loop's own copy stays in a parallel loop, of one iteration, so that one thread runs it; and the copy of an
     outermost loop that holds registers stays in a loop, with registers of its own.
     """
-    step = f"peel {loop}" + (f" {which}" if which != "last" else "")
-    require_loop(program, step, loop)
-    if which == "overlap":
-        _require_guard(program, step, loop)
 
-    def alone(found: Loop, copy: Body) -> Body:
-        holds = found.kind == "parallel" or (len(copy) > 1 and _is_home(program, found))
-        return (replace(found, extent=1, body=copy),) if holds else copy
+    GRAMMAR = "peel LOOP [first|last|guarded|overlap]"
+    loop: str
+    which: Which = "last"
 
-    def change(found: Loop, around: Mapping[str, int]) -> Body:
-        if which == "overlap":
-            if not _guards(found):
+    def apply(self, program: Program) -> Program:
+        require_loop(program, self, self.loop)
+        if self.which == "overlap":
+            _require_guard(program, self)
+
+        def alone(found: Loop, copy: Body) -> Body:
+            holds = found.kind == "parallel" or (len(copy) > 1 and _is_home(program, found))
+            return (replace(found, extent=1, body=copy),) if holds else copy
+
+        def change(found: Loop, around: Mapping[str, int]) -> Body:
+            if self.which == "overlap":
+                if not _guards(found):
+                    return (found,)
+                copy = _overlapped(program, self, found)
+                return (replace(found, extent=found.extent - 1), *alone(found, copy))
+            first, last = {"first": (1, 0), "last": (0, 1)}.get(self.which) or _guarded(found, around)
+            count = found.extent - first - last
+            if count < 1:
                 return (found,)
-            copy = _overlapped(program, step, found)
-            return (replace(found, extent=found.extent - 1), *alone(found, copy))
-        first, last = {"first": (1, 0), "last": (0, 1)}.get(which) or _guarded(found, around)
-        count = found.extent - first - last
-        if count < 1:
-            return (found,)
-        at = {value: alone(found, substitute(found.body, {loop: Affine.of(value)}))
-              for value in (*range(first), *range(found.extent - last, found.extent))}
-        body = substitute(found.body, {loop: Affine.of(loop) + first})
-        copies = [statement for copy in at.values() for statement in copy]
-        before = sum(len(at[value]) for value in range(first))
-        return (*copies[:before], replace(found, extent=count, body=body), *copies[before:])
+            at = {value: alone(found, substitute(found.body, {self.loop: Affine.of(value)}))
+                  for value in (*range(first), *range(found.extent - last, found.extent))}
+            body = substitute(found.body, {self.loop: Affine.of(self.loop) + first})
+            copies = [statement for copy in at.values() for statement in copy]
+            before = sum(len(at[value]) for value in range(first))
+            return (*copies[:before], replace(found, extent=count, body=body), *copies[before:])
 
-    peeled = program.with_body(lambda body: _map_loops_within(body, loop, {}, change))
-    return checked(program, step, simplify(_own_registers(peeled)))
+        peeled = program.with_body(lambda body: _map_loops_within(body, self.loop, {}, change))
+        return checked(program, self, simplify(_own_registers(peeled)))
 
 
 def _map_loops_within(body: Body, var: str, around: Mapping[str, int],
@@ -100,9 +98,9 @@ def _map_loops_within(body: Body, var: str, around: Mapping[str, int],
     """``map_loops``, with the extents of the loops around."""
     out: list[Statement] = []
     for statement in body:
-        if not isinstance(statement, Loop):
+        if not isinstance(statement, Block) or var not in statement.facts.names:
             out.append(statement)
-        elif statement.var == var:
+        elif isinstance(statement, Loop) and statement.var == var:
             out += change(statement, around)
         else:
             extents = {**around, statement.var: statement.extent}
@@ -112,15 +110,13 @@ def _map_loops_within(body: Body, var: str, around: Mapping[str, int],
 
 def _guarded(loop: Loop, around: Mapping[str, int]) -> tuple[int, int]:
     """How many iterations at the start and at the end have a guard that may fail; none if all have."""
-    def may_fail(value: int) -> bool:
-        at = {loop.var: Affine.of(value)}
-        for inside, leaf in leaves(loop.body):
-            extents = {**around, **{found.var: found.extent for found in inside}}
-            if any(w.substitute(at).bounds(extents)[1] >= 0 for w in leaf.where if loop.var in w.variables):
-                return True
-        return False
-
-    fails = [may_fail(value) for value in range(loop.extent)]
+    greatest: set[tuple[int, int]] = set()  # of a guard: its coefficient of the loop, and the most of the rest
+    for inside, leaf in leaves(loop.body):
+        for guard in leaf.where:
+            if factor := guard.coefficient(loop.var):
+                extents = {**around, **{found.var: found.extent for found in inside}}
+                greatest.add((factor, guard.without((loop.var,)).bounds(extents)[1]))
+    fails = [any(factor * value + most >= 0 for factor, most in greatest) for value in range(loop.extent)]
     if all(fails):
         return 0, 0
     return fails.index(False), fails[::-1].index(False)
@@ -129,25 +125,26 @@ def _guarded(loop: Loop, around: Mapping[str, int]) -> tuple[int, int]:
 def _is_home(program: Program, loop: Loop) -> bool:
     """Whether a loop is an outermost one with register tensors, which belong to one outermost statement."""
     return (any(loop is statement for stage in program.stages for statement in stage.body)
-            and bool(_registers(program, loop.body)))
+            and bool(_registers(program, loop)))
 
 
-def _registers(program: Program, body: Body) -> set[str]:
-    """The register tensors that a body touches."""
-    return {name for _, leaf in leaves(body) for name, _ in indices(leaf) if program.tensor(name).role == "register"}
+def _registers(program: Program, statement: Statement) -> set[str]:
+    """The register tensors that a statement touches."""
+    return {name for name in statement.facts.tensors if program.tensor(name).role == "register"}
 
 
 def _guards(loop: Loop) -> set[Affine]:
-    return {w for _, leaf in leaves(loop.body) for w in leaf.where if loop.var in w.variables}
+    return {w for leaf in loop.leaves for w in leaf.where if loop.var in w.variables}
 
 
-def _require_guard(program: Program, step: str, loop: str) -> None:
+def _require_guard(program: Program, step: Peel) -> None:
+    loop = step.loop
     if not any(_guards(found) for stage in program.stages for found in find_loops(stage.body, loop)):
         raise fail(program, step, f"no iteration of {loop} is cut short", "split it with tail=mask first",
                    loop)
 
 
-def _overlapped(program: Program, step: str, loop: Loop) -> Body:
+def _overlapped(program: Program, step: Peel, loop: Loop) -> Body:
     """The last iteration moved back by what its guard cuts off.
 
     The guard is ``factor loop + inner < extent`` where ``inner`` counts from 0 to ``factor - 1``. Every index
@@ -157,7 +154,8 @@ def _overlapped(program: Program, step: str, loop: Loop) -> Body:
     guards = _guards(loop)
     if len(guards) != 1:
         raise fail(program, step, f"{len(guards)} guards depend on {loop.var}", "use peel", loop.var)
-    digit = next((d for around, _ in leaves(loop.body) for d in around if loop.var in d.of.variables), None)
+    digit = next((d for around, _ in leaves(loop.body) for d in around
+                  if isinstance(d, Let) and loop.var in d.of.variables), None)
     if digit is not None:
         raise fail(program, step, f"{digit.var} is a digit of {loop.var}", "use peel", loop.var)
     guard = next(iter(guards))
@@ -221,7 +219,7 @@ def _read_in_place(program: Program, loop: Loop) -> str | None:
     """An input that is read just where an output is stored, so that a caller may pass one array for both."""
     for _, leaf in leaves(loop.body):
         if program.tensor(leaf.tensor).role == "output":
-            for load in loads(leaf.value):
+            for load in leaf.loads:
                 if program.tensor(load.tensor).role == "input" and load.index == leaf.index:
                     return load.tensor
     return None
@@ -233,21 +231,23 @@ def _own_registers(program: Program) -> Program:
         body = list(stage.body)
         seen: set[str] = set()
         for position, statement in enumerate(body):
-            used = _registers(program, (statement,))
+            used = _registers(program, statement)
             for name in sorted(used & seen):
                 copy = next(f"{name}_{i}" for i in range(1, 1 + len(program.tensors) + 1)
                             if f"{name}_{i}" not in program.by_name)
                 program = program.with_tensor(replace(program.tensor(name), name=copy))
                 body[position], = _renamed((body[position],), name, copy)
             seen |= used
-        changed: Stage = replace(stage, body=tuple(body))
-        program = replace(program, stages=(*program.stages[:number], changed, *program.stages[number + 1:]))
+        changed = rebuilt(stage.body, body)
+        if changed is not stage.body:
+            stages = (*program.stages[:number], replace(stage, body=changed), *program.stages[number + 1:])
+            program = replace(program, stages=stages)
     return program
 
 
 def _renamed(body: Body, old: str, new: str) -> Body:
     def name(tensor: str) -> str:
         return new if tensor == old else tensor
-    return map_leaves(body, lambda leaf: replace(
+    return map_touching(body, old, lambda leaf: replace(
         leaf, tensor=name(leaf.tensor),
         value=map_value(leaf.value, lambda load: Load(name(load.tensor), load.index))))

@@ -1,4 +1,4 @@
-"""The step that fetches data into the caches before they are used."""
+"""``prefetch``: fetch data into the caches before they are used."""
 
 from __future__ import annotations
 
@@ -7,26 +7,15 @@ from dataclasses import dataclass, replace
 from convsched.ir import Body, Loop, Program, map_loops
 from convsched.ir.ahead import part_of
 from convsched.schedule.checks import fail, require_loop
-from convsched.schedule.step import _Checked
+from convsched.schedule.step import Step
 
 
 @dataclass(frozen=True)
-class Prefetch(_Checked):
-    """Fetch what ``tensor`` gives ``ahead`` iterations later; see ``prefetching.prefetch``."""
-
-    tensor: str
-    at: str
-    ahead: int
-
-    def __str__(self) -> str:
-        return f"prefetch {self.tensor} at {self.at} ahead={self.ahead}"
-
-
-def prefetch(program: Program, tensor: str, at: str, ahead: int) -> Program:
+class Prefetch(Step):
     """Ask the caches, in each iteration of a loop, for what a tensor gives so many iterations later.
 
     >>> from convsched.ir.examples import nests, product
-    >>> print(nests(prefetch(product(4, 64), "w", "c", 16)))
+    >>> print(nests(Prefetch("w", "c", 16).apply(product(4, 64))))
     conv:
       for m < 4: for c < 64 (w 16 ahead):
         y[m] += x[c] * w[m, c]
@@ -35,25 +24,32 @@ def prefetch(program: Program, tensor: str, at: str, ahead: int) -> Program:
     those of packed weights do; the last iterations fetch what lies behind, which an outer loop often reads next. It
     is a last step: loops that later steps make of the loop have no hint.
     """
-    step = f"prefetch {tensor} at {at} ahead={ahead}"
-    require_loop(program, step, at)
-    found = program.by_name.get(tensor)
-    if found is None or found.role in ("register", "constant"):
-        names = ", ".join(t.name for t in program.tensors if t.role not in ("register", "constant"))
-        raise fail(program, step, f"there is no tensor {tensor} in memory", f"use one of {names}")
-    if ahead < 1:
-        raise fail(program, step, f"it is {ahead} iterations ahead", "use a positive integer", at)
 
-    def change(loop: Loop) -> Body:
-        if loop.kind in ("unroll", "vector"):
-            raise fail(program, step, f"{at} is a loop of kind {loop.kind}", "choose a loop around it", at)
-        if part_of(program, loop, tensor) is None:
-            return (loop,)
-        others = tuple(pair for pair in loop.ahead if pair[0] != tensor)
-        return (replace(loop, ahead=(*others, (tensor, ahead))),)
+    GRAMMAR = "prefetch TENSOR at LOOP ahead=ITERATIONS"
+    tensor: str
+    at: str
+    ahead: int
 
-    after = program.with_body(lambda body: map_loops(body, at, change))
-    if after == program:
-        raise fail(program, step, f"iterations of {at} do not read parts of {tensor} one after another",
-                   "store it in the order of use first, or choose another loop", at)
-    return after
+    def apply(self, program: Program) -> Program:
+        require_loop(program, self, self.at)
+        found = program.by_name.get(self.tensor)
+        if found is None or found.role in ("register", "constant"):
+            names = ", ".join(t.name for t in program.tensors if t.role not in ("register", "constant"))
+            raise fail(program, self, f"there is no tensor {self.tensor} in memory", f"use one of {names}")
+        if self.ahead < 1:
+            raise fail(program, self, f"it is {self.ahead} iterations ahead", "use a positive integer", self.at)
+
+        def change(loop: Loop) -> Body:
+            if loop.kind in ("unroll", "vector"):
+                raise fail(program, self, f"{self.at} is a loop of kind {loop.kind}", "choose a loop around it",
+                           self.at)
+            if part_of(program, loop, self.tensor) is None:
+                return (loop,)
+            others = tuple(pair for pair in loop.ahead if pair[0] != self.tensor)
+            return (replace(loop, ahead=(*others, (self.tensor, self.ahead))),)
+
+        after = program.with_body(lambda body: map_loops(body, self.at, change))
+        if after == program:
+            raise fail(program, self, f"iterations of {self.at} do not read parts of {self.tensor} one after another",
+                       "store it in the order of use first, or choose another loop", self.at)
+        return after

@@ -7,39 +7,39 @@ The text form is one step after another, separated by ``;``:
     prefetch w at c0 ahead=16; inline i
 
 ``parse_schedule(schedule.text) == schedule`` for every schedule: a step checks its fields when it is made,
-so that no object can say what no text says.
+so that no object can say what no text says. Each step applies to every loop of the name it is given, in all stages and
+in all copies that ``peel`` made.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import assert_never, get_args
 
 from convsched.errors import ScheduleError
 from convsched.ir import Program
 from convsched.ir.simplify import simplify
 from convsched.ir.verify import verify
 from convsched.lazy import cached_property
-from convsched.schedule.attach import Attach, attach
+from convsched.schedule.attach import Attach
 from convsched.schedule.checks import bounded, fail
-from convsched.schedule.fuse import Fuse, fuse
-from convsched.schedule.inline import Inline, inline
-from convsched.schedule.kinds import Parallel, Unroll, Vectorize, _each, set_kind
-from convsched.schedule.layout import Layout, layout
-from convsched.schedule.peel import Peel, peel
-from convsched.schedule.prefetch import Prefetch, prefetch
-from convsched.schedule.reorder import Reorder, reorder
-from convsched.schedule.skip import Skip, skip
-from convsched.schedule.split import Split, split
-from convsched.schedule.stage import StageAt, stage
-from convsched.schedule.step import _shown
+from convsched.schedule.fuse import Fuse
+from convsched.schedule.inline import Inline
+from convsched.schedule.layout import Layout
+from convsched.schedule.parallel import Parallel
+from convsched.schedule.peel import Peel
+from convsched.schedule.prefetch import Prefetch
+from convsched.schedule.reorder import Reorder
+from convsched.schedule.skip import Skip
+from convsched.schedule.split import Split
+from convsched.schedule.stage import StageAt
+from convsched.schedule.step import Step, shown
+from convsched.schedule.unroll import Unroll
+from convsched.schedule.vectorize import Vectorize
 
 STEPS = 1000  # the most steps of a schedule; those of the recipes have up to 50
-
-
-Step = (Split | Reorder | Fuse | Unroll | Vectorize | Parallel | StageAt | Layout | Attach | Inline | Peel | Skip
-        | Prefetch)
+STEP_KINDS: tuple[type[Step], ...] = (
+    Split, Reorder, Fuse, Unroll, Vectorize, Parallel, StageAt, Layout, Attach, Inline, Peel, Skip, Prefetch)
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,12 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if not isinstance(self.steps, tuple):
-            raise ScheduleError(f"Schedule({_shown(self.steps)})", f"is a {type(self.steps).__name__}",
+            raise ScheduleError(f"Schedule({shown(self.steps)})", f"is a {type(self.steps).__name__}",
                                 "give a tuple of steps; parse_schedule takes a text")
         for step in self.steps:
-            if not isinstance(step, Step):
-                raise ScheduleError(_shown(step), "is no step",
-                                    f"use {', '.join(kind.__name__ for kind in get_args(Step))}")
+            if not isinstance(step, STEP_KINDS):
+                raise ScheduleError(shown(step), "is not a step",
+                                    f"use {', '.join(kind.__name__ for kind in STEP_KINDS)}")
 
     @cached_property
     def text(self) -> str:
@@ -80,19 +80,19 @@ class Schedule:
     @staticmethod
     def from_json(value: Sequence[dict[str, object]]) -> Schedule:
         """The schedule of a JSON value; raises ScheduleError where it is none."""
-        kinds: dict[str, Callable[..., Step]] = {kind.__name__: kind for kind in get_args(Step)}
+        kinds: dict[str, Callable[..., Step]] = {kind.__name__: kind for kind in STEP_KINDS}
         if not isinstance(value, list | tuple) or not all(isinstance(item, dict) for item in value):
-            raise ScheduleError(_shown(value), "is no schedule", "give a list of objects, one a step")
+            raise ScheduleError(shown(value), "is not a schedule", "give a list of objects, one a step")
         made: list[Step] = []
         for item in value:
             kind = item.get("step")
             fields = {str(k): _tuples(v) for k, v in item.items() if k != "step"}
             if not isinstance(kind, str) or kind not in kinds:
-                raise ScheduleError(_shown(item), "is no step", f"use {', '.join(kinds)}")
+                raise ScheduleError(shown(item), "is not a step", f"use {', '.join(kinds)}")
             try:
                 made.append(kinds[kind](**fields))
             except TypeError as error:
-                raise ScheduleError(_shown(item), f"is no step ({error})", f"give the fields of {kind}") from None
+                raise ScheduleError(shown(item), f"is not a step ({error})", f"give the fields of {kind}") from None
         return Schedule(tuple(made))
 
 
@@ -110,40 +110,7 @@ def apply(program: Program, schedule: Schedule) -> Program:
         raise fail(program, "schedule", f"has {len(schedule.steps)} steps", f"use at most {STEPS}")
     scheduled = program
     for step in schedule.steps:
-        scheduled = apply_step(scheduled, step)
+        scheduled = step.apply(scheduled)
     scheduled = bounded(program, simplify(scheduled))
     verify(scheduled)
     return scheduled
-
-
-def apply_step(program: Program, step: Step) -> Program:
-    """The program after one step; not yet simplified."""
-    match step:
-        case Split():
-            return split(program, step.loop, step.factor, step.outer, step.inner, step.tail)
-        case Reorder():
-            return reorder(program, step.loops)
-        case Fuse():
-            return fuse(program, step.first, step.second, step.fused)
-        case Unroll():
-            return _each(program, step.loops, "unroll")
-        case Vectorize():
-            return _each(program, step.loops, "vector")
-        case Parallel():
-            return set_kind(program, step.loop, "parallel")
-        case StageAt():
-            return stage(program, step.tensor, step.at, step.where, step.order, dict(step.align))
-        case Layout():
-            return layout(program, step.tensor, step.order)
-        case Attach():
-            return attach(program, step.stage, step.at)
-        case Inline():
-            return inline(program, step.tensor)
-        case Skip():
-            return skip(program, step.tensor, step.axes)
-        case Prefetch():
-            return prefetch(program, step.tensor, step.at, step.ahead)
-        case Peel():
-            return peel(program, step.loop, step.which)
-        case _:
-            assert_never(step)

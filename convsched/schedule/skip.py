@@ -1,32 +1,21 @@
-"""The step that leaves out products with padding."""
+"""``skip``: leave out products with padding."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from convsched.ir import Affine, Leaf, Load, Op, Program, Reduce, leaves, loads, map_leaves
+from convsched.ir import Affine, Leaf, Load, Op, Program, Reduce, map_leaves
 from convsched.ir.simplify import simplify
 from convsched.schedule.checks import fail
-from convsched.schedule.step import _Checked
+from convsched.schedule.step import Step
 
 
 @dataclass(frozen=True)
-class Skip(_Checked):
-    """Leave out products with the border of ``tensor`` along ``axes``; see ``skipping.skip``."""
-
-    tensor: str
-    axes: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return f"skip {self.tensor} {' '.join(self.axes)}"
-
-
-def skip(program: Program, tensor: str, axes: Sequence[str]) -> Program:
+class Skip(Step):
     """Sum only the products whose element of a tensor lies inside of it along some axes: others are zero.
 
     >>> from convsched.ir.examples import filtered, nests
-    >>> print(nests(skip(filtered(4, 3, pad=1), "x", ["w"])))
+    >>> print(nests(Skip("x", ("w",)).apply(filtered(4, 3, pad=1))))
     init:
       for f < 4:
         t[f] = 0
@@ -39,32 +28,43 @@ def skip(program: Program, tensor: str, axes: Sequence[str]) -> Program:
 
     A product of padding with a weight that is not finite is left out too, and adds no NaN.
     """
-    step = f"skip {tensor} {' '.join(axes)}"
-    found = program.by_name.get(tensor)
-    if found is None:
-        raise fail(program, step, f"there is no tensor {tensor}", f"use one of {', '.join(program.by_name)}")
-    for axis in axes:
-        if axis not in found.letters:
-            raise fail(program, step, f"{tensor} has no axis {axis}", f"use some of {' '.join(found.letters)}")
-    positions = [found.letters.index(axis) for axis in axes]
-    if not any(any(found.frame(position)) for position in positions):
-        raise fail(program, step, f"{tensor} has no border along {' '.join(axes)}", "leave the step out")
 
-    def change(leaf: Leaf) -> Leaf:
-        factor = _factor(leaf, tensor)
-        if factor is None:
-            return leaf
-        inside = [guard for position in positions
-                  for guard in (Affine() - factor.index[position] - 1,
-                                factor.index[position] - found.shape[position])]
-        return replace(leaf, where=(*leaf.where, *inside))
+    GRAMMAR = "skip TENSOR AXIS ..."
+    tensor: str
+    axes: tuple[str, ...]
 
-    if not any(_factor(leaf, tensor) for stage in program.stages for _, leaf in leaves(stage.body)):
-        raise fail(program, step, f"no sum has products with {tensor}", "skip before the tensor is staged")
-    after = program.with_body(lambda body: map_leaves(body, change))
-    if not any(_factor(leaf, tensor) for stage in simplify(after).stages for _, leaf in leaves(stage.body)):
-        raise fail(program, step, f"all products with {tensor} are with padding", "leave the step out")
-    return after
+    def apply(self, program: Program) -> Program:
+        tensor = self.tensor
+        found = program.by_name.get(tensor)
+        if found is None:
+            raise fail(program, self, f"there is no tensor {tensor}", f"use one of {', '.join(program.by_name)}")
+        for axis in self.axes:
+            if axis not in found.letters:
+                raise fail(program, self, f"{tensor} has no axis {axis}", f"use some of {' '.join(found.letters)}")
+        positions = [found.letters.index(axis) for axis in self.axes]
+        if not any(any(found.frame(position)) for position in positions):
+            raise fail(program, self, f"{tensor} has no border along {' '.join(self.axes)}", "leave the step out")
+
+        def change(leaf: Leaf) -> Leaf:
+            factor = _factor(leaf, tensor)
+            if factor is None:
+                return leaf
+            inside = [guard for position in positions
+                      for guard in (Affine() - factor.index[position] - 1,
+                                    factor.index[position] - found.shape[position])]
+            return replace(leaf, where=(*leaf.where, *inside))
+
+        if not _has_product(program, tensor):
+            raise fail(program, self, f"no sum has products with {tensor}", "skip before the tensor is staged")
+        after = program.with_body(lambda body: map_leaves(body, change))
+        if not _has_product(simplify(after), tensor):
+            raise fail(program, self, f"all products with {tensor} are with padding", "leave the step out")
+        return after
+
+
+def _has_product(program: Program, tensor: str) -> bool:
+    """Whether a sum has products with a tensor."""
+    return any(_factor(leaf, tensor) for stage in program.stages for leaf in stage.leaves)
 
 
 def _factor(leaf: Leaf, tensor: str) -> Load | None:
@@ -72,4 +72,4 @@ def _factor(leaf: Leaf, tensor: str) -> Load | None:
     value = leaf.value
     if not (isinstance(leaf, Reduce) and isinstance(value, Op) and value.name == "mul"):
         return None
-    return next((load for load in loads(value) if load.tensor == tensor and load in value.values), None)
+    return next((load for load in leaf.loads if load.tensor == tensor and load in value.values), None)

@@ -1,52 +1,52 @@
-"""The schedule steps that place data: in registers, in packed local buffers, in another storage order.
+"""``stage``: keep part of a tensor in a place of its own, in registers or in a local buffer.
 
-Like the steps of ``steps.py``: pure functions, checks first, ``ScheduleError`` with the nest. A buffer's
-copy loops are named after the tensor: ``x.h``, ``x.c``, so that later steps can split and vectorise them.
+A buffer's copy loops are named after the tensor: ``x.h``, ``x.c``, so that later steps can split and vectorise them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
-from convsched.ir import Affine, Body, Index, Load, Loop, Program, Stage, Store, Tensor, leaves, nested, storage_of
+from convsched.ir import (
+    Affine,
+    Body,
+    Index,
+    Load,
+    Path,
+    Program,
+    Stage,
+    Store,
+    Tensor,
+    leaves,
+    leaves_of,
+    nested,
+    storage_of,
+)
 from convsched.ir.simplify import prune
-from convsched.ir.walk import extents_of, indices
+from convsched.ir.walk import indices, touching
 from convsched.schedule.checks import PADDING, SMALL, checked, fail, require_loop
-from convsched.schedule.footprint import Box, Request, box_of, redirected, require_axes, uses, within
-from convsched.schedule.legality import fills_first, is_separated, touching
-from convsched.schedule.step import Where, _Checked
+from convsched.schedule.footprint import Box, Request, box_of, redirected, require_axes, within
+from convsched.schedule.legality import fills_first, separated
+from convsched.schedule.step import Step
 from convsched.schedule.write_back import written
+
+Where = Literal["registers", "buffer", "window", "packed"]
 
 
 @dataclass(frozen=True)
-class StageAt(_Checked):
-    """A buffer for part of a tensor; see ``placement.stage``."""
-
-    tensor: str
-    at: str
-    where: Where
-    order: tuple[str, ...] = ()
-    align: tuple[tuple[str, int], ...] = ()
-
-    def __str__(self) -> str:
-        align = " align=" + ",".join(f"{k}:{v}" for k, v in self.align) if self.align else ""
-        return " ".join(["stage", self.tensor, "at", self.at, self.where, *self.order]) + align
-
-
-def stage(program: Program, tensor: str, at: str, where: Where, order: Sequence[str] = (),
-          align: Mapping[str, int] | None = None) -> Program:
+class StageAt(Step):
     """Keep the part of a tensor that one iteration of loop ``at`` uses in a buffer of its own.
 
     "registers": a tensor that nothing outside ``at`` touches, kept in registers.
 
     >>> from convsched.ir.examples import filtered, nests
-    >>> from convsched.schedule.attach import attach
-    >>> from convsched.schedule.split import split
-    >>> relu = attach(attach(filtered(8, 3, pad=1), "init", "f"), "epilogue", "f")
-    >>> print(nests(stage(relu, "t", "f", "registers")))
+    >>> from convsched.schedule.attach import Attach
+    >>> from convsched.schedule.split import Split
+    >>> relu = Attach("epilogue", "f").apply(Attach("init", "f").apply(filtered(8, 3, pad=1)))
+    >>> print(nests(StageAt("t", "f", "registers").apply(relu)))
     conv:
       for f < 8:
         t[0] = 0
@@ -58,8 +58,9 @@ def stage(program: Program, tensor: str, at: str, where: Where, order: Sequence[
 
     "window": a copy of the box that is read, borders filled with zeros, stored in the ``order`` of its axes.
 
-    >>> tiled = split(filtered(8, 3, pad=1), "f", 4, "f0", "f1")
-    >>> print(nests(stage(tiled, "x", "f0", "window")).partition("conv:")[2].partition("epilogue")[0])
+    >>> tiled = Split("f", 4, "f0", "f1").apply(filtered(8, 3, pad=1))
+    >>> windowed = StageAt("x", "f0", "window").apply(tiled)
+    >>> print(nests(windowed).partition("conv:")[2].partition("epilogue")[0])
     <BLANKLINE>
       for f0 < 2:
         for x.w < 6:
@@ -70,7 +71,8 @@ def stage(program: Program, tensor: str, at: str, where: Where, order: Sequence[
 
     "packed": a copy in the order of use, one axis for each loop named in ``order``.
 
-    >>> print(nests(stage(tiled, "x", "f0", "packed", ("s", "f1"))).partition("conv:")[2].partition("ep")[0])
+    >>> packed = StageAt("x", "f0", "packed", ("s", "f1")).apply(tiled)
+    >>> print(nests(packed).partition("conv:")[2].partition("epilogue")[0])
     <BLANKLINE>
       for f0 < 2:
         for x.s < 3: for x.f1 < 4:
@@ -81,8 +83,7 @@ def stage(program: Program, tensor: str, at: str, where: Where, order: Sequence[
 
     An output is made in a "window", and copied out where the iteration ends (see ``write_back``).
 
-    >>> relu = attach(attach(filtered(8, 3, pad=1), "init", "f"), "epilogue", "f")
-    >>> print(nests(stage(split(relu, "f", 4, "f0", "f1"), "y", "f0", "window")))
+    >>> print(nests(StageAt("y", "f0", "window").apply(Split("f", 4, "f0", "f1").apply(relu))))
     conv:
       for f0 < 2:
         for f1 < 4:
@@ -96,25 +97,28 @@ def stage(program: Program, tensor: str, at: str, where: Where, order: Sequence[
     ``at="root"`` copies once, before the first use (once for all calls, if the tensor is a weight).
     ``align`` rounds the stride of an entry of ``order`` up to a multiple (elements).
     """
-    step = " ".join(["stage", tensor, "at", at, where, *order])
-    if align:
-        step += " align=" + ",".join(f"{entry}:{multiple}" for entry, multiple in align.items())
-    mark = None if at == "root" else at
-    if tensor not in program.by_name:
-        names = ", ".join(t.name for t in program.tensors)
-        raise fail(program, step, f"there is no tensor {tensor}", f"use one of {names}", mark)
-    if at != "root":
-        require_loop(program, step, at)
-    request = Request(program, step, program.tensor(tensor), at, tuple(order), dict(align or {}))
-    if where in ("registers", "buffer"):
-        return checked(program, step, _shrunk(request, "register" if where == "registers" else "local"))
-    is_output = program.tensor(tensor).role == "output" and where == "window"
-    if program.tensor(tensor).role not in ("input", "weight") and not is_output:
-        raise request.fail(f"{tensor} is written by the program", "stage it in registers")
-    loops = [loop for item in program.stages for loop in extents_of(item.body)]
-    if request.target in program.by_name or any(loop.startswith(f"{tensor}.") for loop in loops):
-        raise request.fail(f"{tensor} is staged already", "stage it once")
-    return checked(program, step, written(request) if is_output else _copied(request, packed=where == "packed"))
+
+    GRAMMAR = "stage TENSOR at LOOP registers|buffer|window|packed [ENTRY ...] [align=ENTRY:MULTIPLE,...]"
+    tensor: str
+    at: str
+    where: Where
+    order: tuple[str, ...] = ()
+    align: tuple[tuple[str, int], ...] = ()
+
+    def apply(self, program: Program) -> Program:
+        tensor = program.by_name.get(self.tensor)
+        if tensor is None:
+            names = ", ".join(t.name for t in program.tensors)
+            raise fail(program, self, f"there is no tensor {self.tensor}", f"use one of {names}",
+                       None if self.at == "root" else self.at)
+        if self.at != "root":
+            require_loop(program, self, self.at)
+        request = Request(program, self, tensor, self.at, self.order, dict(self.align))
+        if self.where == "window" and tensor.role == "output":
+            return checked(program, self, written(request))
+        if self.where in ("window", "packed"):
+            return copied(request, packed=self.where == "packed")
+        return checked(program, self, _shrunk(request, "register" if self.where == "registers" else "local"))
 
 
 @dataclass(frozen=True)
@@ -136,15 +140,15 @@ def _shrunk(request: Request, role: Literal["register", "local"]) -> Program:
         raise request.fail(f"a {role} tensor holds the tile of one loop", "name the loop")
     if role == "register" and (request.order or request.align):
         raise request.fail("registers have no order in memory", "leave the order and align out")
-    scopes = list(request.scopes())
-    everywhere = sum(uses(leaf, name) for s in program.stages for _, leaf in leaves(s.body))
-    inside = sum(uses(leaf, name) for _, body in scopes for _, leaf in leaves(body))
-    users = [s.name for s in program.stages if any(uses(leaf, name) for _, leaf in leaves(s.body))]
+    scopes = request.scopes
+    everywhere = sum(name in leaf.facts.tensors for s in program.stages if name in s.facts.tensors for leaf in s.leaves)
+    inside = sum(name in leaf.facts.tensors for _, body in scopes for leaf in leaves_of(body))
+    users = [s.name for s in program.stages if name in s.facts.tensors]
     if everywhere != inside or len(users) > 1:
         raise request.fail(f"{name} is also used outside one loop {request.at}, in {', '.join(users)}",
                            "attach the other stages there first")
-    homes = [any(uses(leaf, name) for _, leaf in leaves((top,))) for s in program.stages for top in s.body]
-    if role == "register" and sum(homes) > 1:
+    homes = sum(name in top.facts.tensors for s in program.stages for top in s.body)
+    if role == "register" and homes > 1:
         raise request.fail(f"{name} would live in the registers of two loop nests", "stage before peel")
     for path, body in scopes:
         _require_fresh(request, path, body)
@@ -165,7 +169,7 @@ def _shrunk(request: Request, role: Literal["register", "local"]) -> Program:
     return within(request, lambda body: redirected(body, name, name, access)).with_tensor(tile)
 
 
-def _require_fresh(request: Request, path: tuple[Loop, ...], body: Body) -> None:
+def _require_fresh(request: Request, path: Path, body: Body) -> None:
     """Raise unless each iteration sets the tensor before it reads it, and hands nothing on to the next."""
     name = request.tensor.name
     if path[-1].kind == "vector":
@@ -174,15 +178,32 @@ def _require_fresh(request: Request, path: tuple[Loop, ...], body: Body) -> None
         raise request.fail(f"{name} is not set inside {request.at} before it is used",
                            "attach the stage that sets it first")
     own = touching(body, {name})
-    extents = {**{loop.var: loop.extent for loop in path}, **extents_of(own)}
-    touched = [(index, leaf.where) for _, leaf in leaves(own) for n, index in indices(leaf) if n == name]
-    for loop in path:
-        if loop.iterations > 1 and not is_separated(loop.var, touched, extents):
-            raise request.fail(f"iterations of {loop.var} depend on each other through {name}",
+    extents = {loop.var: loop.extent for loop in path}
+    for var, extent in [(loop.var, loop.extent) for around, _ in own for loop in around]:
+        extents[var] = max(extent, extents.get(var, 0))
+    touched = [(index, leaf.where) for _, leaf in own for n, index in indices(leaf) if n == name]
+    repeated = [loop.var for loop in path if loop.iterations > 1]
+    apart = separated(frozenset(repeated), touched, extents)
+    for var in repeated:
+        if var not in apart:
+            raise request.fail(f"iterations of {var} depend on each other through {name}",
                                "stage inside the loops of the output only")
 
 
-def _copied(request: Request, packed: bool) -> Program:
+def copied(request: Request, packed: bool) -> Program:
+    """An input or weight read from a copy: a window of it, or packed in the order of use; or an output made in one."""
+    program, name = request.program, request.tensor.name
+    is_output = request.tensor.role == "output" and not packed
+    if request.tensor.role not in ("input", "weight") and not is_output:
+        raise request.fail(f"{name} is written by the program", "stage it in registers")
+    loops = [loop for item in program.stages for loop in item.facts.names]
+    if request.target in program.by_name or any(loop.startswith(f"{name}.") for loop in loops):
+        raise request.fail(f"{name} is staged already", "stage it once")
+    return checked(program, request.step, written(request) if is_output else _filled(request, packed))
+
+
+def _filled(request: Request, packed: bool) -> Program:
+    """The program with the copy, and with what reads it."""
     box = box_of(request)
     order, target = request.order or request.tensor.order, request.target
     for entry, multiple in request.align.items():
@@ -196,15 +217,15 @@ def _copied(request: Request, packed: bool) -> Program:
         raise request.fail(f"the buffer would have {copy.buffer.elements} elements for {copied} that are copied",
                            f"use smaller multiples, blocks or factors: at most {most} elements")
 
-    def filled(body: Body) -> Body:
+    def fill(body: Body) -> Body:
         used = redirected(body, request.tensor.name, target, copy.index_of)
         return used if request.at == "root" else copy.body + used
 
-    program = within(request, filled).with_tensor(copy.buffer)
+    program = within(request, fill).with_tensor(copy.buffer)
     if request.at != "root":
         return program
     first = next(i for i, s in enumerate(program.stages)
-                 if any(uses(leaf, target) for _, leaf in leaves(s.body)))
+                 if target in s.facts.tensors)
     when: Literal["bind", "run"] = "bind" if request.tensor.role == "weight" else "run"
     pack = Stage(f"pack {request.tensor.name}", copy.body, when)
     return replace(program, stages=(*program.stages[:first], pack, *program.stages[first:]))
@@ -249,7 +270,7 @@ def _packed_copy(request: Request, box: Box) -> _Copy:
 
 def _source_index(request: Request) -> Index:
     """The one index by which the tensor is read (packing has one order of use)."""
-    found = {index for _, body in request.scopes() for _, leaf in leaves(body)
+    found = {index for _, body in request.scopes for _, leaf in touching(body, {request.tensor.name})
              for n, index in indices(leaf) if n == request.tensor.name}
     if len(found) != 1:
         raise request.fail(f"{request.tensor.name} is read by {len(found)} different indices",

@@ -72,7 +72,8 @@ class BoundKernel:
         self.kernel = kernel
         self.weights = weights
         self.given = given
-        self._slots = {n: i for i, n in enumerate(kernel.interface.names)}
+        self.code = kernel.code
+        self._slots = {n: i for i, n in enumerate(self.code.interface.names)}
         self._idle: list[Workspace] = []
 
     def __call__(self, x: Array, *, out: Array | None = None, residual: Array | None = None) -> Array:
@@ -121,7 +122,7 @@ class BoundKernel:
 
     def _workspace(self, threads: int) -> Workspace:
         """A workspace whose tables hold the weights; x, y and z are still to be set."""
-        workspace = Workspace(self.kernel.interface, threads)
+        workspace = Workspace(self.code.interface, threads)
         for table in workspace.tables:
             for name, array in self.weights.items():
                 table[self._slots[name]] = array.ctypes.data
@@ -134,7 +135,7 @@ class BoundKernel:
             table[slots["y"]] = y.ctypes.data
             if "residual" in inputs:
                 table[slots["z"]] = inputs["residual"].ctypes.data
-        for function, parallel in zip(self.kernel.stages, self.kernel.interface.is_parallel, strict=True):
+        for function, parallel in zip(self.code.stages, self.code.interface.is_parallel, strict=True):
             if threads == 1 or not parallel:
                 function(workspace.tables[0], 0, 1)
             else:
@@ -149,12 +150,12 @@ class BoundKernel:
         workspace = self._workspace(1)
         table = np.array([address or 0 for address in workspace.tables[0]], np.int64)
         weakref.finalize(table, _release, (self, workspace))
-        stages = np.array(self.kernel.addresses, np.int64)
+        stages = np.array(self.code.addresses, np.int64)
         return Native(stages, table, self.kernel.x_shape, self.kernel.y_shape, self._slots["x"],
                       self._slots["y"], self._slots.get("z", -1), (self.kernel.problem.M - 1) % 16 + 1)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebind, (type(self), self.kernel, self.kernel.interface.bindings, self.weights)
+        return _rebind, (type(self), self.kernel, self.code.interface.bindings, self.weights)
 
     def __repr__(self) -> str:
         return f"BoundKernel({self.kernel!r})"
@@ -163,7 +164,7 @@ class BoundKernel:
 def _rebind(kind: type[BoundKernel], kernel: Kernel, packing: tuple[binding.Binding, ...],
             weights: Mapping[str, Array]) -> BoundKernel:
     """A bound kernel from what its pickle holds; unpickled arrays are not aligned."""
-    if kernel.interface.bindings != packing:
+    if kernel.code.interface.bindings != packing:
         raise ArrayError("the weights were packed by another version of convsched; bind them again")
     return kind(kernel, {name: plain(name, packed).run(packed) for name, packed in weights.items()})
 

@@ -1,7 +1,8 @@
 """Binding weights: copies of weights in the order of use, flushed and aligned, made by NumPy views.
 
-A packing stage stores ``packed[v0, v1, ...] = w[A v + a]`` with an affine index: as a view of ``w`` with
-strides ``A^T strides(w)``. Elements outside ``w`` are zero.
+A packing stage stores ``packed[v0, v1, ...] = w[A v + a]`` with an affine index. Over the parts ``p`` in which the axes
+are stored, ``v = B p``, that is ``w[A B p + a]``: a view of ``w`` with strides ``(A B)^T strides(w)``. Elements outside
+``w`` are zero, and so are those past the end of an axis whose last block is not full.
 
 Loops are cut into blocks. A block is read and written in pieces that are as long as they can be on both sides, by way
 of a scratch array that stays in the cache: a transposition of whole arrays would touch a cache line for each element.
@@ -18,13 +19,13 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from convsched.ir import Load, Program, Stage, leaves
-from convsched.ir.address import offset
+from convsched.ir import Affine, Index, Load, Program, Stage, leaves
 
 Array = npt.NDArray[np.float32]
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector
 BLOCK = 1 << 15  # elements: 128 KiB, so that a block stays in L2 beside what is made of it
 _LINE = ALIGNMENT // 4
+_LEAST_NORMAL = 1 << 23  # the bits of the smallest normal number
 _SETS = 256  # elements: rows that are a multiple of 1 KiB apart share a few sets of the cache
 
 Box: TypeAlias = tuple[slice, ...]
@@ -38,7 +39,8 @@ Limit: TypeAlias = tuple[int, tuple[int, ...], int]
 class Copy:
     """One packing stage: ``coefficients[axis][i]`` of loop ``i`` in the source's index along ``axis``.
 
-    ``strides`` are the loops' in the target, in elements; what no loop writes of its ``elements`` is zero.
+    ``strides`` are the loops' in the target, in elements; what no loop writes of its ``elements`` is zero, and so is
+    what lies outside ``limits``: (coefficients, size) of the logical axes that the target stores in blocks.
     """
 
     target: str
@@ -48,6 +50,7 @@ class Copy:
     extents: tuple[int, ...]
     coefficients: tuple[tuple[int, ...], ...]
     constants: tuple[int, ...]
+    limits: tuple[tuple[tuple[int, ...], int], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """A JSON value; ``Copy.from_json`` is its inverse."""
@@ -58,12 +61,14 @@ class Copy:
         """The copy of a JSON value."""
         return Copy(value["target"], value["source"], value["elements"], tuple(value["strides"]),
                     tuple(value["extents"]),
-                    tuple(map(tuple, value["coefficients"])), tuple(value["constants"]))
+                    tuple(map(tuple, value["coefficients"])), tuple(value["constants"]),
+                    tuple((tuple(row), size) for row, size in value["limits"]))
 
     def run(self, source: Array) -> Array:
         """The packed array, flat; beside it, some hundred KiB are used."""
         packed = aligned_zeros(self.elements)
-        limits = list(zip(self.constants, self.coefficients, source.shape, strict=True))
+        limits = [*zip(self.constants, self.coefficients, source.shape, strict=True),
+                  *((0, row, size) for row, size in self.limits)]
         steps = source_steps(source, self.coefficients, len(self.extents))
         for box in inside(limits, tuple(map(slice, [0] * len(self.extents), self.extents))):
             first = sum(stride * side.start for stride, side in zip(self.strides, box, strict=True))
@@ -81,19 +86,34 @@ def plain(name: str, array: Array) -> Copy:
 
 def copy_of(program: Program, stage: Stage) -> Copy:
     """A packing stage as data; the steps of a schedule leave it a copy, cut into equal parts."""
-    (loops, statement), = leaves(stage.body)
+    (_, statement), = leaves(stage.body)
     assert isinstance(statement.value, Load)
-    extents = {loop.var: loop.extent for loop in loops}
     target = program.tensor(statement.tensor)
-    place = offset(target, statement.index, extents)
-    assert not place.rest
-    assert not place.affine.constant
-    index = statement.value.index
+    parts = target.storage
+    index = [_of_axes(a, statement.index) for a in statement.value.index]
+    in_blocks = [axis for axis, size in enumerate(target.shape)
+                 if prod(part.size for part in parts if part.axis == axis) > size]
+
+    def row(factors: Sequence[int]) -> tuple[int, ...]:
+        """The coefficient of each part in a sum of the target's axes, each times its factor."""
+        return tuple(factors[part.axis] * part.step for part in parts)
+
     return Copy(
         target=target.name, source=statement.value.tensor, elements=target.elements,
-        strides=tuple(place.affine.coefficient(loop.var) for loop in loops), extents=tuple(extents.values()),
-        coefficients=tuple(tuple(a.coefficient(loop.var) for loop in loops) for a in index),
-        constants=tuple(a.constant for a in index))
+        strides=tuple(part.stride for part in parts), extents=tuple(part.size for part in parts),
+        coefficients=tuple(row(factors) for factors, _ in index), constants=tuple(constant for _, constant in index),
+        limits=tuple((row([int(i == axis) for i in range(len(target.shape))]), target.shape[axis])
+                     for axis in in_blocks))
+
+
+def _of_axes(a: Affine, axes: Index) -> tuple[list[int], int]:
+    """An index as a sum of those of the target's ``axes``, which share no loop: a factor each, and a constant."""
+    factors = [a.coefficient(axis.terms[0][0]) // axis.terms[0][1] if axis.terms else 0 for axis in axes]
+    rest = a - Affine.total([(var, factor * step) for factor, axis in zip(factors, axes, strict=True)
+                             for var, step in axis.terms], 0)
+    assert not rest.terms
+    assert not any(axis.constant for axis in axes)
+    return factors, rest.constant
 
 
 def source_steps(source: Array, coefficients: Sequence[Sequence[int]], loops: int) -> list[int]:
@@ -207,6 +227,6 @@ def aligned_zeros(elements: int) -> Array:
 
 def flush_denormals(values: Array) -> None:
     """Set numbers below the smallest normal to zero, in place: they slow arithmetic 10 to 100 times."""
-    small = np.abs(values) < np.finfo(np.float32).tiny
-    if small.any():
-        np.copyto(values, 0, where=small)
+    unsigned, signed = values.view(np.uint32), values.view(np.int32)  # their least: of the positive, of the negative
+    if unsigned.min() < _LEAST_NORMAL or signed.min() < _LEAST_NORMAL - (1 << 31):
+        np.copyto(values, 0, where=np.abs(values) < np.finfo(np.float32).tiny)

@@ -28,6 +28,7 @@ from convsched.ir import (
     Const,
     Index,
     Leaf,
+    Let,
     Load,
     Loop,
     Op,
@@ -40,7 +41,7 @@ from convsched.ir import (
     loop_names,
 )
 from convsched.ir.address import offset
-from convsched.ir.bounds import lower_bound, upper_bound
+from convsched.ir.bounds import bounds_where
 from convsched.ir.interp import evaluate_bind, from_storage, to_storage
 from convsched.kernels.signature import arguments
 from convsched.machine import cache_folder
@@ -146,7 +147,7 @@ class _Printer:
         """The lines of statements inside loops of ``extents``."""
         indent = "    " * depth
         for statement in body:
-            if isinstance(statement, Loop) and statement.kind == "digit":
+            if isinstance(statement, Let):
                 quotient = f"({self.affine(statement.of)}) // {statement.step}"
                 yield f"{indent}{self.variables[statement.var]} = {quotient} % {statement.extent}"
                 yield from self.body(statement.body, {**extents, statement.var: statement.extent}, depth)
@@ -185,9 +186,10 @@ class _Printer:
         for axis, a in enumerate(index):
             if tensor.frame(axis) == (0, 0):
                 continue
-            if lower_bound(a, where, extents) < 0:
+            low, high = bounds_where(a, where, extents)
+            if low < 0:
                 tests.append(f"{self.affine(Affine(a.terms))} >= {-a.constant}")
-            if upper_bound(a, where, extents) >= tensor.shape[axis]:
+            if high >= tensor.shape[axis]:
                 tests.append(self.condition(a - tensor.shape[axis]))
         element = self.element(tensor, index, extents)
         return f"({element} if {' and '.join(tests)} else {_constant(0.0)})" if tests else element

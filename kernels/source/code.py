@@ -1,6 +1,6 @@
 """The second backend: the same scheduled nest as Python source, compiled by Numba.
 
-Slower to compile and to run than ``Kernel``; it needs nothing of the LLVM emitter, which makes it a check of
+Slower to compile and to run than ``Code``; it needs nothing of the LLVM emitter, which makes it a check of
 that emitter and a way to read and step through what a kernel does.
 """
 
@@ -15,21 +15,20 @@ import numpy as np
 from numba import types
 
 from convsched.errors import LoweringError
-from convsched.kernels.run.bound import BoundKernel, Native
-from convsched.kernels.run.kernel import Kernel
-from convsched.kernels.run.packing import Array
+from convsched.kernels.run.code import Code
 from convsched.kernels.signature import Interface, arguments
-from convsched.kernels.source.printer import load_source
+from convsched.kernels.source.printer import load_source, source
 
 
-class NumbaKernel(Kernel):
-    """A kernel whose code is ``kernel.source`` under ``numba.njit``, compiled at the first call."""
+class NumbaCode(Code):
+    """A plan's source under ``numba.njit``, compiled at the first call."""
 
     def _load(self) -> tuple[Interface, tuple[Callable[..., None], ...]]:
-        whole = Interface.of(self.program)
+        program = self.plan.program
+        whole = Interface.of(program)
         parallel = len(whole.stages) == 1 and whole.is_parallel[0]
-        self.function: Any = load_source(self.source, jit=True)
-        sizes = [tensor.elements for tensor in arguments(self.program)]
+        self.function: Any = load_source(source(program), jit=True)
+        sizes = [tensor.elements for tensor in arguments(program)]
 
         def run(table: Any, thread: int, threads: int) -> None:
             views = [np.ctypeslib.as_array((ctypes.c_float * size).from_address(address))
@@ -37,6 +36,11 @@ class NumbaKernel(Kernel):
             self.function(*views, thread, threads)
 
         return replace(whole, stages=("run",), is_parallel=(parallel,)), (run,)
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """Raises LoweringError: what Numba compiles is called through Python."""
+        raise LoweringError('native: a kernel of backend="numba" has no address; compile with backend="llvm"')
 
     @property
     def llvm(self) -> str:
@@ -54,14 +58,3 @@ class NumbaKernel(Kernel):
         signature = (*buffers, types.int64, types.int64)
         self.function.compile(signature)
         return signature
-
-    def bind(self, weight: Array, bias: Array | None = None) -> BoundKernel:
-        """As ``Kernel.bind``; the result has no ``native``."""
-        bound = super().bind(weight, bias)
-        return _NumbaBoundKernel(self, bound.weights, bound.given)
-
-
-class _NumbaBoundKernel(BoundKernel):
-    @property
-    def native(self) -> Native:
-        raise LoweringError('native: a kernel of backend="numba" has no address; compile with backend="llvm"')

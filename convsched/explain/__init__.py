@@ -1,0 +1,1 @@
+"""What is done and why, for people to read."""
