@@ -14,10 +14,10 @@ from convsched.ir.text import print_nest
 from convsched.ir.verify import verify
 from convsched.kernels import jit
 from convsched.plan.choice import AccuracyWarning, choices
-from convsched.plan.families import named
 
 if TYPE_CHECKING:
     from convsched.kernels.run.kernel import Kernel
+    from convsched.plan.plan import Plan
 
 UNCHANGED = "(unchanged)"
 
@@ -36,11 +36,12 @@ class Stage:
 def trace(kernel: Kernel) -> Iterator[Stage]:
     """The stages that the kernel's code came through, in their order; all are run again."""
     yield Stage("problem", _problem(kernel))
-    yield Stage(f"algorithm {kernel.algorithm}", _algorithms(kernel))
-    program = named(kernel.algorithm, kernel.problem).lower(kernel.layout)
+    yield Stage(f"algorithm {kernel.algorithm}", _algorithms(kernel.plan))
+    plan = kernel.plan
+    program = plan.algorithm.lower(plan.target.layout)
     nest = print_nest(program)
-    yield Stage(f"lower to {kernel.layout}", nest)
-    for name, change in (*((str(step), step.apply) for step in kernel.schedule.steps), ("simplify", simplify)):
+    yield Stage(f"lower to {plan.target.layout}", nest)
+    for name, change in (*((str(step), step.apply) for step in plan.schedule.steps), ("simplify", simplify)):
         program = change(program)
         before, nest = nest, print_nest(program)
         yield Stage(name, nest if nest != before else UNCHANGED)
@@ -49,7 +50,7 @@ def trace(kernel: Kernel) -> Iterator[Stage]:
     text = kernel.llvm
     yield Stage("emit LLVM IR", f"{len(text.splitlines())} lines, {len(text)} bytes")
     yield Stage("compile", f"{_instructions(kernel)} instructions, an object file of "
-                           f"{len(jit.compile_object(text, kernel.machine))} bytes")
+                           f"{len(jit.compile_object(text, plan.target.machine))} bytes")
 
 
 def _problem(kernel: Kernel) -> str:
@@ -59,20 +60,20 @@ def _problem(kernel: Kernel) -> str:
     return f"{p.text}\n{shapes}; {p.macs / 1e6:.1f} M multiply-adds, {p.bytes / 1e6:.2f} MB"
 
 
-def _algorithms(kernel: Kernel) -> str:
+def _algorithms(plan: Plan) -> str:
     """Those that fit the class of accuracy with their estimates, the fastest first; the one taken is marked."""
+    target = plan.target
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", AccuracyWarning)  # said when the kernel was compiled
-        found = list(choices(kernel.problem, kernel.machine, kernel.layout, kernel.threads, kernel.accuracy))
+        found = list(choices(plan.problem, target))
     lines = []
     for one in found:
-        products = one.estimate(kernel.machine, kernel.layout, kernel.threads)
+        products = one.estimate(target.machine, target.layout, target.threads)
         time = f"the time of {products:,.0f} vector FMAs estimated" if math.isfinite(products) else "not estimated"
-        mark = "*" if one.name == kernel.algorithm else " "
+        mark = "*" if one == plan.algorithm else " "
         lines.append(f"{mark} {one.name}: {time}, error {one.prediction.expected:.1e} of the output's rms")
-    schedule = kernel.recipe if kernel.recipe is not None else kernel.origin or "written by hand"
-    return "\n".join((*lines, f"accuracy {kernel.accuracy}, {kernel.threads} thread{'s' * (kernel.threads != 1)}, "
-                              f"schedule: {schedule}"))
+    schedule = plan.recipe if plan.recipe is not None else plan.origin or "written by hand"
+    return "\n".join((*lines, f"{target.text}, schedule: {schedule}"))
 
 
 def _instructions(kernel: Kernel) -> int:

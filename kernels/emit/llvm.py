@@ -90,12 +90,12 @@ class _Emitter(Statements):
         del known[var]
 
     def digit(self, digit: Digit) -> None:
-        """A loop that runs once, for a value that is known or computed where the loops it depends on begin."""
+        """Statements for which a variable has a value: known, or computed where the loops it depends on begin."""
         value = self.memory.digit(digit)
         values: dict[str, int] | dict[str, str] = self.point.known if isinstance(value, int) else self.point.dynamic
-        values[digit.loop.var] = value  # type: ignore[assignment]
+        values[digit.named.var] = value  # type: ignore[assignment]
         self.body(digit.body)
-        del values[digit.loop.var]
+        del values[digit.named.var]
 
     def repeated(self, repeated: Repeated) -> None:
         """A loop with its test at the bottom; register tensors written inside are phis at its head."""
