@@ -15,7 +15,7 @@ from convsched.ir import Affine, Program, Stage, leaves
 from convsched.ir.ahead import fetches
 from convsched.kernels.emit.addresses import base
 from convsched.kernels.emit.nest import Digit, Nest, Node, Repeated, Statement, Unrolled
-from convsched.kernels.emit.statements import Statements
+from convsched.kernels.emit.statements import Register, Statements
 from convsched.kernels.emit.vectors import vector_type
 from convsched.kernels.signature import arguments, names, symbols
 from convsched.machine import Machine
@@ -133,10 +133,8 @@ class _Emitter(Statements):
         w.line(f"  br i1 {more}, label %{head}, label %{done}")
         scope = w.close_scope()
         lines = [f"{head}:", f"  {var} = phi i64 [ {first}, %{before} ], [ {following}, %{w.label} ]"]
-        for register, phi in phis.items():
-            kind = vector_type(register[2])
-            lines.append(f"  {phi} = phi {kind} [ {carried[register]}, %{before} ], "
-                         f"[ {self.registers[register]}, %{w.label} ]")
+        lines += [_phi(phi, register, (carried[register], before), (self.registers[register], w.label))
+                  for register, phi in phis.items()]
         w.lines += [*lines, *scope.hoisted, *scope.lines]
         latch = w.label
         w.start_block(done)
@@ -144,9 +142,8 @@ class _Emitter(Statements):
             self.registers = outside
         elif guards:  # nor may there be one for this point
             for register in phis:
-                after, kind = w.fresh("a"), vector_type(register[2])
-                w.line(f"  {after} = phi {kind} [ {carried[register]}, %{before} ], "
-                       f"[ {self.registers[register]}, %{latch} ]")
+                after = w.fresh("a")
+                w.line(_phi(after, register, (carried[register], before), (self.registers[register], latch)))
                 self.registers[register] = after
         del self.point.dynamic[loop.var], self.granted[len(self.granted) - len(guards):]
 
@@ -188,3 +185,9 @@ class _Emitter(Statements):
         first = w.let(f"udiv i64 {w.let(f'mul i64 {extent}, %thread')}, %threads")
         following = w.let("add i64 %thread, 1")
         return first, w.let(f"udiv i64 {w.let(f'mul i64 {extent}, {following}')}, %threads")
+
+
+def _phi(result: str, register: Register, *arms: tuple[str, str]) -> str:
+    """The register's value where control comes from blocks, an arm (value, label) each."""
+    values = ", ".join(f"[ {value}, %{label} ]" for value, label in arms)
+    return f"  {result} = phi {vector_type(register[2])} {values}"
