@@ -1,17 +1,18 @@
-"""``convsched.compile``: a problem becomes a kernel."""
+"""``convsched.compile``: a problem, or a program, becomes a kernel."""
 
 from __future__ import annotations
 
 import operator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 from convsched.errors import LoweringError, ScheduleError
+from convsched.ir import Program
 from convsched.machine import default_threads, has_schedules, host
 from convsched.options import ACCURACIES, BACKENDS, MAX_THREADS, Accuracy, Backend
 from convsched.plan.choice import choices
 from convsched.plan.families import Algorithm, named
-from convsched.plan.plan import Plan, Target
+from convsched.plan.plan import Plan, ProgramPlan, Target
 from convsched.problem import Conv2d, Linear, Problem
 from convsched.problem.layout import LAYOUTS, Layout
 from convsched.schedule import Schedule, parse_schedule
@@ -24,15 +25,29 @@ if TYPE_CHECKING:
     from convsched.autotune.store.record import Record
     from convsched.kernels.run.code import Code
     from convsched.kernels.run.kernel import Kernel
+    from convsched.kernels.run.program import ProgramKernel
 
 PATIENCE = 0.3  # seconds to wait, once, for the lock of a schedule cache: without a record there is still the default
 
 
-def compile(layer: Problem, *, algorithm: str | None = None, schedule: Schedule | str | None = None,
+@overload
+def compile(layer: Problem, *, algorithm: str | None = ..., schedule: Schedule | str | None = ...,
+            threads: SupportsIndex | None = ..., accuracy: Accuracy = ..., layout: Layout = ...,
+            cache: ScheduleCache | bool | None = ..., backend: Backend = ...,
+            memory_limit: SupportsIndex | None = ...) -> Kernel: ...
+
+
+@overload
+def compile(layer: Program, *, schedule: Schedule | str | None = ..., threads: SupportsIndex | None = ...,
+            backend: Backend = ..., memory_limit: SupportsIndex | None = ...) -> ProgramKernel: ...
+
+
+def compile(layer: Problem | Program, *, algorithm: str | None = None, schedule: Schedule | str | None = None,
             threads: SupportsIndex | None = None, accuracy: Accuracy = "normal", layout: Layout = "nchw",
             cache: ScheduleCache | bool | None = None, backend: Backend = "llvm",
-            memory_limit: SupportsIndex | None = None) -> Kernel:
-    """Compile a layer for this machine; never measures.
+            memory_limit: SupportsIndex | None = None) -> Kernel | ProgramKernel:
+    """Compile a layer for this machine; never measures. A program, such as a nest written by hand, is compiled with the
+    steps of ``schedule``, if any, and called by the names of its tensors; see ``ProgramKernel``.
 
     ``algorithm``: "direct", "im2col", "winograd", or a member such as "winograd(4,3)"; if None, that of the best
     schedule that tuning left in the schedule cache, else the one with the least estimated time.
@@ -52,16 +67,22 @@ def compile(layer: Problem, *, algorithm: str | None = None, schedule: Schedule 
 
     Raises ScheduleError where a schedule does not fit, LoweringError for the rest.
     """
-    if not isinstance(layer, Conv2d | Linear):
-        raise LoweringError(f"compile takes a Conv2d or a Linear, not {type(layer).__name__}")
-    chosen = None if algorithm is None else named(algorithm, layer)
+    if not isinstance(layer, Conv2d | Linear | Program):
+        raise LoweringError(f"compile takes a Conv2d, a Linear or a convsched.ir.Program, not {type(layer).__name__}")
     _choose("accuracy", accuracy, ACCURACIES)
     _choose("layout", layout, LAYOUTS)
     _choose("backend", backend, BACKENDS)
     _check_cache(cache)
     count = min(default_threads(), MAX_THREADS) if threads is None else _thread_count(threads)
-    request = _Request(layer, Target(host.machine(), layout, count, accuracy), chosen, _code_type(backend),
-                       _memory_limit(memory_limit))
+    target = Target(host.machine(), layout, count, accuracy)
+    if isinstance(layer, Program):
+        if algorithm is not None or target != Target(target.machine, threads=count):
+            raise LoweringError("compile of a program takes schedule, threads, backend and memory_limit: algorithm, "
+                                "layout and accuracy are those of its nest; leave them out")
+        plan = ProgramPlan(layer, target, _schedule("" if schedule is None else schedule))
+        return _compile_program(plan, _code_type(backend), _memory_limit(memory_limit))
+    chosen = None if algorithm is None else named(algorithm, layer)
+    request = _Request(layer, target, chosen, _code_type(backend), _memory_limit(memory_limit))
     if schedule is not None:
         given = chosen or named("direct", layer)
         given.require(accuracy)
@@ -70,6 +91,20 @@ def compile(layer: Problem, *, algorithm: str | None = None, schedule: Schedule 
         chosen.require(accuracy)
     kernel = None if cache is False else _remembered(request, cache)
     return kernel or request.default()
+
+
+def _compile_program(plan: ProgramPlan, code: type[Code], limit: int | None) -> ProgramKernel:
+    from convsched.kernels.run.program import ProgramKernel
+    kernel = ProgramKernel(plan, code)
+    if limit is not None and kernel.workspace_bytes > limit:
+        raise LoweringError(_beyond(limit, kernel, plan.source.name))
+    return kernel
+
+
+def _beyond(limit: int | None, kernel: Kernel | ProgramKernel, what: str) -> str:
+    """Why a kernel is not within the limit of memory."""
+    return (f"memory_limit={limit}: {what} needs a workspace of {kernel.workspace_bytes} bytes on {kernel.threads} "
+            f"thread{'s' * (kernel.threads != 1)}; give at least that, or None")
 
 
 @dataclass(frozen=True)
@@ -97,9 +132,8 @@ class _Request:
     def within_limit(self, kernel: Kernel) -> Kernel:
         """The kernel itself, or a LoweringError with the numbers."""
         if not self.fits(kernel):
-            raise LoweringError(f"memory_limit={self.limit}: {kernel.algorithm} needs a workspace of "
-                                f"{kernel.workspace_bytes} bytes for {self.layer.text} in {kernel.layout} on "
-                                f"{kernel.threads} thread{'s' * (kernel.threads != 1)}; give at least that, or None")
+            what = f"{kernel.algorithm} of {self.layer.text} in {kernel.layout}"
+            raise LoweringError(_beyond(self.limit, kernel, what))
         return kernel
 
     def default(self) -> Kernel:

@@ -19,7 +19,7 @@ import convsched.errors
 from convsched.errors import MachineError
 from convsched.kernels.jit import _is_ours, _read, target
 from convsched.machine import cache_folder
-from convsched.plan.plan import Plan
+from convsched.plan.plan import Plan, ProgramPlan
 
 FORMAT = 2  # of a cache entry
 LIMIT = 256 << 20  # bytes of all entries: some 20,000 kernels
@@ -38,7 +38,7 @@ def compiler_digest() -> str:
     return digest.hexdigest()
 
 
-def object_key(plan: Plan) -> str:
+def object_key(plan: Plan | ProgramPlan) -> str:
     """The name of the cache entry of a plan's code: all that it depends on."""
     everything = json.dumps([FORMAT, compiler_digest(), *target(plan.target.machine), *plan.object_key])
     return hashlib.sha256(everything.encode()).hexdigest()

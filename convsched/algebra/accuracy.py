@@ -40,7 +40,7 @@ Improving the Numerical Stability of Winograd Convolutions", 2017 (the condition
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import log, pi, sqrt
+from math import pi, sqrt
 from typing import TypeAlias
 
 import numpy as np
@@ -110,56 +110,116 @@ def predict(triple: Bilinear, channels: int, outputs: int, block: int | None = N
     For Strassen ``channels`` are those of one block. ``terms_each`` of them belong to one channel of the layer. Raises
     ProblemError for counts below one.
     """
-    step = channels if block is None else min(block, channels)
-    for name, count in (("channels", channels), ("outputs", outputs), ("block", step)):
-        if count < 1:
-            raise ProblemError("predict", name, count, "must be 1 or more")
-    blocks = channels / step
-    A, B, C = triple.filter, triple.input, triple.output
-    filters, inputs, output = _product(A), _product(B), _product(C)
-    a, b = np.square(filters).sum(1), np.square(inputs).sum(1)
-    terms = channels * np.rint(output @ (filters.sum(1) * inputs.sum(1)))  # products w_i x_j in each output
-    rounded, input_noise = _rounded(filters), _noise(B, np.ones(B.columns))
-    noise = channels * (a * b * rounded + a * input_noise)
-    normal = (np.square(output) @ noise + _noise(C, channels * a * b)) / terms
-    walk = np.abs(output) * np.sqrt(a * b) / np.sqrt(terms)[:, np.newaxis]
-    walks = [(blocks, walk * sqrt(step * (step + 1)))]
-    if blocks > 1:
-        walks.append((1, walk * sqrt(step * blocks * (blocks + 1))))
-    expected = UNIT * MEAN_ROUNDOFF * _greatest(normal, walks, outputs)
-    throughout = terms_each > 1 and not input_noise.any()
-    at_full_size = (step + blocks) / (1 if throughout else 2)
-    sigma = _concentrated(filters, inputs, output, input_noise, rounded.astype(float) + at_full_size,
-                          _noise(C, a * b) / (np.square(output) @ (a * b)), terms_each)
-    adverse = UNIT * MEAN_ROUNDOFF * _exceeded(sigma / sqrt(float(terms.min()) / channels), outputs)
-
-    path = 1 + _roundings(B) + _roundings(C) + step + blocks
-    sizes = np.linalg.norm(_product(A, absolute=True), axis=1) * np.linalg.norm(_product(B, absolute=True), axis=1)
-    gains = _product(C, absolute=True) @ sizes
-    gamma = path * UNIT / (1 - path * UNIT)
-    ratio = channels * sqrt(A.columns * B.columns) / np.sqrt(terms)
-    return Prediction(expected, adverse, float(gamma * np.max(gains * ratio)), float(gamma * np.max(gains)))
+    return Gains.of(triple, terms_each).predict(channels, outputs, block)
 
 
-def _concentrated(filters: Floats, inputs: Floats, output: Floats, input_noise: Floats, roundings: Floats,
-                  output_noise: Floats, terms: int) -> Floats:
-    """Standard deviations of the errors of one channel, for each filter and tile drawn, over u MEAN_ROUNDOFF; of the
-    output of a tile that has the most.
+@dataclass(frozen=True, eq=False)
+class Gains:
+    """What becomes of errors in a triple, however many channels and outputs there are: made once for many layers.
 
-    The channel has ``terms`` of each sum. The products are rounded ``roundings`` times at their full size;
-    ``input_noise`` and ``output_noise`` are the variances that the transforms add, the latter over that of the output.
+    ``normal`` (position) are the variances of normal errors of an output, ``walk`` (position, product) the scales of
+    the errors of sums, ``terms`` (position) the products w_i x_j of one channel in an output. ``path`` counts the
+    roundings of the transforms; ``worst`` and ``norm`` bound by what the errors grow.
     """
-    random, count = np.random.default_rng(0), DRAWN if len(filters) <= DRAWN else DRAWN // 2
-    u = random.standard_normal((count, terms, filters.shape[1])) @ filters.T
-    tiles = random.standard_normal((count, terms, inputs.shape[1]))
-    products = np.square(np.einsum("fkp,tkp->ftp", u, tiles @ inputs.T)) / terms
-    level = np.square(tiles).mean(2)
-    rounded = np.einsum("fkp,tk->ftp", np.square(u), level) / terms * input_noise
-    variances = rounded + products * roundings
-    most = int(np.argmax(np.square(output) @ variances.mean((0, 1))))
-    weights = np.square(output[most])
-    found: Floats = np.sqrt(variances @ weights + products @ weights * output_noise[most])
-    return found
+
+    normal: Floats
+    walk: Floats
+    terms: Floats
+    path: int
+    worst: float
+    norm: float
+    drawn: _Drawn
+
+    @staticmethod
+    def of(triple: Bilinear, terms_each: int = 1) -> Gains:
+        """Those of a triple, of which one channel of the layer has so many terms of each sum."""
+        A, B, C = triple.filter, triple.input, triple.output
+        filters, inputs, output = _product(A), _product(B), _product(C)
+        a, b = np.square(filters).sum(1), np.square(inputs).sum(1)
+        terms = np.rint(output @ (filters.sum(1) * inputs.sum(1)))
+        rounded, input_noise, output_noise = _rounded(filters), _noise(B, np.ones(B.columns)), _noise(C, a * b)
+        normal = (np.square(output) @ (a * b * rounded + a * input_noise) + output_noise) / terms
+        walk = np.abs(output) * np.sqrt(a * b) / np.sqrt(terms)[:, np.newaxis]
+        sizes = np.prod([np.linalg.norm(_product(side, absolute=True), axis=1) for side in (A, B)], axis=0)
+        gains = _product(C, absolute=True) @ sizes
+        worst = float(np.max(gains * sqrt(A.columns * B.columns) / np.sqrt(terms)))
+        drawn = _Drawn.of(filters, inputs, terms_each, np.square(output), input_noise, rounded.astype(float),
+                          output_noise / (np.square(output) @ (a * b)))
+        return Gains(normal, walk, terms, 1 + _roundings(B) + _roundings(C), worst, float(np.max(gains)), drawn)
+
+    def predict(self, channels: int, outputs: int, block: int | None = None) -> Prediction:
+        """The prediction for so many channels and outputs; see `predict`."""
+        step = channels if block is None else min(block, channels)
+        for name, count in (("channels", channels), ("outputs", outputs), ("block", step)):
+            if count < 1:
+                raise ProblemError("predict", name, count, "must be 1 or more")
+        blocks = channels / step
+        walk = self.walk / sqrt(channels)
+        walks = [(blocks, walk * sqrt(step * (step + 1)))]
+        if blocks > 1:
+            walks.append((1, walk * sqrt(step * blocks * (blocks + 1))))
+        expected = UNIT * MEAN_ROUNDOFF * _greatest(self.normal, walks, outputs)
+        sigma = self.drawn.deviations(step + blocks) / sqrt(float(self.terms.min()))
+        adverse = UNIT * MEAN_ROUNDOFF * _exceeded(sigma, outputs)
+        path = self.path + step + blocks
+        gamma = path * UNIT / (1 - path * UNIT)
+        return Prediction(expected, adverse, gamma * self.worst * sqrt(channels), gamma * self.norm)
+
+
+@dataclass(frozen=True, eq=False)
+class _Drawn:
+    """One channel's filters and tiles, some of which are drawn, for adverse errors.
+
+    ``filters`` and ``tiles`` (drawn, term, product) are transformed, ``level`` (drawn, term) the mean squares of tiles
+    before that; ``mean`` (product) are the mean squares of products. ``weights`` (position, product) are the squares of
+    the output transform. ``rounded`` (product) is 1 for filters that are rounded; ``input_noise`` (product) and
+    ``output_noise`` (position) are the variances that the transforms add, the latter over that of the output.
+    """
+
+    filters: Floats
+    tiles: Floats
+    level: Floats
+    mean: Floats
+    weights: Floats
+    input_noise: Floats
+    rounded: Floats
+    output_noise: Floats
+
+    @staticmethod
+    def of(filters: Floats, inputs: Floats, terms: int, weights: Floats, input_noise: Floats, rounded: Floats,
+           output_noise: Floats) -> _Drawn:
+        """Those of a channel that has so many terms of each sum."""
+        random, count = np.random.default_rng(0), DRAWN if len(filters) <= DRAWN else DRAWN // 2
+        u = random.standard_normal((count, terms, filters.shape[1])) @ filters.T
+        tiles = random.standard_normal((count, terms, inputs.shape[1]))
+        v = tiles @ inputs.T
+        mean = (np.einsum("fkp,flp->klp", u, u) * np.einsum("tkp,tlp->klp", v, v)).sum((0, 1)) / (terms * count**2)
+        return _Drawn(u, v, np.square(tiles).mean(2), mean, weights, input_noise, rounded, output_noise)
+
+    def deviations(self, roundings: float) -> Floats:
+        """Standard deviations of the errors for each filter and tile, over u MEAN_ROUNDOFF, of sums that round so
+        often; of the output of a tile that has the most. Where sums alone round, all is at its full size."""
+        terms = self.filters.shape[1]
+        throughout = terms > 1 and not self.input_noise.any()
+        each = self.rounded + roundings / (1 if throughout else 2)
+        squares = np.square(self.filters)
+        noise = squares.mean(0).T @ self.level.mean(0) / terms * self.input_noise
+        most = int(np.argmax(self.weights @ (noise + self.mean * each)))
+        weights = self.weights[most]
+        rounded = np.einsum("fk,tk->ft", squares @ (self.input_noise * weights), self.level) / terms
+        found: Floats = np.sqrt(rounded + self._products(weights * (each + self.output_noise[most])))
+        return found
+
+    def _products(self, weights: Floats) -> Floats:
+        """The squares of the products of each filter and tile, in a weighted sum. Without matrix products of a library,
+        whose threads take longer to start than these sums."""
+        if self.filters.shape[1] == 1:
+            squares, others = np.square(self.filters[:, 0]) * weights, np.square(self.tiles[:, 0])
+            done: Floats = np.einsum("fp,tp->ft", squares, others)
+        else:
+            pairs = np.einsum("fkp,tkp->ftp", self.filters, self.tiles)
+            done = np.square(pairs) @ weights / self.filters.shape[1]
+        return done
 
 
 def _exceeded(sigma: Floats, count: int) -> float:
@@ -182,15 +242,14 @@ def _greatest(normal: Floats, walks: list[tuple[float, Floats]], outputs: int) -
     ``walks`` holds the scales c (position, product) of each kind of sum, and how many of the kind there are.
     """
     most = pi / 2 / max(float(np.max(scales)) for _, scales in walks)
-    found = float("inf")
-    for t in 0.999 * most * np.geomspace(0.01, 1, 60):
-        cumulants = normal * t * t / 2
-        for times, scales in walks:
-            cumulants = cumulants - times / 2 * np.log(np.cos(scales * t)).sum(1)
-        top = float(np.max(cumulants))
-        total = top + log(2 * outputs / len(normal) * float(np.exp(cumulants - top).sum()))
-        found = min(found, total / float(t))
-    return found
+    t = (0.999 * most * np.geomspace(0.01, 1, 60))[:, np.newaxis]
+    cumulants = normal * t * t / 2
+    for times, scales in walks:
+        kinds, inverse = np.unique(scales, return_inverse=True)
+        cumulants = cumulants - times / 2 * np.log(np.cos(kinds * t))[:, inverse.reshape(scales.shape)].sum(2)
+    top = cumulants.max(1)
+    totals = top + np.log(2 * outputs / len(normal) * np.exp(cumulants - top[:, np.newaxis]).sum(1))
+    return float(np.min(totals / t[:, 0]))
 
 
 def _product(transform: Transform, absolute: bool = False) -> Floats:

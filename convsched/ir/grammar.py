@@ -199,11 +199,6 @@ class Block:
         """The statements inside, in program order."""
         return leaves_of(self.body)
 
-    @cached_property
-    def inside(self) -> Facts:
-        """What its statements touch, and their loops."""
-        return self.body[0].facts if len(self.body) == 1 else together([s.facts for s in self.body])
-
 
 @dataclass(frozen=True)
 class Loop(Block):
@@ -220,7 +215,7 @@ class Loop(Block):
     @cached_property
     def facts(self) -> Facts:
         """What is touched inside, and the loops that it and those inside are."""
-        return self.inside.under(self.var, self.kind)
+        return together([s.facts for s in self.body]).under(self.var, self.kind)
 
     @cached_property
     def variables(self) -> frozenset[str]:
@@ -244,7 +239,7 @@ class Let(Block):
     @cached_property
     def facts(self) -> Facts:
         """What is touched inside, and the loops inside."""
-        return self.inside.under(self.var, self.kind)
+        return together([s.facts for s in self.body]).under(self.var, self.kind)
 
     @cached_property
     def variables(self) -> frozenset[str]:

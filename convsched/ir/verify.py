@@ -39,7 +39,7 @@ def verify(program: Program) -> None:
     _check_tensors(program)
     packed = {leaf.tensor for s in program.stages if s.when == "bind" for leaf in s.leaves}
     for stage in program.stages:
-        _check_loops(stage, stage.body, ())
+        _check_loops(stage, stage.body, {})
         for around, leaf in stage.paths:
             rule = next(_broken(program, stage, packed, around, leaf), None)
             if rule is not None:
@@ -82,34 +82,34 @@ def _broken_tensor(tensor: Tensor) -> str | None:
     return None
 
 
-def _check_loops(stage: Stage, body: Body, path: Path) -> None:
+def _check_loops(stage: Stage, body: Body, around: Mapping[str, int], in_parallel: bool = False) -> None:
+    """Raise at a loop or value that breaks a rule, given the extents of those around, and whether one is parallel."""
     for block in body:
         if not isinstance(block, Block):
             continue
-        rule = _broken_value(block, path) if isinstance(block, Let) else _broken_loop(block, path)
+        rule = _broken_value(block, around) if isinstance(block, Let) else _broken_loop(block, in_parallel)
         if block.extent < 1:
             rule = f"the extent {block.extent} must be positive"
-        elif any(outer.var == block.var for outer in path):
+        elif block.var in around:
             rule = f"it is inside another loop {block.var}"
         if rule:
             kind = "let" if isinstance(block, Let) else f"{block.kind} loop"
             raise VerifyError(f"stage {stage.name}: {kind} {block.var} < {block.extent}: {rule}")
-        _check_loops(stage, block.body, (*path, block))
+        _check_loops(stage, block.body, {**around, block.var: block.extent}, in_parallel or block.kind == "parallel")
 
 
-def _broken_loop(loop: Loop, path: Path) -> str | None:
+def _broken_loop(loop: Loop, in_parallel: bool) -> str | None:
     """The rule that a loop breaks by its kind."""
     if loop.kind == "vector" and any(isinstance(s, Block) for s in loop.body):
         return "a vector loop may hold statements only"
-    if loop.kind == "parallel" and any(outer.kind == "parallel" for outer in path):
+    if loop.kind == "parallel" and in_parallel:
         return "it is inside another parallel loop"
     return None
 
 
-def _broken_value(value: Let, path: Path) -> str | None:
+def _broken_value(value: Let, around: Mapping[str, int]) -> str | None:
     """The rule that a named digit breaks."""
-    extents = {outer.var: outer.extent for outer in path}
-    if value.step >= 1 and value.of.variables <= extents.keys() and value.of.bounds(extents)[0] >= 0:
+    if value.step >= 1 and value.of.variables <= around.keys() and value.of.bounds(around)[0] >= 0:
         return None
     return f"it is not a digit of {value.of}, step {value.step}: of loops around it, and never negative"
 

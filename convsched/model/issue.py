@@ -25,6 +25,7 @@ from convsched.ir import (
     Index,
     Leaf,
     Let,
+    Load,
     Loop,
     Op,
     Program,
@@ -39,6 +40,7 @@ from convsched.ir.access import Access, Vector, classify_load, classify_store
 from convsched.ir.address import offset
 from convsched.model.constants import CORE
 
+PICKS = {8: 2}  # shuffles that pick lanes of two registers, by their lanes: AVX2's stay inside halves of a register
 
 @dataclass
 class Code:
@@ -159,7 +161,7 @@ class Issue:
         code.arithmetic += share * _operations(leaf)
         code.exponentials += share * _exponentials(leaf.value)
         for load in loads(leaf.value):
-            if not self._in_registers(load.tensor):
+            if not self._in_registers(load.tensor) and not self._is_literal(load, around):
                 self._load(self.program.tensor(load.tensor), load.index, around, code)
         if not self._in_registers(leaf.tensor):
             self._store(leaf, around, code)
@@ -168,15 +170,25 @@ class Issue:
             code.latency += CORE.latency * math.prod(e for v, e in around.unrolled.items() if v not in used)
 
     def _density(self, leaf: Leaf, around: Around) -> float:
-        """The share of the products that are not with the zeros of a matrix."""
+        """The share of the products that are instructions: not those with zeros of a matrix, nor the first of a sum in
+        registers, where that is with 1 or -1."""
         matrix = matrix_of(self.program, leaf)
         if matrix is None or not {v for a in matrix.index for v in a.variables} <= around.unrolled.keys():
             return 1.0
-        values = self.program.tensor(matrix.tensor).values
-        return sum(map(bool, values)) / len(values)
+        tensor, own = self.program.tensor(matrix.tensor), {v for a in leaf.index for v in a.variables}
+        nonzero = sum(map(bool, tensor.values))
+        if self._in_registers(leaf.tensor) and len(tensor.shape) == 2:
+            by_rows = bool(matrix.index[0].variables & own)
+            nonzero -= _free(tensor.values, tensor.shape[1], by_rows)
+        return nonzero / len(tensor.values)
 
     def _in_registers(self, name: str) -> bool:
         return self.program.tensor(name).role == "register"
+
+    def _is_literal(self, load: Load, around: Around) -> bool:
+        """Whether it is an element of a constant that is known as code is written."""
+        return self.program.tensor(load.tensor).role == "constant" and not any(
+            around.lane in a.variables or _is_dynamic(a, around) for a in load.index)
 
     def _vector(self, around: Around) -> Vector:
         return Vector(around.lane, around.lanes, self.lanes)
@@ -199,7 +211,7 @@ class Issue:
             pieces = (count - by_lane) / len(places) * _pieces(places, access.stride, around.lanes)
             code.vectors += pieces
             code.split += pieces
-            code.shuffles += (count - by_lane) * (access.stride - 1)
+            code.shuffles += (count - by_lane) * (access.stride - 1) * PICKS.get(self.lanes, 1)
             code.gathered += by_lane * around.lanes
             code.guards += guarded - by_lane
         elif access.kind == "transposed" and not moving:
@@ -231,6 +243,14 @@ class Issue:
             code.masks += count
 
 
+@lru_cache(maxsize=256)
+def _free(values: tuple[float, ...], columns: int, by_rows: bool) -> int:
+    """The rows, or columns, of a matrix whose first number is 1 or -1, zeros apart."""
+    lines = [values[i:i + columns] for i in range(0, len(values), columns)] if by_rows else [
+        values[i::columns] for i in range(columns)]
+    return sum(next((abs(number) for number in line if number), 0) == 1 for line in lines)
+
+
 def _guarded(tensor: Tensor, index: Index, around: Around) -> tuple[int, int, bool]:
     """Distinct accesses of unrolled code; those that a run-time test keeps inside the tensor; whether a test
     differs between lanes."""
@@ -238,10 +258,12 @@ def _guarded(tensor: Tensor, index: Index, around: Around) -> tuple[int, int, bo
     moving = False
     for a, end in zip(index, tensor.shape, strict=True):
         places = _places(a, around)
-        count *= len(places)
-        if not _is_dynamic(a, around):
-            safe *= len(places)  # known now: a constant mask
+        if not _is_dynamic(a, around):  # known now: a constant mask, and no load where all lanes are outside
+            low, high = a.part([around.lane]).bounds(around.extents)
+            inside = sum(place + high >= 0 and place + low < end for place in places)
+            count, safe = count * inside, safe * inside
             continue
+        count *= len(places)
         low, high = a.part(v for v in a.variables if v not in around.unrolled).bounds(around.extents)
         above, below = a * -1 - 1 in around.granted, a - end in around.granted
         inside = sum((above or place + low >= 0) and (below or place + high < end) for place in places)

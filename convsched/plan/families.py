@@ -19,15 +19,15 @@ from functools import lru_cache, partial
 from math import hypot, inf, prod, sqrt
 from typing import Any
 
-from convsched.algebra.accuracy import BOUNDS, UNIT, Prediction, predict, predict_direct
-from convsched.algebra.bilinear import Bilinear, kronecker
+from convsched.algebra.accuracy import BOUNDS, UNIT, Gains, Prediction
+from convsched.algebra.bilinear import direct, kronecker
 from convsched.algebra.strassen import strassen
 from convsched.algebra.winograd import products, winograd_side
 from convsched.errors import LoweringError
 from convsched.ir import Program
 from convsched.lazy import cached_property
 from convsched.lower.direct import lower_direct
-from convsched.lower.fft_tiles import Fft, fft_tiles
+from convsched.lower.fft_tiles import Fft, Side, fft_tiles
 from convsched.lower.im2col import lower_im2col
 from convsched.lower.plane import Plane, Shape
 from convsched.lower.strassen import blocks_of, lower_strassen
@@ -146,7 +146,8 @@ def _direct(problem: Problem, sizes: tuple[tuple[int, ...], ...]) -> Algorithm:
         raise LoweringError("algorithm='direct' has no sizes: leave the brackets out")
     return Algorithm("direct", problem, partial(lower_direct, problem),
                      lambda machine, layout, threads: default_recipe(problem, machine, layout, threads),
-                     partial(_direct_error, _taps(problem)), problem.weights // problem.M, prod(problem.output_shape),
+                     partial(_error, _direct_gains, (_taps(problem),)), problem.weights // problem.M,
+                     prod(problem.output_shape),
                      partial(_direct_time, problem), keeps_nonfinite=True)
 
 
@@ -160,7 +161,8 @@ def _im2col(problem: Problem, sizes: tuple[tuple[int, ...], ...]) -> Algorithm:
     if isinstance(problem, Linear) or is_flat(problem):
         raise LoweringError(f"im2col: {problem.text} is a product of matrices as it stands; use direct")
     return Algorithm("im2col", problem, partial(lower_im2col, problem), partial(default_toeplitz, problem),
-                     partial(_direct_error, _taps(problem)), problem.weights // problem.M, prod(problem.output_shape),
+                     partial(_error, _direct_gains, (_taps(problem),)), problem.weights // problem.M,
+                     prod(problem.output_shape),
                      lambda machine, layout, threads: IM2COL * _direct_time(problem, machine, layout, threads),
                      keeps_nonfinite=True)
 
@@ -207,7 +209,7 @@ def _winograd(problem: Problem, sizes: tuple[tuple[int, ...], ...]) -> Algorithm
     return Algorithm(name, conv, lambda layout: lower_bilinear(conv, column(), row(), layout),
                      lambda machine, layout, threads: default_tiles(
                          conv, Shape.of(column(), row()), machine, layout, threads),
-                     lambda terms, size: _bilinear_error(column(), row(), terms, size),
+                     partial(_error, _winograd_gains, tuple(sides)),
                      conv.C // conv.groups, prod(conv.output_shape), time)
 
 
@@ -221,7 +223,8 @@ def _fft(problem: Problem, sizes: tuple[tuple[int, ...], ...]) -> Algorithm:
     tiles = fft(conv, tuple(n for n, in sizes))
     return Algorithm(tiles.name, conv, tiles.lower,
                      partial(default_tiles, conv, tiles.shape, by_lines=True),
-                     partial(_fft_error, tiles), conv.C, prod(conv.output_shape), partial(_fft_time, tiles))
+                     partial(_fft_error, tiles.column, tiles.row), conv.C, prod(conv.output_shape),
+                     partial(_fft_time, tiles))
 
 
 def _strassen(problem: Problem, sizes: tuple[tuple[int, ...], ...]) -> Algorithm:
@@ -230,7 +233,7 @@ def _strassen(problem: Problem, sizes: tuple[tuple[int, ...], ...]) -> Algorithm
         raise LoweringError("algorithm='strassen' has its levels as size: write strassen, strassen(1) or strassen(2)")
     levels = sizes[0][0] if sizes else 1
     return Algorithm(f"strassen({levels})", problem, partial(lower_strassen, problem, levels),
-                     partial(default_strassen, problem, levels), partial(_strassen_error, levels),
+                     partial(default_strassen, problem, levels), partial(_error, _strassen_gains, (levels,)),
                      blocks_of(problem, levels).block[1] * problem.R * problem.S, prod(problem.output_shape))
 
 
@@ -264,26 +267,36 @@ def _that_apply(problem: Problem, *names: str) -> Iterator[Algorithm]:
 
 
 @lru_cache(1024)
-def _direct_error(taps: int, terms: int, outputs: int) -> Prediction:
-    return predict_direct(terms, outputs, taps=taps)
+def _error(gains: Callable[..., Gains], of: tuple[Any, ...], terms: int, outputs: int) -> Prediction:
+    """The prediction of what ``gains`` makes of some sizes: the gains are made once, and serve many layers."""
+    return gains(*of).predict(terms, outputs)
 
 
-@lru_cache(1024)
-def _bilinear_error(column: Bilinear, row: Bilinear, channels: int, outputs: int) -> Prediction:
-    return predict(kronecker(column, row), channels, outputs)
+@lru_cache(256)
+def _direct_gains(taps: int) -> Gains:
+    return Gains.of(direct(1, 1), taps)
 
 
-@lru_cache(1024)
-def _strassen_error(levels: int, channels: int, outputs: int) -> Prediction:
-    return predict(strassen(levels), channels, outputs)
+@lru_cache(256)
+def _winograd_gains(column: tuple[int, int, int], row: tuple[int, int, int]) -> Gains:
+    return Gains.of(kronecker(winograd_side(*column), winograd_side(*row)))
 
 
-@lru_cache(1024)
-def _fft_error(tiles: Fft, channels: int, outputs: int) -> Prediction:
+@lru_cache(256)
+def _strassen_gains(levels: int) -> Gains:
+    return Gains.of(strassen(levels))
+
+
+@lru_cache(256)
+def _fft_gains(side: Side) -> Gains:
+    return Gains.of(side.dense)
+
+
+def _fft_error(column: Side, row: Side, channels: int, outputs: int) -> Prediction:
     """Independent errors of both directions add in squares, as F is orthogonal up to scales. The worst are products
     of gains times the sum of all roundings, where each prediction is one gain times its own."""
-    sides = [side for side in (tiles.column, tiles.row) if side.n > 1]
-    found = [predict(side.dense, channels, outputs) for side in sides]
+    sides = [side for side in (column, row) if side.n > 1]
+    found = [_error(_fft_gains, (side,), channels, outputs) for side in sides]
     if len(found) == 1:
         return found[0]
     both = sum(1 / (UNIT * (3 * (side.reads + side.points) + channels)) for side in sides)

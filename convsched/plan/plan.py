@@ -1,6 +1,7 @@
 """What is asked for, and what was chosen: the two values that the rest of the house hands on.
 
-``Target`` is for what code is made; ``Plan`` is a problem, the algorithm and the schedule that compute it there. Limits
+``Target`` is for what code is made; ``Plan`` is a problem, the algorithm and the schedule that compute it there;
+``ProgramPlan`` is a program that was written by hand, and a schedule. Limits
 of a single request, such as of memory, or to one algorithm, are no part of either: they narrow the choice, and change
 nothing of what was chosen.
 """
@@ -8,7 +9,7 @@ nothing of what was chosen.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Self
 
 from convsched.ir import Program
 from convsched.lazy import cached_property
@@ -36,13 +37,23 @@ class Target:
         return f"{self.layout}, {self.threads} thread{'s' * (self.threads != 1)}, {self.accuracy}"
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A problem, and how it is computed for a target. ``recipe`` made the schedule, if known; ``origin`` says where
-    another schedule comes from. Both only explain: plans of the same problem, target, algorithm and steps are equal.
+class _Planned:
+    """What both kinds of plan share: a ``target``, and pickles that hold no program: it is made again where needed."""
 
-    A pickle holds no program: that is made again where it is needed.
-    """
+    target: Target
+
+    def on(self, machine: Machine) -> Self:
+        """The same plan for another machine."""
+        return replace(self, target=replace(self.target, machine=machine))  # type: ignore[type-var]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), tuple(getattr(self, each.name) for each in fields(self))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Plan(_Planned):
+    """A problem, and how it is computed for a target. ``recipe`` made the schedule, if known; ``origin`` says where
+    another schedule comes from. Both only explain: plans of the same problem, target, algorithm and steps are equal."""
 
     problem: Problem
     target: Target
@@ -75,9 +86,27 @@ class Plan:
         """The plan in one line, for people."""
         return f"{self.problem.text} | {self.target.text} | {self.algorithm.name} | {self.schedule.text}"
 
-    def on(self, machine: Machine) -> Plan:
-        """The same plan for another machine."""
-        return replace(self, target=replace(self.target, machine=machine))
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), tuple(getattr(self, each.name) for each in fields(self))
+@dataclass(frozen=True)
+class ProgramPlan(_Planned):
+    """A bare program, such as a nest written by hand, and how it is scheduled for a target. The layout is that of its
+    tensors, and its errors those of its own sums: the target tells the machine and the threads."""
+
+    source: Program
+    target: Target
+    schedule: Schedule
+
+    @cached_property
+    def program(self) -> Program:
+        """The scheduled program. Raises ScheduleError where the schedule does not fit."""
+        return apply(self.source, self.schedule)
+
+    @property
+    def object_key(self) -> tuple[str, ...]:
+        """All of the plan that its machine code depends on."""
+        return (repr(self.source), self.schedule.text, repr(self.target.machine))
+
+    @property
+    def text(self) -> str:
+        """The plan in one line, for people."""
+        return f"{self.source.name} | {self.target.text} | {self.schedule.text}"

@@ -127,7 +127,7 @@ def _misplaced(body: Body, parallel: str | None = None,
 
 
 def _broken_packing(program: Program, stage: Stage) -> tuple[str, str] | None:
-    """Why a stage is no copy that is a view of the weights with other strides, and the fix; None if it is one."""
+    """Why a stage is not a copy that is a view of the weights with other strides, and the fix; None if it is one."""
     (loops, statement), *others = leaves(stage.body)
     if (others or not isinstance(statement, Store) or not isinstance(statement.value, Load)
             or any(a.constant for a in statement.index)):

@@ -44,7 +44,7 @@ class Inline(Step):
       for p < 6: with e < 2 = p / 3: with f < 3 = p:
         y[p] = x[2 e, f] * w
 
-    Where an index is no sum of the loops around it, its digits get names of their own: ``with
+    Where an index is not a sum of the loops around it, its digits get names of their own: ``with
     f < 3 = p`` is ``f = p % 3``. Source: the ``compute_inline`` of Ragan-Kelley et al., "Halide", 2013.
     """
 

@@ -11,6 +11,8 @@ literal where its index is known, and comes from a table of the module where it 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from convsched.ir import Affine, Program, Stage, leaves
 from convsched.ir.ahead import fetches
 from convsched.kernels.emit.addresses import base
@@ -133,19 +135,26 @@ class _Emitter(Statements):
         w.line(f"  br i1 {more}, label %{head}, label %{done}")
         scope = w.close_scope()
         lines = [f"{head}:", f"  {var} = phi i64 [ {first}, %{before} ], [ {following}, %{w.label} ]"]
-        lines += [_phi(phi, register, (carried[register], before), (self.registers[register], w.label))
-                  for register, phi in phis.items()]
+        for register, phi in phis.items():
+            kind = vector_type(register[2])
+            lines.append(f"  {phi} = phi {kind} [ {carried[register]}, %{before} ], "
+                         f"[ {self.registers[register]}, %{w.label} ]")
         w.lines += [*lines, *scope.hoisted, *scope.lines]
         latch = w.label
         w.start_block(done)
         if loop.kind == "parallel":  # a thread may have no iteration: nothing from inside is known after it
             self.registers = outside
         elif guards:  # nor may there be one for this point
-            for register in phis:
-                after = w.fresh("a")
-                w.line(_phi(after, register, (carried[register], before), (self.registers[register], latch)))
-                self.registers[register] = after
+            self.join(carried, before, latch)
         del self.point.dynamic[loop.var], self.granted[len(self.granted) - len(guards):]
+
+    def join(self, carried: Mapping[Register, str], before: str, latch: str) -> None:
+        """Registers after a loop that may have no iteration: as they were before it, or as it leaves them."""
+        for register, old in carried.items():
+            after = self.w.fresh("a")
+            self.w.line(f"  {after} = phi {vector_type(register[2])} [ {old}, %{before} ], "
+                        f"[ {self.registers[register]}, %{latch} ]")
+            self.registers[register] = after
 
     def guards(self, repeated: Repeated) -> list[Affine]:
         """The guards that all statements of a run-time loop share and that bound its variable: those that
@@ -185,9 +194,3 @@ class _Emitter(Statements):
         first = w.let(f"udiv i64 {w.let(f'mul i64 {extent}, %thread')}, %threads")
         following = w.let("add i64 %thread, 1")
         return first, w.let(f"udiv i64 {w.let(f'mul i64 {extent}, {following}')}, %threads")
-
-
-def _phi(result: str, register: Register, *arms: tuple[str, str]) -> str:
-    """The register's value where control comes from blocks, an arm (value, label) each."""
-    values = ", ".join(f"[ {value}, %{label} ]" for value, label in arms)
-    return f"  {result} = phi {vector_type(register[2])} {values}"

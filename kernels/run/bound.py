@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from math import inf
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from convsched.problem.layout import Array, clear_tail, from_layout
 from convsched.problem.reference import convolve
 
 if TYPE_CHECKING:
+    from convsched.kernels.run.compiled import Compiled
     from convsched.kernels.run.kernel import Kernel
 
 
@@ -60,21 +61,72 @@ class Native(NamedTuple):
                         "and take the copy's native")
 
 
-class BoundKernel:
-    """A kernel with its packed ``weights``: ``y = conv(x)``, ``conv(x, out=y)``, ``conv(x, residual=r)``.
+K = TypeVar("K", bound="Compiled[Any]")
 
-    It also refers to the arrays that were bound, ``given``, for ``measured_error``. Copies and pickles hold the
-    packed weights only, and the kernel as its own copies do.
+
+class Bound(Generic[K]):
+    """A kernel with its packed ``weights``, by tensor; ``run`` calls its code.
+
+    Copies and pickles hold the packed weights, and the kernel as its own copies do.
+    """
+
+    def __init__(self, kernel: K, weights: Mapping[str, Array]) -> None:
+        self.kernel = kernel
+        self.code = kernel.code
+        self.weights = weights
+        self._slots = {n: i for i, n in enumerate(self.code.interface.names)}
+        self._idle: list[Workspace] = []
+
+    def run(self, arrays: Mapping[str, Array]) -> None:
+        """Run the stages on inputs and outputs, by tensor, which are checked. Safe to call from several threads."""
+        workspace = self._borrow()
+        try:
+            self._run(workspace.tables, arrays)
+        finally:
+            self._idle.append(workspace)
+
+    def _run(self, tables: list[Any], arrays: Mapping[str, Array]) -> None:
+        threads, interface = self.kernel.threads, self.code.interface
+        for name, array in arrays.items():
+            if name in self._slots:
+                slot, address = self._slots[name], array.ctypes.data
+                for table in tables:
+                    table[slot] = address
+        for function, parallel in zip(self.code.stages, interface.is_parallel, strict=True):
+            if threads == 1 or not parallel:
+                function(tables[0], 0, 1)
+            else:
+                run_all([partial(function, table, i, threads) for i, table in enumerate(tables)])
+
+    def _borrow(self) -> Workspace:
+        """An idle workspace, else a new one; ``pop`` is atomic, so that of two threads each gets its own."""
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return self._workspace(self.kernel.threads)
+
+    def _workspace(self, threads: int) -> Workspace:
+        """A workspace whose tables hold the weights; inputs and outputs are still to be set."""
+        workspace = Workspace(self.code.interface, threads)
+        for table in workspace.tables:
+            for name, array in self.weights.items():
+                table[self._slots[name]] = array.ctypes.data
+        return workspace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebind, (type(self), self.kernel, self.code.interface.bindings, self.weights)
+
+
+class BoundKernel(Bound["Kernel"]):
+    """A layer's kernel with its packed weights: ``y = conv(x)``, ``conv(x, out=y)``, ``conv(x, residual=r)``.
+
+    It also refers to the arrays that were bound, ``given``, for ``measured_error``; copies do not.
     """
 
     def __init__(self, kernel: Kernel, weights: Mapping[str, Array],
                  given: tuple[Array, Array | None] | None = None) -> None:
-        self.kernel = kernel
-        self.weights = weights
+        super().__init__(kernel, weights)
         self.given = given
-        self.code = kernel.code
-        self._slots = {n: i for i, n in enumerate(self.code.interface.names)}
-        self._idle: list[Workspace] = []
 
     def __call__(self, x: Array, *, out: Array | None = None, residual: Array | None = None) -> Array:
         """The layer's output for ``x``; written into ``out`` if given. Safe to call from several threads."""
@@ -87,11 +139,7 @@ class BoundKernel:
         elif residual is not None:
             raise ArrayError("residual is given but the layer has residual=False")
         y = np.empty(kernel.y_shape, np.float32) if out is None else check_output(out, kernel.y_shape, inputs)
-        workspace = self._borrow()
-        try:
-            self._run(workspace, inputs, y)
-        finally:
-            self._idle.append(workspace)
+        self.run(dict(zip("xzy" if problem.residual else "xy", (*inputs.values(), y), strict=True)))
         clear_tail(problem, kernel.layout, y)
         return y
 
@@ -113,34 +161,6 @@ class BoundKernel:
             error, rms = float(np.abs(y - truth).max()), float(np.sqrt(np.mean(np.square(truth))))
         return error / rms if rms else error and inf
 
-    def _borrow(self) -> Workspace:
-        """An idle workspace, else a new one; ``pop`` is atomic, so that of two threads each gets its own."""
-        try:
-            return self._idle.pop()
-        except IndexError:
-            return self._workspace(self.kernel.threads)
-
-    def _workspace(self, threads: int) -> Workspace:
-        """A workspace whose tables hold the weights; x, y and z are still to be set."""
-        workspace = Workspace(self.code.interface, threads)
-        for table in workspace.tables:
-            for name, array in self.weights.items():
-                table[self._slots[name]] = array.ctypes.data
-        return workspace
-
-    def _run(self, workspace: Workspace, inputs: Mapping[str, Array], y: Array) -> None:
-        slots, threads = self._slots, self.kernel.threads
-        for table in workspace.tables:
-            table[slots["x"]] = inputs["x"].ctypes.data
-            table[slots["y"]] = y.ctypes.data
-            if "residual" in inputs:
-                table[slots["z"]] = inputs["residual"].ctypes.data
-        for function, parallel in zip(self.code.stages, self.code.interface.is_parallel, strict=True):
-            if threads == 1 or not parallel:
-                function(workspace.tables[0], 0, 1)
-            else:
-                run_all([partial(function, table, i, threads) for i, table in enumerate(workspace.tables)])
-
     @property
     def native(self) -> Native:
         """Addresses and shapes for ``convsched.call(conv.native, x, y)`` in ``@numba.njit`` code.
@@ -154,15 +174,12 @@ class BoundKernel:
         return Native(stages, table, self.kernel.x_shape, self.kernel.y_shape, self._slots["x"],
                       self._slots["y"], self._slots.get("z", -1), (self.kernel.problem.M - 1) % 16 + 1)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _rebind, (type(self), self.kernel, self.code.interface.bindings, self.weights)
-
     def __repr__(self) -> str:
         return f"BoundKernel({self.kernel!r})"
 
 
-def _rebind(kind: type[BoundKernel], kernel: Kernel, packing: tuple[binding.Binding, ...],
-            weights: Mapping[str, Array]) -> BoundKernel:
+def _rebind(kind: Callable[[K, Mapping[str, Array]], Bound[K]], kernel: K, packing: tuple[binding.Binding, ...],
+            weights: Mapping[str, Array]) -> Bound[K]:
     """A bound kernel from what its pickle holds; unpickled arrays are not aligned."""
     if kernel.code.interface.bindings != packing:
         raise ArrayError("the weights were packed by another version of convsched; bind them again")

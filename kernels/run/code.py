@@ -8,7 +8,7 @@ from collections.abc import Callable
 from convsched.kernels import jit, objects
 from convsched.kernels.emit.llvm import emit
 from convsched.kernels.signature import Interface
-from convsched.plan.plan import Plan
+from convsched.plan.plan import Plan, ProgramPlan
 
 _StageFunction = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
 
@@ -17,7 +17,7 @@ class Code:
     """The code of a plan: its ``interface``, and in ``stages`` one callable(table of tensor addresses, thread, threads)
     a run stage. It is held by all that calls it: ``addresses`` are valid as long as it lives."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan | ProgramPlan) -> None:
         self.plan = plan
         self.interface, self.stages = self._load()
 
