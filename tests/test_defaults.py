@@ -19,6 +19,7 @@ from convsched.machine import Isa, Machine
 from convsched.plan.choice import choose
 from convsched.plan.defaults import default_recipe
 from convsched.plan.families import named
+from convsched.plan.plan import Target
 from convsched.problem import Conv2d, Linear, Problem
 from convsched.problem.layout import LAYOUTS
 from convsched.recipes.direct import Depthwise
@@ -62,7 +63,7 @@ def check(problem: Problem, isa: Isa, layout: str, threads: int) -> None:
     algorithms = [named("direct", problem)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that none fits the accuracy
-        chosen = choose(problem, machine, layout, threads)
+        chosen = choose(problem, Target(machine, layout, threads))
     for algorithm in algorithms if chosen.name == "direct" else [*algorithms, chosen]:
         try:
             program = apply(algorithm.lower(layout),

@@ -21,7 +21,8 @@ COPY_PENALTY = 0.01  # of an own copy of the nest for a remainder: code to compi
 def _tiles(extent: int, size: int) -> list[tuple[int, int]]:
     """(how many, how large) of the full tiles and of the remainder."""
     full, rest = divmod(extent, size)
-    return [(count, part) for count, part in ((full, size), (1, rest)) if count and part]
+    tiles = [(full, size)] if full else []
+    return [*tiles, (1, rest)] if rest else tiles
 
 
 @dataclass(frozen=True)
@@ -40,21 +41,23 @@ class _Tiling:
 
     def cycles(self, machine: Machine, vectors: int, height: int, width: int) -> float:
         """Cycles, in units of one FMA, of the whole layer, remainders included."""
-        whole = -(-self.maps // machine.lanes)
-        parts = [(a * b * c, v, h, w) for a, v in _tiles(whole, vectors)
-                 for b, h in _tiles(self.rows, height) for c, w in _tiles(self.columns, width)]
-        return sum(count * self._tile(machine, v, h, w, -(-whole // vectors)) for count, v, h, w in parts)
+        lanes, load = machine.lanes, _load(machine)
+        whole = -(-self.maps // lanes)
+        rows, columns = _tiles(self.rows, height), _tiles(self.columns, width)
+        return sum(a * b * c * self._tile(lanes, load, v, h, w, -(-whole // vectors))
+                   for a, v in _tiles(whole, vectors) for b, h in rows for c, w in columns)
 
-    def _tile(self, machine: Machine, vectors: int, height: int, width: int, sharers: int) -> float:
+    def _tile(self, lanes: int, load: float, vectors: int, height: int, width: int, sharers: int) -> float:
         pixels = height * width
-        step = STEP + max(vectors * pixels, _load(machine) * (vectors + pixels), LATENCY)
+        step = STEP + max(vectors * pixels, load * (vectors + pixels), LATENCY)
         step += VECTOR_LOAD * vectors + BROADCAST * pixels
-        full, part = divmod(width, machine.lanes)
-        squares = height * vectors * (full * FULL_SQUARE + (part > 0) * PART_SQUARE)
-        stores = squares * machine.lanes / 16 if self.transposed else vectors * pixels
-        if self.collides and machine.lanes <= WAYS < vectors * machine.lanes:
+        stores: float = vectors * pixels
+        if self.transposed:
+            full, part = divmod(width, lanes)
+            stores = height * vectors * (full * FULL_SQUARE + (part > 0) * PART_SQUARE) * lanes / 16
+        if self.collides and lanes <= WAYS < vectors * lanes:
             stores *= EVICTED
-        copied = 2 * height * -(-width // machine.lanes) * self.sums / sharers if self.packed else 0
+        copied = 2 * height * -(-width // lanes) * self.sums / sharers if self.packed else 0
         return self.sums * step + stores + copied
 
 
