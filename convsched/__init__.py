@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from convsched.api import compile
+from convsched.api import compile, compile_each
 from convsched.errors import ConvschedError
 from convsched.machine import Machine
 from convsched.problem import Conv2d, Linear
 from convsched.schedule import Schedule, parse_schedule
 
-__all__ = ["Conv2d", "ConvschedError", "Linear", "Machine", "Schedule", "call", "compile", "parse_schedule",
-           "tune"]
+__all__ = ["Conv2d", "ConvschedError", "Linear", "Machine", "Schedule", "call", "compile", "compile_each",
+           "parse_schedule", "tune"]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, overload
 
@@ -19,7 +20,7 @@ from convsched.schedule import Schedule, parse_schedule
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
-    from typing import SupportsIndex
+    from typing import Any, SupportsIndex
 
     from convsched.autotune.store.cache import ScheduleCache
     from convsched.autotune.store.record import Record
@@ -67,8 +68,7 @@ def compile(layer: Problem | Program, *, algorithm: str | None = None, schedule:
 
     Raises ScheduleError where a schedule does not fit, LoweringError for the rest.
     """
-    if not isinstance(layer, Conv2d | Linear | Program):
-        raise LoweringError(f"compile takes a Conv2d, a Linear or a convsched.ir.Program, not {type(layer).__name__}")
+    _require_layer(layer)
     _choose("accuracy", accuracy, ACCURACIES)
     _choose("layout", layout, LAYOUTS)
     _choose("backend", backend, BACKENDS)
@@ -91,6 +91,26 @@ def compile(layer: Problem | Program, *, algorithm: str | None = None, schedule:
         chosen.require(accuracy)
     kernel = None if cache is False else _remembered(request, cache)
     return kernel or request.default()
+
+
+def compile_each(layers: Iterable[Problem], **options: Any) -> list[Kernel]:
+    """Compile several layers, such as those of a network, on all cores this process may use; equal ones once.
+
+    ``options`` are those of ``compile``. The kernels come in the order of the layers. Raises what ``compile`` raises
+    for the first layer that fails, after those that were begun have ended.
+    """
+    wanted = list(layers)
+    for layer in wanted:
+        _require_layer(layer)
+    distinct = list(dict.fromkeys(wanted))
+    with ThreadPoolExecutor(max(1, min(host.machine().cores, len(distinct)))) as pool:
+        made = dict(zip(distinct, pool.map(lambda layer: compile(layer, **options), distinct), strict=True))
+    return [made[layer] for layer in wanted]
+
+
+def _require_layer(layer: object) -> None:
+    if not isinstance(layer, Conv2d | Linear | Program):
+        raise LoweringError(f"compile takes a Conv2d, a Linear or a convsched.ir.Program, not {type(layer).__name__}")
 
 
 def _compile_program(plan: ProgramPlan, code: type[Code], limit: int | None) -> ProgramKernel:

@@ -327,3 +327,21 @@ def test_weights_that_were_packed_otherwise_are_refused() -> None:
     assert packing
     with pytest.raises(ArrayError, match="packed by another version of convsched; bind them again"):
         remake(kind, kernel, packing[:-1], weights)
+
+
+def test_layers_are_compiled_on_all_cores_and_equal_ones_once() -> None:
+    layers = [cs.Conv2d(4, 8, 3, input_size=(6, width)) for width in (6, 7, 8, 6)] + [cs.Linear(4, 8)]
+    kernels = cs.compile_each(layers, threads=1, cache=False)
+    assert [kernel.problem for kernel in kernels] == layers
+    assert kernels[0] is kernels[3]
+    for layer, kernel in zip(layers, kernels, strict=True):
+        x, weight, bias = (np.ones(shape, np.float32) for shape in (layer.input_shape, layer.weight_shape, layer.M))
+        np.testing.assert_array_equal(kernel(x, weight, bias), convolve(layer, x, weight, bias))
+    assert cs.compile_each([]) == []
+
+
+def test_the_first_layer_that_fails_is_told() -> None:
+    with pytest.raises(LoweringError, match="fully connected"):
+        cs.compile_each([cs.Conv2d(4, 8, 3, input_size=6), cs.Linear(4, 8)], algorithm="winograd")
+    with pytest.raises(LoweringError, match="not dict"):
+        cs.compile_each([{}])  # type: ignore[list-item]

@@ -19,7 +19,7 @@ def explain(*arguments: str) -> Result:
 
 def test_a_trace_has_each_stage_with_the_nest_after_it() -> None:
     kernel = cs.compile(LAYER, schedule=STEPS, threads=1)
-    stages = list(trace(kernel))
+    stages = list(trace(kernel.plan))
     assert [stage.name for stage in stages] == [
         "problem", "algorithm direct", "lower to nchw", *STEPS.split("; "), "simplify", "verify", "emit LLVM IR",
         "compile"]
@@ -38,7 +38,7 @@ def test_a_trace_has_each_stage_with_the_nest_after_it() -> None:
 @pytest.mark.parametrize("layout", ["nchw", "nchw16c"])
 def test_the_last_nest_is_the_kernels(algorithm: str, layout: str) -> None:
     kernel = cs.compile(LAYER, algorithm=algorithm, layout=layout, threads=1)  # type: ignore[arg-type]
-    stages = list(trace(kernel))
+    stages = list(trace(kernel.plan))
     nests = [stage.text for stage in stages[2:-2] if stage.text != UNCHANGED]
     assert nests[-1] == kernel.nest
     assert len(stages) == len(kernel.schedule.steps) + 7

@@ -18,6 +18,7 @@ from convsched.ir import (
     Const,
     Index,
     Leaf,
+    Let,
     Load,
     Loop,
     Op,
@@ -274,6 +275,8 @@ def point_by_point(program: Program, arrays: Mapping[str, Floats]) -> dict[str, 
             if isinstance(s, Loop):
                 for i in range(s.extent):
                     run(s.body, {**point, s.var: i})
+            elif isinstance(s, Let):
+                run(s.body, {**point, s.var: s.of.evaluate(point) // s.step % s.extent})
             elif all(w.evaluate(point) < 0 for w in s.where):
                 place = tuple(a.evaluate(point) for a in s.index)
                 old = memory[s.tensor].get(place, 0.0) if isinstance(s, Reduce) else 0.0

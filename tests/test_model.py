@@ -14,9 +14,9 @@ from convsched.ir.examples import at, filtered, nest, product, scaled, tensor
 from convsched.ir.text import print_nest
 from convsched.lower.direct import lower_direct
 from convsched.machine import Machine
-from convsched.model import issue
+from convsched.model.constants import CORE
 from convsched.model.cost import Cost, Rates, cost
-from convsched.model.issue import ENTRY, LATENCY, STEP, STORE, Issue
+from convsched.model.issue import Issue
 from convsched.model.traffic import Traffic
 from convsched.plan.defaults import default_recipe
 from convsched.plan.families import named
@@ -137,13 +137,13 @@ def test_border_elements_are_not_in_memory() -> None:
 
 
 def test_a_register_tile_issues_its_products() -> None:
-    assert times(tile(2, 14, 10)) == ENTRY + 10 * (STEP + 28)
+    assert times(tile(2, 14, 10)) == CORE.entry + 10 * (CORE.step + 28)
 
 
 def test_a_thin_tile_waits_for_its_loads_or_its_sums() -> None:
-    assert times(tile(6, 1, 10)) == ENTRY + 10 * (STEP + 6 + issue.BROADCAST)  # 6 vectors, 1 element
-    assert times(tile(1, 2, 10)) == ENTRY + 10 * (STEP + LATENCY)
-    assert times(tile(6, 1, 10), load=2.0) == ENTRY + 10 * (STEP + 2 * (6 + issue.BROADCAST))
+    assert times(tile(6, 1, 10)) == CORE.entry + 10 * (CORE.step + 6 + CORE.broadcast)  # 6 vectors, 1 element
+    assert times(tile(1, 2, 10)) == CORE.entry + 10 * (CORE.step + CORE.latency)
+    assert times(tile(6, 1, 10), load=2.0) == CORE.entry + 10 * (CORE.step + 2 * (6 + CORE.broadcast))
 
 
 def test_unrolled_iterations_share_their_loads() -> None:
@@ -157,7 +157,7 @@ def test_unrolled_iterations_share_their_loads() -> None:
         replace(taps, kind="unroll", body=(replace(columns, kind="vector"),)),))
     slow = 10.0  # FMAs in a load, so that nothing else shows
     program = replace(window(4, 3, 16), stages=(Stage("sum", (unrolled,)),))
-    assert times(program, slow) == slow * (6 + 12) + slow * STORE * 12  # rows 0 to 5 of x; y read and written
+    assert times(program, slow) == slow * (6 + 12) + slow * CORE.store * 12  # rows 0 to 5 of x; y read and written
 
 
 def test_loads_by_digits_are_those_of_the_loops_that_they_are_of() -> None:
@@ -180,15 +180,15 @@ def test_loads_across_two_lines_cost_more_and_loops_of_one_iteration_do_not_coun
         tensors = (tensor("x", "w", (96,), "input"), tensor("t", "w", (16,), "register"))
         return times(Program("read", tensors, (Stage("read", (Loop("i", 4, body),)),)))
 
-    aligned = ENTRY + 4 * (STEP + 1)
+    aligned = CORE.entry + 4 * (CORE.step + 1)
     assert read(0, 1) == aligned
-    assert read(3, 1) == aligned + 4 * issue.SPLIT
+    assert read(3, 1) == aligned + 4 * CORE.split
     assert read(0, 2) > read(0, 1) * 2
 
 
 def test_transposed_and_partial_stores_cost_what_they_do() -> None:
     plain, square, part = times(stored("fm")), times(stored("mf")), times(stored("mf", 7))
-    assert plain == 16 * STORE
+    assert plain == 16 * CORE.store
     assert plain < square < part * 16 / 7
     assert times(stored("mf", 1)) > times(stored("fm", 1))
 

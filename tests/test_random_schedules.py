@@ -122,7 +122,7 @@ def names_of(program: Program) -> list[str]:
     return list(dict.fromkeys(n for stage in program.stages for n in loop_names(stage.body)))
 
 
-def draw_step(draw: Draw, program: Program, kind: str, number: int) -> Step:
+def draw_step(draw: Draw, program: Program, kind: str, number: int) -> Step:  # noqa: C901
     """A step of a kind with arguments that are names of the program, sensible or not."""
     names = names_of(program)
     own = [n for n in names if "." not in n]

@@ -15,6 +15,7 @@ from convsched.ir import (
     Body,
     Const,
     Leaf,
+    Let,
     Load,
     Loop,
     Op,
@@ -123,10 +124,12 @@ def test_bind_stages_depend_on_weights_only(pack: Leaf, message: str) -> None:
     ((Loop("e", 2, (Loop("f", 2, (Loop("e", 2, (FINISH,)),)),)),), "it is inside another loop e"),
     ((Loop("e", 2, (Loop("f", 2, (FINISH,)),), "vector"),), "a vector loop may hold statements only"),
     ((Loop("e", 2, (Loop("f", 2, (FINISH,), "parallel"),), "parallel"),), "inside another parallel loop"),
-    ((Loop("e", 9, (FINISH,), "digit", of=affine(f=1)),), "it is no digit of f, step 1: of loops around it"),
-    ((Loop("f", 9, (Loop("e", 9, (FINISH,), "digit", of=affine(-1, f=1)),)),), "never negative"),
-    ((Loop("f", 9, (Loop("e", 9, (FINISH,), "digit", of=affine(f=1), step=0),)),), "no digit of f, step 0"),
-    ((Loop("f", 9, (Loop("e", 9, (FINISH,), of=affine(f=1)),)),), "no digit of f"),
+    ((Let("e", 9, (FINISH,), affine(f=1), 1),), "it is not a digit of f, step 1: of loops around it"),
+    ((Loop("f", 9, (Let("e", 9, (FINISH,), affine(-1, f=1), 1),)),), "never negative"),
+    ((Loop("f", 9, (Let("e", 9, (FINISH,), affine(f=1), 0),)),), "not a digit of f, step 0"),
+    ((Loop("f", 9, (Let("e", 0, (FINISH,), affine(f=1), 1),)),), "let e < 0: the extent 0 must be positive"),
+    ((Loop("f", 9, (Let("f", 9, (FINISH,), affine(f=1), 1),)),), "let f < 9: it is inside another loop f"),
+    ((Loop("f", 9, (Let("e", 9, (FINISH,), affine(f=1), 1),), "vector"),), "hold statements only"),
 ])
 def test_loops_that_break_a_rule(run: Body, message: str) -> None:
     rejects(program(run=run), message)

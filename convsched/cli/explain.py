@@ -31,5 +31,5 @@ def explain(layer: str, traced: bool, algorithm: str | None, schedule: str | Non
     if not traced:
         click.echo(kernel.explain())
         return
-    for stage in trace(kernel):
+    for stage in trace(kernel.plan):
         click.echo(f"{stage}\n")

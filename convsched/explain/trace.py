@@ -7,16 +7,15 @@ import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from convsched.ir.simplify import simplify
 from convsched.ir.text import print_nest
 from convsched.ir.verify import verify
 from convsched.kernels import jit
+from convsched.kernels.emit.llvm import emit
 from convsched.plan.choice import AccuracyWarning, choices
-
-if TYPE_CHECKING:
-    from convsched.kernels.run.kernel import Kernel
+from convsched.plan.plan import Plan
+from convsched.problem import Problem
 
 UNCHANGED = "(unchanged)"
 
@@ -32,50 +31,49 @@ class Stage:
         return f"== {self.name}\n{self.text}"
 
 
-def trace(kernel: Kernel) -> Iterator[Stage]:
-    """The stages that the kernel's code came through, in their order; all are run again."""
-    yield Stage("problem", _problem(kernel))
-    yield Stage(f"algorithm {kernel.algorithm}", _algorithms(kernel))
-    program = kernel.plan.algorithm.lower(kernel.layout)
+def trace(plan: Plan) -> Iterator[Stage]:
+    """The stages from the plan's problem to its code, in their order; all are run again."""
+    target = plan.target
+    yield Stage("problem", _problem(plan.problem))
+    yield Stage(f"algorithm {plan.algorithm.name}", _algorithms(plan))
+    program = plan.algorithm.lower(target.layout)
     nest = print_nest(program)
-    yield Stage(f"lower to {kernel.layout}", nest)
-    for name, change in (*((str(step), step.apply) for step in kernel.schedule.steps), ("simplify", simplify)):
+    yield Stage(f"lower to {target.layout}", nest)
+    for name, change in (*((str(step), step.apply) for step in plan.schedule.steps), ("simplify", simplify)):
         program = change(program)
         before, nest = nest, print_nest(program)
         yield Stage(name, nest if nest != before else UNCHANGED)
     verify(program)
     yield Stage("verify", UNCHANGED)
-    text = kernel.llvm
+    text = emit(program, target.machine)
     yield Stage("emit LLVM IR", f"{len(text.splitlines())} lines, {len(text)} bytes")
-    yield Stage("compile", f"{_instructions(kernel)} instructions, an object file of "
-                           f"{len(jit.compile_object(text, kernel.plan.target.machine))} bytes")
+    instructions = _instructions(jit.assembly(text, target.machine))
+    size = len(jit.compile_object(text, target.machine))
+    yield Stage("compile", f"{instructions} instructions, an object file of {size} bytes")
 
 
-def _problem(kernel: Kernel) -> str:
-    p = kernel.problem
+def _problem(p: Problem) -> str:
     shapes = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in (
         ("input", p.input_shape), ("weight", p.weight_shape), ("output", p.output_shape)))
     return f"{p.text}\n{shapes}; {p.macs / 1e6:.1f} M multiply-adds, {p.bytes / 1e6:.2f} MB"
 
 
-def _algorithms(kernel: Kernel) -> str:
+def _algorithms(plan: Plan) -> str:
     """Those that fit the class of accuracy with their estimates, the fastest first; the one taken is marked."""
-    plan, target = kernel.plan, kernel.plan.target
+    target = plan.target
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", AccuracyWarning)  # said when the kernel was compiled
+        warnings.simplefilter("ignore", AccuracyWarning)  # said when the plan was made
         found = list(choices(plan.problem, target))
     lines = []
     for one in found:
         products = one.estimate(target.machine, target.layout, target.threads)
         time = f"the time of {products:,.0f} vector FMAs estimated" if math.isfinite(products) else "not estimated"
-        mark = "*" if one == plan.algorithm else " "
+        mark = "*" if one.name == plan.algorithm.name else " "
         lines.append(f"{mark} {one.name}: {time}, error {one.prediction.expected:.1e} of the output's rms")
     schedule = plan.recipe if plan.recipe is not None else plan.origin or "written by hand"
-    return "\n".join((*lines, f"accuracy {target.accuracy}, {target.threads} thread{'s' * (target.threads != 1)}, "
-                              f"schedule: {schedule}"))
+    return "\n".join((*lines, f"target: {target.text}; schedule: {schedule}"))
 
 
-def _instructions(kernel: Kernel) -> int:
-    """Lines of the assembly that are neither labels nor directives nor comments."""
-    return sum(line.startswith("\t") and line.strip()[:1] not in (".", "#", "") for line in
-               kernel.assembly.splitlines())
+def _instructions(assembly: str) -> int:
+    """Lines that are neither labels nor directives nor comments."""
+    return sum(line.startswith("\t") and line.strip()[:1] not in (".", "#", "") for line in assembly.splitlines())

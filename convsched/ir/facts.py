@@ -19,8 +19,8 @@ class Facts(NamedTuple):
     is_plain: bool = True  # each loop has statements, and none has a condition: there is nothing to leave out
     is_nested_well: bool = True  # no loop is in a vector loop, and no parallel loop in another
 
-    def inside(self, var: str, kind: str) -> Facts:
-        """The same inside of a loop."""
+    def under(self, var: str, kind: str) -> Facts:
+        """The same of a loop that holds the statements, or of a value given to them (of kind "let")."""
         names = self.names | {var}
         kinds = self.kinds if kind in self.kinds else self.kinds | {kind}
         is_nested_well = self.is_nested_well and (

@@ -23,12 +23,15 @@ from convsched.errors import ArrayError
 from convsched.ir.address import Offset, offset
 from convsched.ir.affine import Affine, Index
 from convsched.ir.grammar import (
+    Block,
     Body,
     Const,
     Leaf,
+    Let,
     Load,
     Loop,
     Op,
+    Path,
     Program,
     Reduce,
     Statement,
@@ -170,13 +173,13 @@ def _is_copy(leaf: Leaf) -> bool:
     return isinstance(leaf, Store) and isinstance(leaf.value, Load | Const)
 
 
-def _chain(statement: Statement) -> tuple[tuple[Loop, ...], Leaf | None]:
+def _chain(statement: Statement) -> tuple[Path, Leaf | None]:
     """The perfectly nested loops from a statement on, and the one statement inside, if that is all."""
-    loops: list[Loop] = []
-    while isinstance(statement, Loop) and len(statement.body) == 1:
+    loops: list[Loop | Let] = []
+    while isinstance(statement, Block) and len(statement.body) == 1:
         loops.append(statement)
         statement = statement.body[0]
-    return (tuple(loops), None) if isinstance(statement, Loop) else (tuple(loops), statement)
+    return (tuple(loops), None) if isinstance(statement, Block) else (tuple(loops), statement)
 
 
 @lru_cache(maxsize=1024)
@@ -213,12 +216,12 @@ class _Run:
             if leaf is not None:
                 self.nest(loops, leaf, {**extents, **{lp.var: lp.extent for lp in loops}}, outer)
                 continue
-            assert isinstance(statement, Loop)
+            assert isinstance(statement, Block)
             inside = {**extents, statement.var: statement.extent}
             for value in _values(statement, outer):
                 self.body(statement.body, inside, {**outer, statement.var: value})
 
-    def nest(self, loops: Sequence[Loop], leaf: Leaf, extents: Mapping[str, int],
+    def nest(self, loops: Sequence[Loop | Let], leaf: Leaf, extents: Mapping[str, int],
              outer: Mapping[str, int]) -> None:
         """One statement inside perfectly nested loops."""
         if self.copy(loops, leaf, extents, outer):
@@ -231,7 +234,7 @@ class _Run:
         with np.errstate(all="ignore"):
             self.grid(loops, leaf, extents, outer)
 
-    def grid(self, loops: Sequence[Loop], leaf: Leaf, extents: Mapping[str, int],
+    def grid(self, loops: Sequence[Loop | Let], leaf: Leaf, extents: Mapping[str, int],
              outer: Mapping[str, int]) -> None:
         """Run a statement at all points of the loops at once, without those that a condition excludes."""
         shape = tuple(loop.iterations for loop in loops)
@@ -253,7 +256,8 @@ class _Run:
         if mask is None:  # sum over the loops that the index does not depend on
             used = {name for a in leaf.index for name in a.variables}
             for loop in reversed(loops):
-                used |= loop.of.variables if loop.var in used else frozenset()
+                if isinstance(loop, Let) and loop.var in used:
+                    used |= loop.of.variables
             summed = tuple(axis for axis, loop in enumerate(loops) if loop.var not in used)
             value = value.sum(axis=summed, keepdims=True)
         np.add.at(flat, np.broadcast_to(address, value.shape).ravel(), value.ravel())
@@ -265,7 +269,7 @@ class _Run:
             self.places[key] = self.views[tensor].address(index, extents)
         return self.places[key]
 
-    def is_simultaneous(self, loops: Sequence[Loop], leaf: Leaf, extents: Mapping[str, int],
+    def is_simultaneous(self, loops: Sequence[Loop | Let], leaf: Leaf, extents: Mapping[str, int],
                         outer: Mapping[str, int]) -> bool:
         """Whether all points can be evaluated before any is stored."""
         own = [load.index for load in leaf.loads if load.tensor == leaf.tensor]
@@ -278,12 +282,12 @@ class _Run:
         address = np.broadcast_to(_addresses(place, _grid_point(loops, outer)), shape)
         return len(np.unique(address)) == address.size
 
-    def copy(self, loops: Sequence[Loop], leaf: Leaf, extents: Mapping[str, int],
+    def copy(self, loops: Sequence[Loop | Let], leaf: Leaf, extents: Mapping[str, int],
              outer: Mapping[str, int]) -> bool:
         """Run a copy from one tensor to another as a strided assignment; False if it is not of that form."""
         if not loops or isinstance(leaf, Reduce) or not isinstance(leaf.value, Load):
             return False
-        if leaf.value.tensor == leaf.tensor or any(loop.kind == "digit" for loop in loops):
+        if leaf.value.tensor == leaf.tensor or any(isinstance(loop, Let) for loop in loops):
             return False
         target = self.place(leaf.tensor, leaf.index, extents)
         source = self.place(leaf.value.tensor, leaf.value.index, extents)
@@ -312,26 +316,26 @@ class _Run:
                 assert_never(value)
 
 
-def _grid_point(loops: Sequence[Loop], outer: Mapping[str, int]) -> Point:
+def _grid_point(loops: Sequence[Loop | Let], outer: Mapping[str, int]) -> Point:
     return _with_digits(loops, {**outer, **{
         lp.var: _axis(lp.iterations, axis, len(loops)) for axis, lp in enumerate(loops)}})
 
 
-def _with_digits(loops: Sequence[Loop], point: dict[str, int | npt.NDArray[np.intp]]) -> Point:
+def _with_digits(loops: Sequence[Loop | Let], point: dict[str, int | npt.NDArray[np.intp]]) -> Point:
     """A point of the loops with the values of those that run once."""
     for loop in loops:
-        if loop.kind == "digit":
+        if isinstance(loop, Let):
             point[loop.var] = _digit(loop, point)
     return point
 
 
-def _digit(loop: Loop, point: Point) -> int | npt.NDArray[np.intp]:
+def _digit(loop: Let, point: Point) -> int | npt.NDArray[np.intp]:
     return _evaluate(loop.of, point) // loop.step % loop.extent
 
 
-def _values(loop: Loop, outer: Mapping[str, int]) -> Iterable[int]:
+def _values(loop: Loop | Let, outer: Mapping[str, int]) -> Iterable[int]:
     """The values that a loop's variable takes."""
-    return [int(_digit(loop, outer))] if loop.kind == "digit" else range(loop.extent)
+    return [int(_digit(loop, outer))] if isinstance(loop, Let) else range(loop.extent)
 
 
 def _mask(leaf: Leaf, point: Point, shape: tuple[int, ...]) -> npt.NDArray[np.bool_] | None:
@@ -342,7 +346,7 @@ def _mask(leaf: Leaf, point: Point, shape: tuple[int, ...]) -> npt.NDArray[np.bo
     return None if mask.all() else np.broadcast_to(mask, shape)
 
 
-def _strided(flat: Array, address: Affine, loops: Sequence[Loop], outer: Mapping[str, int],
+def _strided(flat: Array, address: Affine, loops: Sequence[Loop | Let], outer: Mapping[str, int],
              widen: bool) -> Array | None:
     """The elements at an address over all points of the loops, as a view; None if some lie outside.
 
@@ -361,7 +365,7 @@ def _strided(flat: Array, address: Affine, loops: Sequence[Loop], outer: Mapping
     return np.lib.stride_tricks.as_strided(flat[start + before:], tuple(inner.values()), strides)
 
 
-def _is_injective(address: Affine, loops: Sequence[Loop]) -> bool:
+def _is_injective(address: Affine, loops: Sequence[Loop | Let]) -> bool:
     """Whether each point has an address of its own, as each stride passes what smaller strides reach."""
     reach = 0
     for stride, extent in sorted((abs(address.coefficient(loop.var)), loop.extent) for loop in loops):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from convsched.ir.grammar import Body, Loop, Program, Statement, leaves
+from convsched.ir.grammar import Block, Body, Program, Statement, leaves
 from convsched.ir.walk import holding, rebuilt
 
 
@@ -31,14 +31,13 @@ def prune(body: Body, extents: Mapping[str, int]) -> Body:
     """``simplify`` for a body inside loops of the given extents."""
     out: list[Statement] = []
     for statement in body:
-        if isinstance(statement, Loop):
+        if isinstance(statement, Block):
             if statement.facts.is_plain:
                 out.append(statement)
                 continue
             extent = statement.extent
-            is_free = statement.kind not in ("vector", "parallel", "digit")  # lanes, shares of threads, digits stay
-            if is_free and statement.var in statement.facts.guards:
-                extent = _needed(statement, extents)
+            if statement.kind in ("serial", "unroll") and statement.var in statement.facts.guards:
+                extent = _needed(statement, extents)  # lanes, shares of threads and values stay
             inside = prune(statement.body, {**extents, statement.var: extent})
             if inside:
                 same = extent == statement.extent
@@ -55,16 +54,16 @@ def prune(body: Body, extents: Mapping[str, int]) -> Body:
     return rebuilt(body, out)
 
 
-def _needed(loop: Loop, extents: Mapping[str, int]) -> int:
+def _needed(loop: Block, extents: Mapping[str, int]) -> int:
     """How many iterations of a loop there are up to the last in which a statement runs; at least one.
 
     A guard ``k v + rest < 0`` with ``rest >= low`` may hold up to ``v = (-low - 1) // k``, or from
     ``v = low // -k + 1`` where ``k < 0``.
     """
+    if not all(leaf.where for leaf in loop.leaves):
+        return loop.extent
     last = 0
     for around, leaf in leaves(loop.body):
-        if not leaf.where:
-            return loop.extent
         inside = {**extents, **{found.var: found.extent for found in around}}
         start, end = 0, loop.extent - 1
         for guard in leaf.where:

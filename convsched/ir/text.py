@@ -18,15 +18,17 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import assert_never
 
 from convsched.ir.affine import Affine, Index
 from convsched.ir.grammar import (
+    Block,
     Body,
     Const,
     Leaf,
+    Let,
     Load,
     Loop,
     Op,
@@ -41,7 +43,7 @@ from convsched.ir.grammar import (
 
 WIDTH = 110  # columns
 
-_WORDS = {"serial": "for", "unroll": "unroll", "vector": "vector", "parallel": "parallel", "digit": "with"}
+_WORDS = {"serial": "for", "unroll": "unroll", "vector": "vector", "parallel": "parallel", "let": "with"}
 _INFIX = {"add": ("+", 1), "sub": ("-", 1), "mul": ("*", 2), "div": ("/", 2)}  # sign, how tightly it binds
 _NEG, _ATOM = 3, 4
 
@@ -87,19 +89,19 @@ def _stage(stage: Stage, mark: str | None) -> Iterator[str]:
 
 def _body(body: Body, depth: int, mark: str | None) -> Iterator[str]:
     for statement in body:
-        if isinstance(statement, Loop):
+        if isinstance(statement, Block):
             yield from _loops(statement, depth, mark)
         else:
             yield from _wrapped(print_statement(statement), depth)
 
 
-def _loops(loop: Loop, depth: int, mark: str | None) -> Iterator[str]:
+def _loops(outermost: Loop | Let, depth: int, mark: str | None) -> Iterator[str]:
     """A chain of perfectly nested loops: run-time loops on one line, unrolled and vector ones on the next."""
-    chain = [loop]
-    while len(chain[-1].body) == 1 and isinstance(chain[-1].body[0], Loop):
-        chain.append(chain[-1].body[0])
+    chain = [outermost]
+    while len(body := chain[-1].body) == 1 and isinstance(body[0], Block):
+        chain.append(body[0])
     for _, group in groupby(chain, key=lambda found: found.kind in ("unroll", "vector")):
-        line: list[Loop] = []
+        line: list[Loop | Let] = []
         for found in group:
             if line and 2 * depth + len(_header([*line, found])) > WIDTH:
                 yield _marked(line, depth, mark)
@@ -110,32 +112,28 @@ def _loops(loop: Loop, depth: int, mark: str | None) -> Iterator[str]:
     yield from _body(chain[-1].body, depth, mark)
 
 
-def _marked(line: list[Loop], depth: int, mark: str | None) -> str:
+def _marked(line: Sequence[Loop | Let], depth: int, mark: str | None) -> str:
     arrow = " <--" if any(loop.var == mark for loop in line) else ""
     return "  " * depth + _header(line) + arrow
 
 
-def _header(line: list[Loop]) -> str:
+def _header(line: Sequence[Loop | Let]) -> str:
     parts = []
-    for kind, group in groupby(line, key=lambda loop: loop.kind):
-        bounds = [f"{loop.var} < {loop.extent}{_ahead(loop)}{_digit(loop)}" for loop in group]
+    for kind, group in groupby(line, key=lambda block: block.kind):
+        bounds = [f"{block.var} < {block.extent}{_rest(block)}" for block in group]
         word = _WORDS[kind]
         parts += [f"{word} {', '.join(bounds)}:"] if kind in ("unroll", "vector") else [
             f"{word} {bound}:" for bound in bounds]
     return " ".join(parts)
 
 
-def _ahead(loop: Loop) -> str:
-    """What a loop fetches ahead of its use."""
-    return "".join(f" ({tensor} {iterations} ahead)" for tensor, iterations in loop.ahead)
-
-
-def _digit(loop: Loop) -> str:
-    """What a loop that runs once is a digit of: ``e < 7 = p / 7`` is ``e = p // 7 % 7``."""
-    if loop.kind != "digit":
-        return ""
-    of = f"({loop.of})" if loop.step > 1 and (len(loop.of.terms) > 1 or loop.of.constant) else str(loop.of)
-    return f" = {of} / {loop.step}" if loop.step > 1 else f" = {of}"
+def _rest(block: Loop | Let) -> str:
+    """What a loop fetches ahead of its use; what a value is: ``e < 7 = p / 7`` is ``e = p // 7 % 7``."""
+    if isinstance(block, Loop):
+        return "".join(f" ({tensor} {iterations} ahead)" for tensor, iterations in block.ahead)
+    of, step = block.of, block.step
+    text = f"({of})" if step > 1 and (len(of.terms) > 1 or of.constant) else str(of)
+    return f" = {text} / {step}" if step > 1 else f" = {text}"
 
 
 def _wrapped(text: str, depth: int) -> list[str]:

@@ -13,9 +13,24 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 
 from convsched.errors import VerifyError
-from convsched.ir.affine import Affine, Index
+from convsched.ir.affine import Index
 from convsched.ir.bounds import bounds_where
-from convsched.ir.grammar import OPS, Body, Leaf, Load, Loop, Op, Program, Stage, Tensor, Value, leaves
+from convsched.ir.grammar import (
+    OPS,
+    Block,
+    Body,
+    Leaf,
+    Let,
+    Load,
+    Loop,
+    Op,
+    Path,
+    Program,
+    Stage,
+    Tensor,
+    Value,
+    leaves,
+)
 from convsched.ir.text import print_statement
 
 
@@ -24,7 +39,7 @@ def verify(program: Program) -> None:
     _check_tensors(program)
     packed = {leaf.tensor for s in program.stages if s.when == "bind" for leaf in s.leaves}
     for stage in program.stages:
-        _check_loops(stage, stage.body, ())
+        _check_loops(stage, stage.body, {})
         for around, leaf in stage.paths:
             rule = next(_broken(program, stage, packed, around, leaf), None)
             if rule is not None:
@@ -67,39 +82,44 @@ def _broken_tensor(tensor: Tensor) -> str | None:
     return None
 
 
-def _check_loops(stage: Stage, body: Body, path: tuple[Loop, ...]) -> None:
-    for loop in body:
-        if not isinstance(loop, Loop):
+def _check_loops(stage: Stage, body: Body, around: Mapping[str, int], in_parallel: bool = False) -> None:
+    """Raise at a loop or value that breaks a rule, given the extents of those around, and whether one is parallel."""
+    for block in body:
+        if not isinstance(block, Block):
             continue
-        rule = None
-        if loop.extent < 1:
-            rule = f"the extent {loop.extent} must be positive"
-        elif any(outer.var == loop.var for outer in path):
-            rule = f"it is inside another loop {loop.var}"
-        elif loop.kind == "vector" and any(isinstance(s, Loop) for s in loop.body):
-            rule = "a vector loop may hold statements only"
-        elif (loop.kind == "digit" or loop.of != Affine()) and _is_no_digit(loop, path):
-            rule = f"it is no digit of {loop.of}, step {loop.step}: of loops around it, and never negative"
-        elif loop.kind == "parallel" and any(outer.kind == "parallel" for outer in path):
-            rule = "it is inside another parallel loop"
+        rule = _broken_value(block, around) if isinstance(block, Let) else _broken_loop(block, in_parallel)
+        if block.extent < 1:
+            rule = f"the extent {block.extent} must be positive"
+        elif block.var in around:
+            rule = f"it is inside another loop {block.var}"
         if rule:
-            raise VerifyError(f"stage {stage.name}: {loop.kind} loop {loop.var} < {loop.extent}: {rule}")
-        _check_loops(stage, loop.body, (*path, loop))
+            kind = "let" if isinstance(block, Let) else f"{block.kind} loop"
+            raise VerifyError(f"stage {stage.name}: {kind} {block.var} < {block.extent}: {rule}")
+        _check_loops(stage, block.body, {**around, block.var: block.extent}, in_parallel or block.kind == "parallel")
 
 
-def _is_no_digit(loop: Loop, path: tuple[Loop, ...]) -> bool:
-    extents = {outer.var: outer.extent for outer in path}
-    return (loop.kind != "digit" or loop.step < 1 or not loop.of.variables <= extents.keys()
-            or loop.of.bounds(extents)[0] < 0)
+def _broken_loop(loop: Loop, in_parallel: bool) -> str | None:
+    """The rule that a loop breaks by its kind."""
+    if loop.kind == "vector" and any(isinstance(s, Block) for s in loop.body):
+        return "a vector loop may hold statements only"
+    if loop.kind == "parallel" and in_parallel:
+        return "it is inside another parallel loop"
+    return None
 
 
-def _broken(program: Program, stage: Stage, packed: set[str], around: tuple[Loop, ...],
+def _broken_value(value: Let, around: Mapping[str, int]) -> str | None:
+    """The rule that a named digit breaks."""
+    if value.step >= 1 and value.of.variables <= around.keys() and value.of.bounds(around)[0] >= 0:
+        return None
+    return f"it is not a digit of {value.of}, step {value.step}: of loops around it, and never negative"
+
+
+def _broken(program: Program, stage: Stage, packed: set[str], around: Path,
             leaf: Leaf) -> Iterator[str]:
     """The rules that a statement breaks."""
     extents = {loop.var: loop.extent for loop in around}
     read = leaf.loads
-    accesses = [(leaf.tensor, leaf.index), *((load.tensor, load.index) for load in read)]
-    yield from _broken_names(program, accesses, leaf.where, extents)
+    yield from _broken_names(program, leaf, extents)
     yield from _broken_ops(leaf.value)
     yield from _broken_roles(program, stage, packed, leaf, read)
     if any(w.bounds(extents)[0] >= 0 for w in leaf.where):
@@ -109,20 +129,13 @@ def _broken(program: Program, stage: Stage, packed: set[str], around: tuple[Loop
         yield from _out_of_range(program.tensor(load.tensor), load.index, leaf.where, extents, is_load=True)
 
 
-def _broken_names(program: Program, accesses: Iterable[tuple[str, Index]], where: Index,
-                  extents: Mapping[str, int]) -> Iterator[str]:
-    for name, index in accesses:
+def _broken_names(program: Program, leaf: Leaf, extents: Mapping[str, int]) -> Iterator[str]:
+    for name, index in leaf.accesses:
         if name not in program.by_name:
             yield f"there is no tensor {name}"
         elif len(index) != len(program.tensor(name).shape):
             yield f"{name} has {len(program.tensor(name).shape)} axes, not {len(index)}"
-        yield from _unbound(index, extents)
-    yield from _unbound(where, extents)
-
-
-def _unbound(expressions: Index, extents: Mapping[str, int]) -> Iterator[str]:
-    names = {name for a in expressions for name in a.variables} - extents.keys()
-    yield from (f"no loop {name} is around it" for name in sorted(names))
+    yield from (f"no loop {name} is around it" for name in sorted(leaf.variables - extents.keys()))
 
 
 def _broken_ops(value: Value) -> Iterator[str]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import replace
 
 from convsched.ir.affine import Affine, Index
-from convsched.ir.grammar import Body, Leaf, Load, Loop, Op, Program, Reduce, Statement, Value
+from convsched.ir.grammar import Block, Body, Leaf, Let, Load, Loop, Op, Path, Program, Reduce, Statement, Value
 
 
 def nested(loops: Mapping[str, int], leaf: Leaf) -> Body:
@@ -17,13 +17,13 @@ def nested(loops: Mapping[str, int], leaf: Leaf) -> Body:
     return body
 
 
-def touching(body: Body, tensors: Set[str], loops: tuple[Loop, ...] = ()) -> list[tuple[tuple[Loop, ...], Leaf]]:
+def touching(body: Body, tensors: Set[str], loops: Path = ()) -> list[tuple[Path, Leaf]]:
     """The statements that touch some tensors, with the loops around them."""
-    found: list[tuple[tuple[Loop, ...], Leaf]] = []
+    found: list[tuple[Path, Leaf]] = []
     for statement in body:
         if statement.facts.tensors.isdisjoint(tensors):
             continue
-        if isinstance(statement, Loop):
+        if isinstance(statement, Block):
             found += touching(statement.body, tensors, (*loops, statement))
         else:
             found.append((loops, statement))
@@ -50,7 +50,7 @@ def map_value(value: Value, change: Callable[[Load], Value]) -> Value:
 
 def map_leaves(body: Body, change: Callable[[Leaf], Leaf]) -> Body:
     """The body with every statement changed, loops kept; the same object where nothing is."""
-    return rebuilt(body, [holding(s, map_leaves(s.body, change)) if isinstance(s, Loop) else change(s)
+    return rebuilt(body, [holding(s, map_leaves(s.body, change)) if isinstance(s, Block) else change(s)
                            for s in body])
 
 
@@ -58,14 +58,12 @@ def map_touching(body: Body, tensor: str, change: Callable[[Leaf], Leaf]) -> Bod
     """The body with every statement changed that touches a tensor; what does not touch it stays the same object."""
     return rebuilt(body, [
         s if tensor not in s.facts.tensors
-        else holding(s, map_touching(s.body, tensor, change)) if isinstance(s, Loop) else change(s) for s in body])
+        else holding(s, map_touching(s.body, tensor, change)) if isinstance(s, Block) else change(s) for s in body])
 
 
-def holding(loop: Loop, body: Body) -> Loop:
-    """The loop around another body; the loop itself where it is the same. All fields, in their order: this runs for
-    each loop at each step, and ``replace`` takes three times as long."""
-    return loop if body is loop.body else Loop(
-        loop.var, loop.extent, body, loop.kind, loop.ahead, loop.of, loop.step)
+def holding(block: Loop | Let, body: Body) -> Loop | Let:
+    """The loop or value around another body; itself where that is the same."""
+    return block if body is block.body else block.holding(body)
 
 
 def rebuilt(body: Body, statements: list[Statement]) -> Body:
@@ -83,9 +81,9 @@ def map_loops(body: Body, var: str, change: Callable[[Loop], Body]) -> Body:
     is none."""
     out: list[Statement] = []
     for statement in body:
-        if not isinstance(statement, Loop) or var not in statement.facts.names:
+        if not isinstance(statement, Block) or var not in statement.facts.names:
             out.append(statement)
-        elif statement.var == var:
+        elif isinstance(statement, Loop) and statement.var == var:
             out += change(statement)
         else:
             out.append(holding(statement, map_loops(statement.body, var, change)))
@@ -105,10 +103,12 @@ def substitute(body: Body, values: Mapping[str, Affine]) -> Body:
     def change(statement: Statement) -> Statement:
         if statement.variables.isdisjoint(values):
             return statement
-        if not isinstance(statement, Loop):
+        if not isinstance(statement, Block):
             return map_indices(statement, lambda a: a.substitute(values))
-        inside, of = within(statement.body), statement.of.substitute(values)
-        return holding(statement, inside) if of is statement.of else replace(statement, body=inside, of=of)
+        inside = within(statement.body)
+        if isinstance(statement, Let) and not statement.of.variables.isdisjoint(values):
+            return replace(statement, body=inside, of=statement.of.substitute(values))
+        return holding(statement, inside)
 
     def within(body: Body) -> Body:
         return rebuilt(body, [change(statement) for statement in body])
@@ -120,8 +120,8 @@ def find_loops(body: Body, var: str) -> list[Loop]:
     """Every loop over ``var``."""
     found: list[Loop] = []
     for statement in body:
-        if isinstance(statement, Loop) and var in statement.facts.names:
-            if statement.var == var:
+        if isinstance(statement, Block) and var in statement.facts.names:
+            if isinstance(statement, Loop) and statement.var == var:
                 found.append(statement)
             found += find_loops(statement.body, var)
     return found
@@ -136,7 +136,7 @@ def loop_names(body: Body) -> list[str]:
 
 def _collect_names(body: Body, names: dict[str, None]) -> None:
     for statement in body:
-        if isinstance(statement, Loop):
+        if isinstance(statement, Block):
             names.setdefault(statement.var)
             _collect_names(statement.body, names)
 

@@ -7,14 +7,8 @@ from dataclasses import dataclass
 from convsched.lower.fft_tiles import Fft, Side
 from convsched.lower.plane import Plane
 from convsched.machine import Machine
-from convsched.model.tiling import LATENCY, _load, _register_tile, _tiles, _Tiling
-
-TRANSFORM = 13  # FMAs of one vector at one point of a tile: transformed, stored, loaded again
-TILE_STEP = 1.0  # FMAs of loading a vector of weights and looping, for each step of a register tile
-L3_VECTOR, MEMORY_VECTOR = 4, 12  # FMAs in the time that a vector takes from L3 and from memory
-FFT_FACTOR = 5  # instructions for each element of a factor of an FFT
-FFT_SPILL = 32  # points from which moving what does not stay in registers takes as long again
-FFT_WEIGHT = 16  # products that take the time of a transformed weight on its way from memory
+from convsched.model.constants import CORE
+from convsched.model.tiling import _load, _register_tile, _tiles, _Tiling
 
 
 @dataclass(frozen=True)
@@ -54,14 +48,14 @@ def _blocking(plane: Plane, points: tuple[int, int], block: int, machine: Machin
         vectors, _, pixels = _register_tile(tiling, machine, 1)
         load = _load(machine)
     whole, deep = -(-maps // machine.lanes), -(-channels // machine.lanes)
-    steps = sum(a * b * (max(v * t, (v + t) * load, LATENCY) + TILE_STEP) for a, v in _tiles(whole, vectors)
-                for b, t in _tiles(tiles, pixels))
+    steps = sum(a * b * (max(v * t, (v + t) * load, CORE.in_flight) + CORE.product_step)
+                for a, v in _tiles(whole, vectors) for b, t in _tiles(tiles, pixels))
     filters, transformed = 4 * rank * channels * maps, 4 * rank * tiles * (channels + maps)
-    l3, memory = machine.vector_bytes / L3_VECTOR, machine.vector_bytes / MEMORY_VECTOR
+    l3, memory = machine.vector_bytes / CORE.l3_vector, machine.vector_bytes / CORE.memory_vector
     moved = 0 if 2 * filters <= machine.l2 else filters / l3 if 2 * filters <= machine.l3 else filters / memory
     if transformed > 2 * machine.l2:  # written, for which it is fetched, and read
         moved += 3 * transformed / (l3 if transformed + filters <= machine.l3 else memory)
-    time = rank * (channels * steps + TRANSFORM * tiles * (deep + whole)) + moved
+    time = rank * (channels * steps + CORE.transform * tiles * (deep + whole)) + moved
     planes = problem.N * problem.groups * problem.dilation[0] * problem.dilation[1]
     return Blocking(block, vectors, pixels, planes * -(-rows // block // threads) * time)
 
@@ -74,9 +68,9 @@ def fft_products(tiles: Fft) -> float:
     inputs = tiles.row.reads * down + P * across
     outputs = Q * down + plane.outputs[0] * across
     count = p.N * plane.tiles[0] * plane.tiles[1]
-    return count * (p.C * inputs + p.M * outputs + P * Q * p.C * p.M) + FFT_WEIGHT * P * Q * p.C * p.M
+    return count * (p.C * inputs + p.M * outputs + P * Q * p.C * p.M) + CORE.fft_weight * P * Q * p.C * p.M
 
 
 def _transform(side: Side) -> float:
     """Instructions of a transform, those that load and store what does not stay in registers included."""
-    return FFT_FACTOR * side.n * side.n.bit_length() * (1 + side.n / FFT_SPILL)
+    return CORE.fft_factor * side.n * side.n.bit_length() * (1 + side.n / CORE.fft_spill)

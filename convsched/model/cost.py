@@ -15,16 +15,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from convsched.ir import Body, Loop, Program
+from convsched.ir import Block, Body, Program
 from convsched.machine import Machine
+from convsched.model.constants import CORE
 from convsched.model.issue import Issue
 from convsched.model.traffic import Traffic
 
 if TYPE_CHECKING:
     from convsched.autotune.measure.calibrate import Calibration
-
-WAY = 4096  # bytes of a way of L1, which is a page wherever it is looked up by virtual addresses
-OVERLAP = 0.15  # of the smaller bounds that shows beside the greatest
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ class Cost:
     @property
     def seconds(self) -> float:
         parts = (self.issue, self.l2, self.l3, self.dram)
-        return max(parts) + OVERLAP * (sum(parts) - max(parts))
+        return max(parts) + CORE.overlap * (sum(parts) - max(parts))
 
 
 def cost(program: Program, machine: Machine, rates: Rates, threads: int = 1) -> Cost:
@@ -76,7 +74,7 @@ def cost(program: Program, machine: Machine, rates: Rates, threads: int = 1) -> 
     issue = Issue(own, machine.lanes, rates.load(machine))
     operations = sum(issue.time(stage.body) for stage in own.stages)
     traffic = Traffic(own)
-    l2, l3, dram = traffic.into(machine.l1, WAY), traffic.into(machine.l2), traffic.into(machine.l3)
+    l2, l3, dram = traffic.into(machine.l1, CORE.way), traffic.into(machine.l2), traffic.into(machine.l3)
     return Cost(operations * rates.fma(machine), l2 / rates.l2, l3 / rates.l3, threads * dram / rates.dram)
 
 
@@ -86,5 +84,5 @@ def _share(body: Body, threads: int) -> Body:
         return body
     return tuple(replace(statement, body=_share(statement.body, threads),
                          extent=-(-statement.extent // threads) if statement.kind == "parallel"
-                         else statement.extent) if isinstance(statement, Loop) else statement
+                         else statement.extent) if isinstance(statement, Block) else statement
                  for statement in body)

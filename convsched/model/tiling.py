@@ -6,16 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from convsched.machine import Machine
-
-LATENCY = 8  # FMAs in flight that keep two pipes of four cycles busy
-STEP = 0.5  # cycles of FMAs lost to the loop over channels, for each channel and tap
-VECTOR_LOAD = 0.15  # of a weight vector, which comes from L2, beside an FMA
-LOAD, OWN_LOAD = 1.0, 1.3  # of a load, where FMAs broadcast as they load, and where broadcasts are loads of their own
-BROADCAST = 0.03  # of an input element from L1
-FULL_SQUARE = 150  # cycles to transpose and store 16 x 16 elements
-PART_SQUARE = 240  # the same where rows are cut short: masked stores
-WAYS, EVICTED = 8, 2  # lines that a set of L1 holds, and the time of stores to more, whose lines leave half written
-COPY_PENALTY = 0.01  # of an own copy of the nest for a remainder: code to compile and to fetch
+from convsched.model.constants import CORE
 
 
 def _tiles(extent: int, size: int) -> list[tuple[int, int]]:
@@ -49,20 +40,20 @@ class _Tiling:
 
     def _tile(self, lanes: int, load: float, vectors: int, height: int, width: int, sharers: int) -> float:
         pixels = height * width
-        step = STEP + max(vectors * pixels, load * (vectors + pixels), LATENCY)
-        step += VECTOR_LOAD * vectors + BROADCAST * pixels
+        step = CORE.tile_step + max(vectors * pixels, load * (vectors + pixels), CORE.in_flight)
+        step += CORE.weight_vector * vectors + CORE.input_element * pixels
         stores: float = vectors * pixels
         if self.transposed:
             full, part = divmod(width, lanes)
-            stores = height * vectors * (full * FULL_SQUARE + (part > 0) * PART_SQUARE) * lanes / 16
-        if self.collides and lanes <= WAYS < vectors * lanes:
-            stores *= EVICTED
+            stores = height * vectors * (full * CORE.square + (part > 0) * CORE.cut_square) * lanes / 16
+        if self.collides and lanes <= CORE.ways < vectors * lanes:
+            stores *= CORE.evicted
         copied = 2 * height * -(-width // lanes) * self.sums / sharers if self.packed else 0
         return self.sums * step + stores + copied
 
 
 def _load(machine: Machine) -> float:
-    return LOAD if machine.broadcasts else OWN_LOAD
+    return CORE.load if machine.broadcasts else CORE.own_load
 
 
 @lru_cache(512)
@@ -77,7 +68,7 @@ def _register_tile(tiling: _Tiling, machine: Machine, tallest: int) -> tuple[int
                 if height > 1 and width < tiling.columns:
                     continue  # tall tiles only where they span the row
                 copies = (whole % vectors > 0) + (tiling.rows % height > 0) + (tiling.columns % width > 0)
-                cost = tiling.cycles(machine, vectors, height, width) * (1 + COPY_PENALTY * copies)
+                cost = tiling.cycles(machine, vectors, height, width) * (1 + CORE.copy * copies)
                 if best is None or cost < best[0]:
                     best = (cost, (vectors, height, width))
     assert best is not None

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from convsched.ir import Affine, Body, Loop, Program, Statement, Tensor, leaves
+from convsched.ir import Affine, Block, Body, Let, Loop, Program, Statement, Tensor, leaves
 from convsched.ir.walk import indices
 
 LINE = 64  # bytes of a cache line
@@ -121,7 +121,7 @@ class Traffic:
                 return self.of(part[0])
             if isinstance(part, tuple):
                 boxes = _merged([self.of(statement).boxes for statement in part])
-            elif isinstance(part, Loop):
+            elif isinstance(part, Block):
                 boxes = _merged([{key: tuple([side.over(part.var, part.extent) for side in box])
                                   for key, box in self.of(part.body).boxes.items()}])
             else:
@@ -144,13 +144,13 @@ class Traffic:
     def _body(self, body: Body, cache: Cache) -> dict[str, int]:
         total: dict[str, int] = {}
         for statement in body:
-            part = self._loop(statement, cache) if isinstance(statement, Loop) else self.of(statement).bytes
+            part = self._loop(statement, cache) if isinstance(statement, Block) else self.of(statement).bytes
             for name, moved in part.items():
                 total[name] = total.get(name, 0) + moved
         return total
 
-    def _loop(self, loop: Loop, cache: Cache) -> dict[str, int]:
-        if loop.kind == "digit":
+    def _loop(self, loop: Loop | Let, cache: Cache) -> dict[str, int]:
+        if isinstance(loop, Let):
             return self._body(loop.body, cache)
         whole = self.of(loop)
         if whole.fits(cache):

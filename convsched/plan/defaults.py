@@ -13,7 +13,8 @@ from convsched.lower.plane import Plane, Shape
 from convsched.lower.strassen import blocks_of
 from convsched.machine import Machine
 from convsched.model.blocking import best_blocking
-from convsched.model.tiling import WAYS, _register_tile, _Tiling
+from convsched.model.constants import CORE
+from convsched.model.tiling import _register_tile, _Tiling
 from convsched.problem import Conv2d, Linear, Problem
 from convsched.problem.problem import is_flat, meets_input
 from convsched.recipes.direct import BLOCK, Channels, Depthwise, Pixels
@@ -76,7 +77,7 @@ def _tiling_of(problem: Problem, machine: Machine, layout: str) -> _Tiling:
     pack, _ = _input_copy(problem, machine, layout)
     return _Tiling(problem.M // problem.groups, rows, columns, problem.C // problem.groups * problem.R * problem.S,
                    transposed=layout == "nchw" and rows * columns > 1, packed=pack == "packed",
-                   collides=4 * problem.E * problem.F % (machine.l1 // WAYS) == 0)
+                   collides=4 * problem.E * problem.F % (machine.l1 // CORE.ways) == 0)
 
 
 def _tallest(problem: Problem, machine: Machine, layout: str) -> int:
@@ -122,13 +123,13 @@ def _input_copy(problem: Problem, machine: Machine, layout: str,
         return "none", ""
     plane = 4 * problem.H * problem.W
     if any(problem.padding):
-        collides = layout == "nchw" and plane % (machine.l1 // 8) == 0  # channels meet in one set of 8 ways
+        collides = layout == "nchw" and plane % (machine.l1 // CORE.ways) == 0  # channels meet in one set
         if not meets_input(problem):
             return "window", ""
         alone = problem.dilation[1] >= problem.W  # an output meets the input at one tap of a row: others are padding
         return ("window", "h") if (collides or problem.S > MOST_TAPS) and not alone else ("none", "hw")
     small = plane < 8 * 64  # a plane of a few cache lines: tiles share them unevenly
-    collides = plane % (machine.l1 // 32) == 0  # channels meet in four groups of sets
+    collides = plane % (machine.l1 // CORE.ways // 4) == 0  # channels meet in four groups of sets
     return ("packed" if layout == "nchw" and is_flat(problem) and (small or collides) else "none"), ""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 
-from convsched.ir import Body, Loop, Program, Stage, find_loops, holding
+from convsched.ir import Block, Body, Let, Loop, Program, Stage, find_loops, holding
 from convsched.schedule.checks import checked, fail, require_loop
 from convsched.schedule.legality import accesses, separated
 from convsched.schedule.step import Step
@@ -72,11 +72,11 @@ class Attach(Step):
     def _merged(self, program: Program, stages: tuple[Stage, Stage], a: Body, b: Body,
                 apart: Mapping[str, Set[str]]) -> Body:
         """The loops of both bodies as one, down to ``at``."""
-        if len(a) != 1 or len(b) != 1 or not isinstance(a[0], Loop) or not isinstance(b[0], Loop):
+        if len(a) != 1 or len(b) != 1 or not isinstance(a[0], Block) or not isinstance(b[0], Block):
             raise fail(program, self, f"the loops above {self.at} are not perfectly nested", "attach earlier",
                        self.at)
         x, y = a[0], b[0]
-        if (x.var, x.extent, x.kind, x.of, x.step) != (y.var, y.extent, y.kind, y.of, y.step):
+        if _header(x) != _header(y):
             raise fail(program, self, f"{stages[0].name} has {x.kind} {x.var} < {x.extent} where {stages[1].name} "
                        f"has {y.kind} {y.var} < {y.extent}", "give both the same outer loops", self.at)
         tensor = next((name for name, variables in apart.items() if x.iterations > 1 and x.var not in variables), None)
@@ -85,6 +85,12 @@ class Attach(Step):
                        "attach outside the loops that sum", self.at)
         body = x.body + y.body if x.var == self.at else self._merged(program, stages, x.body, y.body, apart)
         return (holding(x, body),)
+
+
+def _header(block: Loop | Let) -> tuple[object, ...]:
+    """All of a loop or value but what is inside and the hints."""
+    of = (block.of, block.step) if isinstance(block, Let) else ()
+    return block.var, block.extent, block.kind, *of
 
 
 def _apart(first: Stage, second: Stage) -> dict[str, Set[str]]:

@@ -12,14 +12,15 @@ from math import prod
 from convsched.errors import ScheduleError
 from convsched.ir import (
     Affine,
+    Block,
     Body,
     Leaf,
+    Let,
     Load,
     Loop,
     Program,
     Stage,
     Store,
-    find_loops,
     leaves,
     loop_names,
     matrix_of,
@@ -51,8 +52,8 @@ def require_loop(program: Program, step: Step, name: str) -> None:
     if not stages:
         known = ", ".join(dict.fromkeys(n for stage in program.stages for n in loop_names(stage.body)))
         raise fail(program, step, f"there is no loop {name}", f"use one of {known}")
-    if any(loop.kind == "digit" for stage in stages if "digit" in stage.facts.kinds
-           for loop in find_loops(stage.body, name)):
+    if any(isinstance(block, Let) and block.var == name for stage in stages if "let" in stage.facts.kinds
+           for path, _ in stage.paths for block in path):
         raise fail(program, step, f"{name} is a digit of other loops", "name one of these, or inline later", name)
 
 
@@ -66,24 +67,26 @@ def require_new(program: Program, step: Step, names: Sequence[str], loop: str) -
             raise fail(program, step, "root is where stage copies once, before all loops", "use another name")
         if name in names[:position]:
             raise fail(program, step, f"{name} is named twice", "use two names")
-        if any(find_loops((nest,), name) and find_loops((nest,), loop) for s in program.stages for nest in s.body):
+        if any({name, loop} <= nest.facts.names for stage in program.stages for nest in stage.body):
             raise fail(program, step, f"a loop {name} exists already", "choose another name", name)
 
 
 def checked(before: Program, step: Step, after: Program) -> Program:
     """The program after a step, if loops still hold what they may, and weights are packed by plain copies."""
-    deepest = max(after.stages, key=lambda stage: stage.facts.depth)
-    if deepest.facts.depth > DEPTH:
-        outermost = max((s for s in deepest.body if isinstance(s, Loop)), key=lambda loop: loop.facts.depth)
-        raise fail(before, step, f"{deepest.facts.depth} loops would be around a statement", f"leave at most {DEPTH}",
+    facts = [stage.facts for stage in after.stages]
+    depth = max([found.depth for found in facts])
+    if depth > DEPTH:
+        deepest = next(stage for stage in after.stages if stage.facts.depth == depth)
+        outermost = max((s for s in deepest.body if isinstance(s, Block)), key=lambda block: block.facts.depth)
+        raise fail(before, step, f"{depth} loops would be around a statement", f"leave at most {DEPTH}",
                    outermost.var)
-    copies = sum(stage.facts.statements for stage in after.stages)
+    copies = sum([found.statements for found in facts])
     if copies > COPIES:
         raise fail(before, step, f"the nest would have {copies} statements", f"peel less: at most {COPIES}")
     known = {id(stage) for stage in before.stages}
     for stage in (stage for stage in after.stages if id(stage) not in known):
-        facts = stage.facts
-        found = _misplaced(stage.body) if "digit" in facts.kinds or not facts.is_nested_well else None
+        is_plain = stage.facts.is_nested_well and "let" not in stage.facts.kinds
+        found = None if is_plain else _misplaced(stage.body)
         if found is not None:
             loop, why, fix = found
             raise fail(before, step, why, fix, loop)
@@ -104,13 +107,13 @@ def _misplaced(body: Body, parallel: str | None = None,
                around: frozenset[str] = frozenset()) -> tuple[str, str, str] | None:
     """A loop where its kind may not be: its name, the rule, and the fix."""
     for loop in body:
-        if not isinstance(loop, Loop):
+        if not isinstance(loop, Block):
             continue
-        if loop.kind == "digit" and not loop.of.variables <= around:
+        if isinstance(loop, Let) and not loop.of.variables <= around:
             outside = min(loop.of.variables - around)
             return (loop.var, f"{loop.var} would be outside {outside}, of which it is a digit",
                     "inline after the loops are in order")
-        inside = next((s.var for s in loop.body if isinstance(s, Loop)), None)
+        inside = next((s.var for s in loop.body if isinstance(s, Block)), None)
         if loop.kind == "vector" and inside is not None:
             return (loop.var, f"{inside} would be inside the vector loop {loop.var}, which may hold "
                     "statements only", "vectorize last, and the innermost loop")
@@ -124,10 +127,10 @@ def _misplaced(body: Body, parallel: str | None = None,
 
 
 def _broken_packing(program: Program, stage: Stage) -> tuple[str, str] | None:
-    """Why a stage is no copy that is a view of the weights with other strides, and the fix; None if it is one."""
+    """Why a stage is not a copy that is a view of the weights with other strides, and the fix; None if it is one."""
     (loops, statement), *others = leaves(stage.body)
-    is_copy = isinstance(statement, Store) and isinstance(statement.value, Load)
-    if others or not is_copy or any(a.constant for a in statement.index):
+    if (others or not isinstance(statement, Store) or not isinstance(statement.value, Load)
+            or any(a.constant for a in statement.index)):
         return "would be more than a copy", "leave it a single copy"
     target, source = program.tensor(statement.tensor), program.tensor(statement.value.tensor)
     extents = {loop.var: loop.extent for loop in loops}
@@ -166,7 +169,7 @@ def bounded(before: Program, program: Program) -> Program:
     return program
 
 
-def _tests(program: Program, path: Sequence[Loop], leaf: Leaf) -> int:
+def _tests(program: Program, path: Sequence[Loop | Let], leaf: Leaf) -> int:
     """How many tests each written statement has: of guards and of borders that a run-time loop decides, and of each
     lane of a gather or scatter."""
     extents = {loop.var: loop.extent for loop in path}
@@ -178,9 +181,11 @@ def _tests(program: Program, path: Sequence[Loop], leaf: Leaf) -> int:
         if tensor.role in ("register", "constant"):
             continue
         if tensor.border:
-            ends |= {end for a, size in zip(index, tensor.shape, strict=True) for end in (Affine() - a - 1, a - size)}
-        rest = offset(tensor, index, extents).rest
-        scattered += max((lanes[var] for a, *_ in rest for var in a.variables if var in lanes), default=0)
+            ends |= {end for a, size in zip(index, tensor.shape, strict=True) if not running.isdisjoint(a.variables)
+                     for end in (Affine() - a - 1, a - size)}
+        if any(name in lanes for a in index for name, _ in a.terms):
+            rest = offset(tensor, index, extents).rest
+            scattered += max((lanes[var] for a, *_ in rest for var in a.variables if var in lanes), default=0)
     return scattered + sum(1 for end in ends if end.variables & running and end.bounds(extents)[1] >= 0)
 
 
@@ -189,7 +194,7 @@ def written(program: Program) -> int:
     return sum(count for count, _ in _written(program))
 
 
-def _written(program: Program) -> list[tuple[int, Sequence[Loop]]]:
+def _written(program: Program) -> list[tuple[int, Sequence[Loop | Let]]]:
     return [(_statements(program, path, leaf) * (1 + _tests(program, path, leaf)), path)
             for stage in program.stages for path, leaf in stage.paths]
 
@@ -199,7 +204,7 @@ def _runs(program: Program) -> int:
     return sum(prod(loop.iterations for loop in path) for stage in program.stages for path, _ in stage.paths)
 
 
-def _statements(program: Program, path: Sequence[Loop], leaf: Leaf) -> int:
+def _statements(program: Program, path: Sequence[Loop | Let], leaf: Leaf) -> int:
     """How often a statement is written out; a vector loop longer than an instruction counts as several, and a product
     with the zero of a matrix does not count."""
     lanes = prod(loop.extent for loop in path if loop.kind == "vector")

@@ -6,12 +6,28 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from convsched.errors import ScheduleError
-from convsched.ir import Body, Index, Leaf, Load, Loop, Program, Tensor, holding, map_value, rebuilt
+from convsched.ir import (
+    Affine,
+    Block,
+    Body,
+    Index,
+    Leaf,
+    Let,
+    Load,
+    Loop,
+    Path,
+    Program,
+    Tensor,
+    holding,
+    map_value,
+    rebuilt,
+)
 from convsched.ir.walk import indices, map_touching, touching
+from convsched.lazy import cached_property
 from convsched.schedule.checks import fail
 from convsched.schedule.step import Step
 
-Scope = tuple[tuple[Loop, ...], Body]  # the loops around a body, the body
+Scope = tuple[Path, Body]  # the loops around a body, the body
 
 
 @dataclass(frozen=True)
@@ -34,20 +50,18 @@ class Request:
         """The error of the step."""
         return fail(self.program, self.step, why, fix, None if self.at == "root" else self.at)
 
-    def scopes(self) -> Iterator[Scope]:
+    @cached_property
+    def scopes(self) -> tuple[Scope, ...]:
         """The bodies of the loops ``at`` that use the tensor, with the loops around (``at`` included)."""
-        for item in self.program.stages:
-            if self.tensor.name not in item.facts.tensors:
-                continue
-            if self.at == "root":
-                yield (), item.body
-            else:
-                yield from _loops_named(item.body, self.at, self.tensor.name)
+        users = [stage.body for stage in self.program.stages if self.tensor.name in stage.facts.tensors]
+        if self.at == "root":
+            return tuple([((), body) for body in users])
+        return tuple([scope for body in users for scope in _loops_named(body, self.at, self.tensor.name)])
 
     def around(self) -> dict[str, int]:
         """The extents of the loops around those bodies, the greatest where a loop has several."""
         extents: dict[str, int] = {}
-        for path, _ in self.scopes():
+        for path, _ in self.scopes:
             extents.update({loop.var: max(loop.extent, extents.get(loop.var, 0)) for loop in path})
         return extents
 
@@ -65,10 +79,10 @@ class Box:
         return tuple(a - b for a, b in zip(index, self.base, strict=True))
 
 
-def _loops_named(body: Body, var: str, tensor: str, path: tuple[Loop, ...] = ()) -> Iterator[Scope]:
+def _loops_named(body: Body, var: str, tensor: str, path: Path = ()) -> Iterator[Scope]:
     """The loops of a name in which a tensor is used."""
     for statement in body:
-        if isinstance(statement, Loop) and var in statement.facts.names and tensor in statement.facts.tensors:
+        if isinstance(statement, Block) and var in statement.facts.names and tensor in statement.facts.tensors:
             if statement.var == var:
                 yield (*path, statement), statement.body
             yield from _loops_named(statement.body, var, tensor, (*path, statement))
@@ -78,7 +92,7 @@ def box_of(request: Request) -> Box:
     """The union of what all accesses inside ``at`` touch; they must share the part outside."""
     found: list[tuple[Index, dict[str, int]]] = []
     outside: set[str] = set()
-    for path, body in request.scopes():
+    for path, body in request.scopes:
         outside |= {loop.var for loop in path}
         for loops, leaf in touching(body, {request.tensor.name}):
             extents = {loop.var: loop.extent for loop in loops}
@@ -91,26 +105,26 @@ def box_of(request: Request) -> Box:
     if outside & inner.keys():
         both = ", ".join(sorted(outside & inner.keys()))
         raise request.fail(f"{both} is inside one loop {request.at} and around another", "stage before peel")
+    once = dict.fromkeys(outside, 1)
+    within_one = [(index, {**once, **extents}) for index, extents in found]
     base, sizes = [], []
     for axis in range(len(request.tensor.shape)):
-        outer = {index[axis].without(inner) - index[axis].constant for index, _ in found}
+        outer = {index[axis].without(inner).terms for index, _ in found}
         if len(outer) != 1:
             raise request.fail(f"accesses to {request.tensor.name} differ outside {request.at}", "choose an outer loop")
-        rest, = outer
-        around = rest.variables
-        bounds = [index[axis].without(around).bounds(extents) for index, extents in found]
-        low = min(b[0] for b in bounds)
-        base.append(rest + low)
-        sizes.append(max(b[1] for b in bounds) - low + 1)
+        bounds = [index[axis].bounds(extents) for index, extents in within_one]
+        low = min([least for least, _ in bounds])
+        base.append(Affine(outer.pop(), low))
+        sizes.append(max([most for _, most in bounds]) - low + 1)
     return Box(tuple(base), tuple(sizes), inner)
 
 
 def within(request: Request, change: Callable[[Body], Body]) -> Program:
     """The program with the bodies of the loops ``at`` that use the tensor changed."""
     def walk(body: Body) -> Body:
-        return rebuilt(body, [loop(s) if isinstance(s, Loop) else s for s in body])
+        return rebuilt(body, [within_block(s) if isinstance(s, Block) else s for s in body])
 
-    def loop(found: Loop) -> Loop:
+    def within_block(found: Loop | Let) -> Loop | Let:
         if request.at not in found.facts.names or request.tensor.name not in found.facts.tensors:
             return found
         return holding(found, change(found.body) if found.var == request.at else walk(found.body))

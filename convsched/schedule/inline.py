@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 
 from convsched.ir import (
     Affine,
+    Block,
     Body,
     Index,
     Leaf,
+    Let,
     Load,
-    Loop,
     Program,
     Stage,
     Statement,
@@ -43,7 +44,7 @@ class Inline(Step):
       for p < 6: with e < 2 = p / 3: with f < 3 = p:
         y[p] = x[2 e, f] * w
 
-    Where an index is no sum of the loops around it, its digits get loops of their own, which run once: ``with
+    Where an index is not a sum of the loops around it, its digits get names of their own: ``with
     f < 3 = p`` is ``f = p % 3``. Source: the ``compute_inline`` of Ragan-Kelley et al., "Halide", 2013.
     """
 
@@ -135,12 +136,12 @@ class _Inliner:
         assert not pending
         return inside
 
-    def _body(self, body: Body, extents: Mapping[str, int]) -> tuple[Body, list[Loop]]:
+    def _body(self, body: Body, extents: Mapping[str, int]) -> tuple[Body, list[Let]]:
         """The statements, and the digits that loops further out are to give."""
         out: list[Statement] = []
-        pending: list[Loop] = []
+        pending: list[Let] = []
         for statement in body:
-            if not isinstance(statement, Loop):
+            if not isinstance(statement, Block):
                 out.append(self._leaf(statement, extents, pending))
                 continue
             within, found = self._body(statement.body, {**extents, statement.var: statement.extent})
@@ -154,7 +155,7 @@ class _Inliner:
             pending += [digit for digit in found if digit not in own and digit not in pending]
         return tuple(out), pending
 
-    def _leaf(self, leaf: Leaf, extents: Mapping[str, int], pending: list[Loop]) -> Leaf:
+    def _leaf(self, leaf: Leaf, extents: Mapping[str, int], pending: list[Let]) -> Leaf:
         def change(load: Load) -> Value:
             if load.tensor != self.step.tensor:
                 return load
@@ -163,7 +164,7 @@ class _Inliner:
 
         return replace(leaf, value=map_value(leaf.value, change))
 
-    def _digit(self, place: _Place, index: Index, extents: Mapping[str, int], pending: list[Loop]) -> Affine:
+    def _digit(self, place: _Place, index: Index, extents: Mapping[str, int], pending: list[Let]) -> Affine:
         """A loop of the stage as a sum of the loops here, or as a new one."""
         single = {name: Affine() for name, extent in extents.items() if extent == 1}
         a = index[place.axis].substitute(single)  # the same in all copies of a nest
@@ -179,5 +180,5 @@ class _Inliner:
         name = next(name for name in (place.var, *(f"{place.var}_{i}" for i in range(1, 2 + len(self.taken))))
                     if name not in self.taken)
         self.taken.add(name)
-        pending.append(Loop(name, place.extent, (), "digit", of=a, step=place.step))
+        pending.append(Let(name, place.extent, (), a, place.step))
         return Affine.of(name)

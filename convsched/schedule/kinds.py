@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence, Set
 from dataclasses import replace
 
-from convsched.ir import Body, Kind, Loop, Program, Stage, Statement
+from convsched.ir import Block, Body, Kind, Loop, Program, Stage, Statement
 from convsched.ir.walk import holding, rebuilt
 from convsched.schedule.checks import checked, fail, require_loop
 from convsched.schedule.legality import carried
@@ -19,10 +19,12 @@ def with_kind(program: Program, step: Step, loops: Sequence[str], kind: Kind) ->
     named = frozenset(loops)
 
     def change(statement: Statement) -> Statement:
-        if not isinstance(statement, Loop) or named.isdisjoint(statement.facts.names):
+        if not isinstance(statement, Block) or named.isdisjoint(statement.facts.names):
             return statement
         inside = holding(statement, within(statement.body))
-        return replace(inside, kind=kind) if statement.var in named else inside
+        if isinstance(inside, Loop) and inside.var in named and inside.kind != kind:
+            return replace(inside, kind=kind)
+        return inside
 
     def within(body: Body) -> Body:
         return rebuilt(body, [change(statement) for statement in body])

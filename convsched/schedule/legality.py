@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations_with_replacement
 
-from convsched.ir import Affine, Body, Index, Leaf, Loop, Program, Reduce, Stage, Store, leaves, leaves_of
+from convsched.ir import Affine, Block, Body, Index, Leaf, Loop, Path, Program, Reduce, Stage, Store, leaves, leaves_of
 from convsched.ir.bounds import bounds_where
 from convsched.ir.walk import indices
 
@@ -169,15 +169,15 @@ def race(program: Program) -> tuple[str, str] | None:
     return None
 
 
-_Home = tuple[Loop | None, tuple[Loop, ...], Body]  # parallel loop, loops around its body, the body
+_Home = tuple[Loop | None, Path, Body]  # parallel loop, loops around its body, the body
 
 
-def _homes(body: Body, path: tuple[Loop, ...] = ()) -> Iterator[_Home]:
+def _homes(body: Body, path: Path = ()) -> Iterator[_Home]:
     """Each parallel loop with its body, and each statement that is in none."""
     for statement in body:
-        if not isinstance(statement, Loop):
+        if not isinstance(statement, Block):
             yield None, path, (statement,)
-        elif statement.kind == "parallel":
+        elif isinstance(statement, Loop) and statement.kind == "parallel":
             yield statement, (*path, statement), statement.body
         else:
             yield from _homes(statement.body, (*path, statement))

@@ -8,7 +8,9 @@ from typing import Literal
 
 from convsched.ir import (
     Affine,
+    Block,
     Body,
+    Let,
     Load,
     Loop,
     Program,
@@ -96,9 +98,9 @@ def _map_loops_within(body: Body, var: str, around: Mapping[str, int],
     """``map_loops``, with the extents of the loops around."""
     out: list[Statement] = []
     for statement in body:
-        if not isinstance(statement, Loop) or var not in statement.facts.names:
+        if not isinstance(statement, Block) or var not in statement.facts.names:
             out.append(statement)
-        elif statement.var == var:
+        elif isinstance(statement, Loop) and statement.var == var:
             out += change(statement, around)
         else:
             extents = {**around, statement.var: statement.extent}
@@ -152,7 +154,8 @@ def _overlapped(program: Program, step: Peel, loop: Loop) -> Body:
     guards = _guards(loop)
     if len(guards) != 1:
         raise fail(program, step, f"{len(guards)} guards depend on {loop.var}", "use peel", loop.var)
-    digit = next((d for around, _ in leaves(loop.body) for d in around if loop.var in d.of.variables), None)
+    digit = next((d for around, _ in leaves(loop.body) for d in around
+                  if isinstance(d, Let) and loop.var in d.of.variables), None)
     if digit is not None:
         raise fail(program, step, f"{digit.var} is a digit of {loop.var}", "use peel", loop.var)
     guard = next(iter(guards))

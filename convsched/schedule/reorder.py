@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 
-from convsched.ir import Body, Loop, Program, Statement, holding, leaves_of, rebuilt
+from convsched.ir import Block, Body, Let, Loop, Program, Statement, holding, leaves_of, rebuilt
 from convsched.ir.grammar import extents_of
 from convsched.schedule.checks import checked, fail, require_loop
 from convsched.schedule.legality import carried
@@ -35,30 +34,28 @@ class Reorder(Step):
             twice = next(name for name in self.loops if self.loops.count(name) > 1)
             raise fail(program, self, f"{twice} is named twice", "name each loop once", twice)
         done = program.with_body(lambda body: self._permuted(program, rank, body, {}))
-        for around, _ in (path for stage in done.stages if not stage.facts.names.isdisjoint(rank)
-                          for path in stage.paths):
-            named = [loop.var for loop in around if loop.var in rank]
-            for left, right in pairwise(named):
+        for stage in done.stages:
+            for left, right in _nested_pairs(stage.body, rank):
                 if rank[left] > rank[right]:
                     raise fail(program, self, f"{left} and {right} are not perfectly nested",
                                "reorder before other statements come between them", left)
         return checked(program, self, done)
 
     def _permuted(self, program: Program, rank: Mapping[str, int], body: Body, outside: Mapping[str, int]) -> Body:
-        return rebuilt(body, [s if not isinstance(s, Loop) or s.facts.names.isdisjoint(rank)
+        return rebuilt(body, [s if not isinstance(s, Block) or s.facts.names.isdisjoint(rank)
                               else self._chain(program, rank, s, outside) for s in body])
 
-    def _chain(self, program: Program, rank: Mapping[str, int], top: Loop, outside: Mapping[str, int]) -> Statement:
+    def _chain(self, program: Program, rank: Mapping[str, int], top: Loop | Let,
+               outside: Mapping[str, int]) -> Statement:
         """A loop and those perfectly nested in it, in their order."""
         loops = [top]
-        while len(loops[-1].body) == 1 and isinstance(loops[-1].body[0], Loop):
-            loops.append(loops[-1].body[0])
-        core = loops[-1].body
+        while len(core := loops[-1].body) == 1 and isinstance(core[0], Block):
+            loops.append(core[0])
         slots = [i for i, loop in enumerate(loops) if loop.var in rank]
         chosen = sorted((loops[i] for i in slots), key=lambda loop: rank[loop.var])
         if [loops[i].var for i in slots] != [loop.var for loop in chosen]:
             extents = {**outside, **extents_of((top,))}
-            commutes = len(core) == 1 and not isinstance(core[0], Loop)
+            commutes = len(core) == 1 and not isinstance(core[0], Block)
             found = carried([loop.var for loop in chosen], leaves_of(core), extents, commutative=commutes)
             if found is not None:
                 var, tensor = found
@@ -71,3 +68,13 @@ class Reorder(Step):
             body = rebuilt(loop.body, [*body])
             body = (holding(loop, body),)
         return body[0]
+
+
+def _nested_pairs(body: Body, names: Collection[str], outer: str | None = None) -> Iterator[tuple[str, str]]:
+    """Loops of some names, each with the next one around it."""
+    for block in body:
+        if isinstance(block, Block) and not block.facts.names.isdisjoint(names):
+            is_named = block.var in names
+            if is_named and outer is not None:
+                yield outer, block.var
+            yield from _nested_pairs(block.body, names, block.var if is_named else outer)

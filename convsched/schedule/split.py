@@ -83,7 +83,7 @@ class Split(Step):
         if any(named.kind == "vector" for named in found):
             raise fail(program, self, f"{loop} is a vector loop", "split first, then vectorize", loop)
         extents = [named.extent for named in found]
-        most = max(4096, *(2 * extent for extent in extents))  # beyond the extent a factor pads: vectors, blocks
+        most = max(4096, *[2 * extent for extent in extents])  # beyond the extent it pads: a vector, a block of tiles
         if factor > most:
             raise fail(program, self, f"the factor is {factor}", f"use one of at most {most}", loop)
         ragged = [extent for extent in extents if extent % factor]

@@ -15,7 +15,7 @@ from convsched.ir import (
     Body,
     Index,
     Load,
-    Loop,
+    Path,
     Program,
     Stage,
     Store,
@@ -140,7 +140,7 @@ def _shrunk(request: Request, role: Literal["register", "local"]) -> Program:
         raise request.fail(f"a {role} tensor holds the tile of one loop", "name the loop")
     if role == "register" and (request.order or request.align):
         raise request.fail("registers have no order in memory", "leave the order and align out")
-    scopes = list(request.scopes())
+    scopes = request.scopes
     everywhere = sum(name in leaf.facts.tensors for s in program.stages if name in s.facts.tensors for leaf in s.leaves)
     inside = sum(name in leaf.facts.tensors for _, body in scopes for leaf in leaves_of(body))
     users = [s.name for s in program.stages if name in s.facts.tensors]
@@ -169,7 +169,7 @@ def _shrunk(request: Request, role: Literal["register", "local"]) -> Program:
     return within(request, lambda body: redirected(body, name, name, access)).with_tensor(tile)
 
 
-def _require_fresh(request: Request, path: tuple[Loop, ...], body: Body) -> None:
+def _require_fresh(request: Request, path: Path, body: Body) -> None:
     """Raise unless each iteration sets the tensor before it reads it, and hands nothing on to the next."""
     name = request.tensor.name
     if path[-1].kind == "vector":
@@ -191,14 +191,15 @@ def _require_fresh(request: Request, path: tuple[Loop, ...], body: Body) -> None
 
 
 def copied(request: Request, packed: bool) -> Program:
-    """An input or weight read from a copy: a window of it, or packed in the order of use."""
+    """An input or weight read from a copy: a window of it, or packed in the order of use; or an output made in one."""
     program, name = request.program, request.tensor.name
-    if request.tensor.role not in ("input", "weight"):
+    is_output = request.tensor.role == "output" and not packed
+    if request.tensor.role not in ("input", "weight") and not is_output:
         raise request.fail(f"{name} is written by the program", "stage it in registers")
     loops = [loop for item in program.stages for loop in item.facts.names]
     if request.target in program.by_name or any(loop.startswith(f"{name}.") for loop in loops):
         raise request.fail(f"{name} is staged already", "stage it once")
-    return checked(program, request.step, _filled(request, packed))
+    return checked(program, request.step, written(request) if is_output else _filled(request, packed))
 
 
 def _filled(request: Request, packed: bool) -> Program:
@@ -269,7 +270,7 @@ def _packed_copy(request: Request, box: Box) -> _Copy:
 
 def _source_index(request: Request) -> Index:
     """The one index by which the tensor is read (packing has one order of use)."""
-    found = {index for _, body in request.scopes() for _, leaf in touching(body, {request.tensor.name})
+    found = {index for _, body in request.scopes for _, leaf in touching(body, {request.tensor.name})
              for n, index in indices(leaf) if n == request.tensor.name}
     if len(found) != 1:
         raise request.fail(f"{request.tensor.name} is read by {len(found)} different indices",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from convsched.ir import Loop, Program, find_loops
+from convsched.ir import Block, Program, find_loops
 from convsched.schedule.checks import fail, require_loop
 from convsched.schedule.kinds import require_independent, with_kind
 from convsched.schedule.step import Step
@@ -31,7 +31,7 @@ class Vectorize(Step):
             require_loop(program, self, name)
             for stage in program.stages:
                 for loop in find_loops(stage.body, name):
-                    if any(isinstance(statement, Loop) for statement in loop.body):
+                    if any(isinstance(statement, Block) for statement in loop.body):
                         raise fail(program, self, f"{name} is not innermost", "reorder it to the end first", name)
                     require_independent(program, self, stage, loop)
         return with_kind(program, self, self.loops, "vector")

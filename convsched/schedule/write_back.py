@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from convsched.ir import Affine, Body, Leaf, Load, Program, Reduce, Store, Tensor, loads, nested
+from convsched.ir import Affine, Body, Leaf, Load, Program, Reduce, Store, Tensor, nested
 from convsched.ir.grammar import extents_of, storage_of
 from convsched.ir.walk import map_touching, touching
 from convsched.schedule.footprint import Box, Request, box_of, redirected, require_axes, within
@@ -24,7 +24,7 @@ def written(request: Request) -> Program:
     order = request.order or output.order
     require_axes(request, order)
     box = box_of(request)
-    guards = {guard for _, body in request.scopes() for guard in _require_filled(request, box, body)}
+    guards = {guard for _, body in request.scopes for guard in _require_filled(request, box, body)}
     names = [f"{output.name}.{letter}" for letter in output.letters]
     place = tuple(b + n for b, n in zip(box.base, names, strict=True))
     extents = {**request.around(), **dict(zip(names, box.sizes, strict=True))}
@@ -48,7 +48,7 @@ def written(request: Request) -> Program:
 def _unguarded(program: Program, leaf: Leaf, output: Tensor, extents: Mapping[str, int]) -> Leaf:
     """A statement that stores to the output without the guards that keep it inside, where what it reads is there: the
     buffer has room for all."""
-    if leaf.tensor != output.name or not all(_is_there(program, load, extents) for load in loads(leaf.value)):
+    if leaf.tensor != output.name or not all(_is_there(program, load, extents) for load in leaf.loads):
         return leaf
     return replace(leaf, where=_inner_guards(leaf, output))
 
@@ -74,7 +74,7 @@ def _require_filled(request: Request, box: Box, body: Body) -> list[tuple[int, A
     if len(users) != 1:
         raise request.fail(f"{len(users)} statements use {name} inside {request.at}", "stage before peel")
     around, leaf = users[0]
-    if isinstance(leaf, Reduce) or any(load.tensor == name for load in loads(leaf.value)):
+    if isinstance(leaf, Reduce) or any(load.tensor == name for load in leaf.loads):
         raise request.fail(f"{name} is read inside {request.at}", "choose a loop around all that sums into it")
     extents = {loop.var: loop.extent for loop in around}
     inner = [position - base for position, base in zip(leaf.index, box.base, strict=True)]

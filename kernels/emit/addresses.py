@@ -92,18 +92,18 @@ class Addresses:
         return self.w.let(f"{operation} {vector_type(count, 'i64')} {value}, {literal}")
 
     def digit(self, digit: Digit) -> int | str:
-        """The value of a loop that runs once: a number, or an i64 at the start of the scope it depends on."""
-        loop = digit.loop
+        """The value of a named digit: a number, or an i64 at the start of the scope it depends on."""
+        named = digit.named
         constant, terms = digit.of.at(self.point.known), digit.of.terms(self.point)
         if not terms:
-            return constant // loop.step % loop.extent
+            return constant // named.step % named.extent
         depth = self.w.depth(terms)
         held = self.w.scopes[depth].digits
-        key = (constant, tuple(terms), loop.step, loop.extent)
+        key = (constant, tuple(terms), named.step, named.extent)
         if key not in held:
             with self.w.at_start(depth):
-                held[key] = self._quotient(digit.of, loop.step, loop.extent, 1)
-        self.w.depths[loop.var] = depth
+                held[key] = self._quotient(digit.of, named.step, named.extent, 1)
+        self.w.depths[named.var] = depth
         return held[key]
 
     # Masks

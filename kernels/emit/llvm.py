@@ -11,11 +11,13 @@ literal where its index is known, and comes from a table of the module where it 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from convsched.ir import Affine, Program, Stage, leaves
 from convsched.ir.ahead import fetches
 from convsched.kernels.emit.addresses import base
 from convsched.kernels.emit.nest import Digit, Nest, Node, Repeated, Statement, Unrolled
-from convsched.kernels.emit.statements import Statements
+from convsched.kernels.emit.statements import Register, Statements
 from convsched.kernels.emit.vectors import vector_type
 from convsched.kernels.signature import arguments, names, symbols
 from convsched.machine import Machine
@@ -90,12 +92,12 @@ class _Emitter(Statements):
         del known[var]
 
     def digit(self, digit: Digit) -> None:
-        """A loop that runs once, for a value that is known or computed where the loops it depends on begin."""
+        """Statements for which a variable has a value: known, or computed where the loops it depends on begin."""
         value = self.memory.digit(digit)
         values: dict[str, int] | dict[str, str] = self.point.known if isinstance(value, int) else self.point.dynamic
-        values[digit.loop.var] = value  # type: ignore[assignment]
+        values[digit.named.var] = value  # type: ignore[assignment]
         self.body(digit.body)
-        del values[digit.loop.var]
+        del values[digit.named.var]
 
     def repeated(self, repeated: Repeated) -> None:
         """A loop with its test at the bottom; register tensors written inside are phis at its head."""
@@ -143,12 +145,16 @@ class _Emitter(Statements):
         if loop.kind == "parallel":  # a thread may have no iteration: nothing from inside is known after it
             self.registers = outside
         elif guards:  # nor may there be one for this point
-            for register in phis:
-                after, kind = w.fresh("a"), vector_type(register[2])
-                w.line(f"  {after} = phi {kind} [ {carried[register]}, %{before} ], "
-                       f"[ {self.registers[register]}, %{latch} ]")
-                self.registers[register] = after
+            self.join(carried, before, latch)
         del self.point.dynamic[loop.var], self.granted[len(self.granted) - len(guards):]
+
+    def join(self, carried: Mapping[Register, str], before: str, latch: str) -> None:
+        """Registers after a loop that may have no iteration: as they were before it, or as it leaves them."""
+        for register, old in carried.items():
+            after = self.w.fresh("a")
+            self.w.line(f"  {after} = phi {vector_type(register[2])} [ {old}, %{before} ], "
+                        f"[ {self.registers[register]}, %{latch} ]")
+            self.registers[register] = after
 
     def guards(self, repeated: Repeated) -> list[Affine]:
         """The guards that all statements of a run-time loop share and that bound its variable: those that

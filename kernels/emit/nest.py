@@ -11,6 +11,7 @@ from convsched.ir import (
     Const,
     Index,
     Leaf,
+    Let,
     Load,
     Loop,
     Op,
@@ -110,9 +111,9 @@ class Matrix:
 
 @dataclass(slots=True)
 class Digit:
-    """A loop that runs once, for a digit of a value."""
+    """Statements for which a variable is a digit of a value."""
 
-    loop: Loop
+    named: Let
     of: Form
     body: list[Node]
 
@@ -153,7 +154,9 @@ class Nest:
     def _body(self, body: Body, site: Site) -> list[Node]:
         nodes: list[Node] = []
         for part in body:
-            if not isinstance(part, Loop):
+            if isinstance(part, Let):
+                nodes.append(self._digit(part, site))
+            elif not isinstance(part, Loop):
                 self.statements.append(self._statement(part, site))
                 nodes.append(self.statements[-1])
             elif part.kind == "vector" and part.extent > 1:
@@ -163,12 +166,14 @@ class Nest:
                 nodes.append(self._loop(part, site))
         return nodes
 
+    def _digit(self, named: Let, site: Site) -> Node:
+        of = site.form(named.of)
+        return Digit(named, of, self._body(named.body, replace(
+            site, extents={**site.extents, named.var: named.extent}, digits=site.digits | {named.var},
+            known=site.known if of.dynamic else site.known | {named.var})))
+
     def _loop(self, loop: Loop, site: Site) -> Node:
         extents, known, start = {**site.extents, loop.var: loop.extent}, site.known | {loop.var}, len(self.statements)
-        if loop.kind == "digit":
-            of = site.form(loop.of)
-            return Digit(loop, of, self._body(loop.body, replace(
-                site, extents=extents, known=site.known if of.dynamic else known, digits=site.digits | {loop.var})))
         if loop.kind == "unroll" or (loop.extent == 1 and loop.kind != "parallel"):
             inside = replace(site, extents=extents, known=known, unrolled={**site.unrolled, loop.var: loop.extent})
             body = self._body(loop.body, inside)
@@ -290,14 +295,14 @@ def on_stack(program: Program, stage: Stage) -> set[str]:
     """Register tensors that a run-time loop or a digit indexes, or that are seen as vectors and as scalars."""
     stacked, seen = set(), dict[str, int]()
     for around, leaf in leaves(stage.body):
-        kinds: dict[str, Loop] | None = None
+        kinds: dict[str, Loop | Let] | None = None
         for name, index in ((leaf.tensor, leaf.index), *((ld.tensor, ld.index) for ld in loads(leaf.value))):
             if program.tensor(name).role != "register":
                 continue
             if kinds is None:
                 kinds = {lp.var: lp for lp in around}
             used = [kinds[v] for a in index for v, _ in a.terms]
-            if any(lp.kind in ("parallel", "digit") or (lp.kind == "serial" and lp.extent > 1) for lp in used):
+            if any(lp.kind in ("parallel", "let") or (lp.kind == "serial" and lp.extent > 1) for lp in used):
                 stacked.add(name)
             width = next((lp.extent for lp in used if lp.kind == "vector"), 1)
             if seen.setdefault(name, width) != width:

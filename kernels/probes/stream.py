@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -90,21 +91,8 @@ def read_loop(lanes: int, sums: int) -> str:
     for p < passes: for i < steps: for u < UNROLL: for k < STREAMS: sum[...] += buffer[k][i][u]
     """
     vector, size = f"<{lanes} x float>", 4 * lanes
-    order = [(k, u) for u in range(UNROLL) for k in range(STREAMS)]
-    latest = {a: f"%s{a}" for a in range(min(sums, len(order)))}
-    body = []
-    for n, (k, u) in enumerate(order):
-        a = n % len(latest)
-        body += [
-            f"  %a{n} = getelementptr i8, ptr %r{k}, i64 {u * size}",
-            f"  %v{n} = load {vector}, ptr %a{n}, align {size}",
-            f"  %t{n} = fadd {vector} {latest[a]}, %v{n}",
-        ]
-        latest[a] = f"%t{n}"
+    body, latest = _sums_of_loads(vector, size, min(sums, UNROLL * STREAMS))
     every = range(len(latest))
-    totals = [
-        f"  %u{a} = fadd {vector} {f'%u{a - 1}' if a > 1 else latest[0]}, {latest[a]}" for a in every[1:]
-    ]
     lines = [
         f"define void @{READ}(i64 %passes, i64 %steps, ptr %buffer, ptr %sums) {{",
         "entry:",
@@ -129,12 +117,26 @@ def read_loop(lanes: int, sums: int) -> str:
         "  %again = icmp slt i64 %p.next, %passes",
         "  br i1 %again, label %pass, label %exit",
         "exit:",
-        *totals,
+        *[f"  %u{a} = fadd {vector} {f'%u{a - 1}' if a > 1 else latest[0]}, {latest[a]}" for a in every[1:]],
         f"  store {vector} {f'%u{every[-1]}' if len(every) > 1 else latest[0]}, ptr %sums, align 4",
         "  ret void",
         "}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _sums_of_loads(vector: str, size: int, sums: int) -> tuple[list[str], list[str]]:
+    """An iteration's loads of all streams, each added to one of the sums in turn; and the sums' last names."""
+    latest = [f"%s{a}" for a in range(sums)]
+    lines = []
+    for n, (u, k) in enumerate(product(range(UNROLL), range(STREAMS))):
+        lines += [
+            f"  %a{n} = getelementptr i8, ptr %r{k}, i64 {u * size}",
+            f"  %v{n} = load {vector}, ptr %a{n}, align {size}",
+            f"  %t{n} = fadd {vector} {latest[n % sums]}, %v{n}",
+        ]
+        latest[n % sums] = f"%t{n}"
+    return lines, latest
 
 
 def copy_loop(lanes: int) -> str:

@@ -28,6 +28,7 @@ from convsched.ir import (
     Const,
     Index,
     Leaf,
+    Let,
     Load,
     Loop,
     Op,
@@ -146,7 +147,7 @@ class _Printer:
         """The lines of statements inside loops of ``extents``."""
         indent = "    " * depth
         for statement in body:
-            if isinstance(statement, Loop) and statement.kind == "digit":
+            if isinstance(statement, Let):
                 quotient = f"({self.affine(statement.of)}) // {statement.step}"
                 yield f"{indent}{self.variables[statement.var]} = {quotient} % {statement.extent}"
                 yield from self.body(statement.body, {**extents, statement.var: statement.extent}, depth)
