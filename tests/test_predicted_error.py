@@ -17,6 +17,7 @@ from convsched.networks.known import NETWORKS, network
 from convsched.options import ACCURACIES
 from convsched.plan.choice import AccuracyWarning, choices, choose
 from convsched.plan.families import FAMILIES, applicable, named
+from convsched.plan.plan import Target
 from convsched.problem import Conv2d, Linear, Problem
 from convsched.problem.layout import LAYOUTS, to_layout
 from convsched.problem.reference import convolve
@@ -163,7 +164,7 @@ def test_direct_sums_may_be_too_long_for_a_class(options: dict[str, Any]) -> Non
     (Linear(256, 256), "direct"),
 ])
 def test_the_choice_for_common_layers(problem: Problem, algorithm: str) -> None:
-    assert choose(problem, MACHINE).name == algorithm
+    assert choose(problem, Target(MACHINE)).name == algorithm
 
 
 @pytest.mark.parametrize(("problem", "algorithm"), [
@@ -174,7 +175,7 @@ def test_the_choice_for_common_layers(problem: Problem, algorithm: str) -> None:
     (Conv2d(64, 64, 3, groups=64, input_size=56), "direct"),
 ])
 def test_the_choice_with_sixteen_registers(problem: Problem, algorithm: str) -> None:
-    assert choose(problem, Machine.example("avx2")).name == algorithm
+    assert choose(problem, Target(Machine.example("avx2"))).name == algorithm
 
 
 def test_a_strict_class_takes_what_keeps_inf_and_nan_where_they_belong() -> None:
@@ -182,13 +183,14 @@ def test_a_strict_class_takes_what_keeps_inf_and_nan_where_they_belong() -> None
     assert named("winograd(2,3)", layer).prediction.allowed("strict")
     assert not named("winograd(2,3)", layer).fits("strict")
     assert named("winograd(2,3)", layer).fits("normal")
-    assert [one.name for one in choices(layer, MACHINE, accuracy="strict")] == ["direct", "im2col"]
-    assert [one.name for one in choices(layer, MACHINE, accuracy="fast")][:2] == ["winograd(5,3)", "winograd(4,3)"]
+    assert [one.name for one in choices(layer, Target(MACHINE, accuracy="strict"))] == ["direct", "im2col"]
+    fast = [one.name for one in choices(layer, Target(MACHINE, accuracy="fast"))]
+    assert fast[:2] == ["winograd(5,3)", "winograd(4,3)"]
 
 
 def test_direct_comes_before_what_has_no_estimate() -> None:
     for problem in (LAYER, Conv2d(4, 4, 3, input_size=9), Linear(8, 8)):
-        names = [one.name for one in choices(problem, MACHINE, accuracy="fast")]
+        names = [one.name for one in choices(problem, Target(MACHINE, accuracy="fast"))]
         known = [bool(np.isfinite(named(name, problem).estimate(MACHINE, "nchw", 1))) for name in names]
         assert len(set(names)) == len(names)
         assert known[names.index("direct")]
