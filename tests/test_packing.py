@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 import convsched as cs
 from convsched.ir import Program
 from convsched.ir.interp import evaluate_bind
-from convsched.kernels.run import binding
+from convsched.kernels.run import binding, packing
 from convsched.kernels.run.kernel import Kernel
 from convsched.kernels.run.packing import ALIGNMENT, BLOCK, Copy, blocks, inside, plain
 from convsched.machine import Machine, host
@@ -93,6 +93,21 @@ def test_binding_takes_few_bytes_beside_its_result(algorithm: str, problem: Prob
     copied = all(isinstance(one, Copy) for one in kernel.code.interface.bindings)
     assert result > 4 * BLOCK * 4
     assert peak - result < (3 * 4 if copied else 8 * 8) * BLOCK
+
+
+@pytest.mark.parametrize(("algorithm", "problem", "most"), [
+    ("direct", Linear(2304, 1024), 2), ("direct", Conv2d(256, 128, 7, input_size=7), 2),
+    ("direct", Conv2d(64, 250, 3, input_size=9), 4), ("winograd(4,3)", Conv2d(256, 256, 3, input_size=14), 2),
+], ids=str)
+def test_binding_takes_few_blocks(algorithm: str, problem: Problem, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is some calls of NumPy, of some us: many of its elements are to share them."""
+    sizes: list[int] = []
+    for module in (packing, binding):
+        monkeypatch.setattr(module, "flush_denormals", lambda values: sizes.append(values.size))
+    weight = np.ones(problem.weight_shape, np.float32)
+    for one in binding.bindings(scheduled(algorithm, problem, "nchw")):
+        one.run(weight)
+    assert BLOCK * len(sizes) <= most * sum(sizes)
 
 
 def test_copies_of_all_sizes_and_orders() -> None:
