@@ -73,6 +73,21 @@ def test_what_is_bound_is_what_the_bind_stages_mean(
         np.testing.assert_array_equal(bound[name], flushed(expected[name]), err_msg=name)
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-10, 1e-14, 1e-30, 1e-37])
+@pytest.mark.parametrize(("algorithm", "size"), [("winograd(2,3)", 3), ("winograd(4,3)", 3), ("fft(8)", 3),
+                                                 ("strassen(1)", 1)])
+def test_transformed_weights_are_never_denormal(algorithm: str, size: int, scale: float) -> None:
+    """Whole numbers, so that many sums cancel but for their rounding, at sizes from which denormals come or not."""
+    problem = Conv2d(32, 32, size, input_size=9)
+    program = scheduled(algorithm, problem, "nchw")
+    weight = np.random.default_rng(0).choice([-3, -2, -1, 1, 2, 3], problem.weight_shape) * np.float32(scale)
+    weight = weight.astype(np.float32)
+    bound, expected = binding.run(binding.bindings(program), {"w": weight}), evaluate_bind(program, {"w": weight})
+    for name, array in bound.items():
+        assert np.array_equal(array, flushed(array))
+        np.testing.assert_allclose(array, flushed(expected[name]), rtol=1e-6, atol=1e-12 * scale)
+
+
 @pytest.mark.parametrize(("algorithm", "problem"), [
     ("direct", Linear(1024, 1500)), ("direct", Conv2d(96, 200, 7, input_size=7)), ("direct", Linear(2048, 1030)),
     ("im2col", Conv2d(96, 200, 7, padding=3, input_size=7)), ("winograd", Conv2d(128, 136, 3, padding=1, input_size=9)),
