@@ -1,11 +1,11 @@
 """What a core takes for what: the constants of every estimate, in one place.
 
-All are round numbers, in the time of one vector FMA unless another unit is given. Those of issued instructions
-(``latency`` to ``exponential`` but for what register tiles are chosen by) order schedules as measured on Zen 4 with AVX-512, which
-issues one vector FMA and one vector load a cycle; ``bench/rank_correlation.py`` tells how well they do elsewhere. Of the
-others (register tiles, blocks, caches, transforms, whole algorithms) it is not recorded on which machine they were
-fitted: the default schedules depend on them, so that a change needs those measured. Rates of caches and memory in the
-tuner's bound are no constants: they are calibrated (``cost.Rates``).
+All are round numbers, in the time of one vector FMA unless another unit is given. Those of issued instructions order
+schedules as measured on Zen 4 with AVX-512, which issues one vector FMA and one vector load a cycle;
+``bench/rank_correlation.py`` tells how well they do elsewhere. Of the others (register tiles, blocks, caches,
+transforms, whole algorithms) it is not recorded on which machine they were fitted: the default schedules depend on
+them, so that a change needs those measured. Rates of caches and memory in the tuner's bound are no constants: they are
+calibrated (``cost.Rates``).
 """
 
 from __future__ import annotations
