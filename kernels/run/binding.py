@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import reduce
 from math import inf, prod
 from typing import Any, TypeAlias
 
@@ -127,7 +126,12 @@ class Transform:
     def _matrices(self) -> list[Doubles]:
         """Those of the factors, or their Kronecker product where it is small."""
         matrices = [factor.matrix for factor in self.factors]
-        return [reduce(np.kron, matrices)] if prod(matrix.size for matrix in matrices) <= COMBINED else matrices
+        if prod(matrix.size for matrix in matrices) > COMBINED:
+            return matrices
+        combined: Doubles = np.ones((1, 1))
+        for matrix in matrices:
+            combined = np.asarray(np.kron(combined, matrix), np.float64)
+        return [combined]
 
     @property
     def _largest(self) -> int:
