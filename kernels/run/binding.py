@@ -127,7 +127,9 @@ class Transform:
     def _matrices(self) -> list[Doubles]:
         """Those of the factors, or their Kronecker product where it is small."""
         matrices = [factor.matrix for factor in self.factors]
-        return [reduce(np.kron, matrices)] if prod(matrix.size for matrix in matrices) <= COMBINED else matrices
+        if prod(matrix.size for matrix in matrices) > COMBINED:
+            return matrices
+        return [reduce(_kronecker, matrices)]
 
     @property
     def _largest(self) -> int:
@@ -179,6 +181,10 @@ def _least_weight(matrices: Sequence[Doubles]) -> float:
         return inf
     sizes = np.abs(matrices[0])
     return float(2.0**77 * np.finfo(np.float32).tiny / sizes[sizes > 0].min(initial=inf))
+
+
+def _kronecker(one: Doubles, other: Doubles) -> Doubles:
+    return np.asarray(np.kron(one, other), np.float64)
 
 
 def _apply(matrices: Sequence[Doubles], values: Doubles) -> Doubles:
