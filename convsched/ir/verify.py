@@ -16,6 +16,7 @@ from convsched.errors import VerifyError
 from convsched.ir.affine import Affine, Index
 from convsched.ir.bounds import lower_bound, upper_bound
 from convsched.ir.grammar import OPS, Body, Leaf, Load, Loop, Op, Program, Stage, Tensor, Value
+from convsched.ir.stored import unproved
 from convsched.ir.text import print_statement
 from convsched.ir.walk import leaves, loads
 
@@ -31,6 +32,7 @@ def verify(program: Program) -> None:
             if rule is not None:
                 raise VerifyError(f"stage {stage.name}: {print_statement(leaf)}: {rule}")
     _check_registers(program)
+    _check_stored(program)
 
 
 def _check_tensors(program: Program) -> None:
@@ -176,3 +178,14 @@ def _check_registers(program: Program) -> None:
                     if homes.setdefault(name, (number, position)) != (number, position):
                         raise VerifyError(f"stage {stage.name}: {print_statement(leaf)}: the register tensor "
                                           f"{name} is also used in another loop nest")
+
+
+def _check_stored(program: Program) -> None:
+    """What is read of local and register tensors was stored before."""
+    found = unproved(program)
+    if found is not None:
+        place = ", ".join(map(str, found.index))
+        raise VerifyError(
+            f"stage {found.stage.name}: {print_statement(found.leaf)}: it reads {found.tensor}[{place}], and no proof "
+            "is found that each element was stored before: store all that is read, in an earlier statement of the same "
+            "iteration or in a loop that is through, under no guard that the read has not")
