@@ -13,7 +13,6 @@ from convsched.plan.families import (
     FAST_OUTPUTS,
     FFT_TAPS,
     MANY_TAPS,
-    MARGIN,
     OUTPUTS,
     STRASSEN_CHANNELS,
     Algorithm,
@@ -41,7 +40,7 @@ def members(problem: Problem, accuracy: Accuracy = "normal") -> tuple[str, ...]:
     if min(problem.M, problem.C) >= STRASSEN_CHANNELS:
         found += ["strassen(1)", "strassen(2)"]
     if accuracy == "strict":
-        return tuple(name for name in found if any(one.keeps_nonfinite for one in _that_apply(problem, name)))
+        return tuple(name for name in found if any(one.is_exact for one in _that_apply(problem, name)))
     return tuple(found)
 
 
@@ -53,7 +52,7 @@ def choices(problem: Problem, machine: Machine, layout: str = "nchw", threads: i
     those that keep Inf and NaN where they belong), with an AccuracyWarning.
     """
     def time(algorithm: Algorithm) -> float:
-        return algorithm.estimate(machine, layout, threads) * (1 if algorithm.name == "direct" else MARGIN)
+        return algorithm.estimate(machine, layout, threads) * algorithm.margin
 
     found: list[Algorithm] = []
     fitting = False
