@@ -123,10 +123,10 @@ def test_bind_stages_depend_on_weights_only(pack: Leaf, message: str) -> None:
     ((Loop("e", 2, (Loop("f", 2, (Loop("e", 2, (FINISH,)),)),)),), "it is inside another loop e"),
     ((Loop("e", 2, (Loop("f", 2, (FINISH,)),), "vector"),), "a vector loop may hold statements only"),
     ((Loop("e", 2, (Loop("f", 2, (FINISH,), "parallel"),), "parallel"),), "inside another parallel loop"),
-    ((Loop("e", 9, (FINISH,), "digit", of=affine(f=1)),), "it is no digit of f, step 1: of loops around it"),
+    ((Loop("e", 9, (FINISH,), "digit", of=affine(f=1)),), "not a digit of f, step 1: give an expression of loops"),
     ((Loop("f", 9, (Loop("e", 9, (FINISH,), "digit", of=affine(-1, f=1)),)),), "never negative"),
-    ((Loop("f", 9, (Loop("e", 9, (FINISH,), "digit", of=affine(f=1), step=0),)),), "no digit of f, step 0"),
-    ((Loop("f", 9, (Loop("e", 9, (FINISH,), of=affine(f=1)),)),), "no digit of f"),
+    ((Loop("f", 9, (Loop("e", 9, (FINISH,), "digit", of=affine(f=1), step=0),)),), "not a digit of f, step 0"),
+    ((Loop("f", 9, (Loop("e", 9, (FINISH,), of=affine(f=1)),)),), "not a digit of f"),
 ])
 def test_loops_that_break_a_rule(run: Body, message: str) -> None:
     rejects(program(run=run), message)

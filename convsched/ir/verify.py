@@ -1,4 +1,5 @@
-"""What a legal program is. ``verify`` raises at the first rule that is broken, naming stage and statement.
+"""What a legal program is. ``verify`` raises at the first rule that is broken, naming stage and statement; ``stored``
+has the proof that locals are stored before they are read.
 
 A bound on an index may use the statement's conditions. With ``c < 0``, so ``c <= -1``, and any ``k > 0``,
 
@@ -82,7 +83,8 @@ def _check_loops(stage: Stage, body: Body, path: tuple[Loop, ...]) -> None:
         elif loop.kind == "vector" and any(isinstance(s, Loop) for s in loop.body):
             rule = "a vector loop may hold statements only"
         elif (loop.kind == "digit" or loop.of != Affine()) and _is_no_digit(loop, path):
-            rule = f"it is no digit of {loop.of}, step {loop.step}: of loops around it, and never negative"
+            rule = (f"it is not a digit of {loop.of}, step {loop.step}: give an expression of loops around it that is "
+                    "never negative, and a step of at least 1")
         elif loop.kind == "parallel" and any(outer.kind == "parallel" for outer in path):
             rule = "it is inside another parallel loop"
         if rule:
