@@ -247,7 +247,7 @@ def test_a_record_of_the_most_accurate_algorithm_counts_where_none_fits(tmp_path
 def test_the_names_agree_with_their_types() -> None:
     assert tuple(LAYOUTS) == get_args(Layout)
     for layout in LAYOUTS:
-        assert cs.compile(LAYER, layout=layout, threads=1).layout == layout  # type: ignore[arg-type]
+        assert cs.compile(LAYER, layout=layout, threads=1).layout == layout  # type: ignore[call-overload]
     for accuracy in ACCURACIES:
         assert cs.compile(LAYER, accuracy=accuracy, threads=1).plan.target.accuracy == accuracy
 

@@ -259,17 +259,17 @@ def test_rows_of_another_format_stay_but_are_not_used(cache: ScheduleCache) -> N
 
 
 FOREIGN: dict[str, tuple[str, tuple[object, ...], str]] = {
-    "no JSON": ("UPDATE candidates SET record = ?", ("what?",), "is no JSON"),
-    "bytes": ("UPDATE candidates SET record = ?", (b"\xff\x00",), "is no JSON"),
-    "bad text": ("UPDATE candidates SET record = CAST(? AS TEXT)", (b"\xff\xfe{",), "is no JSON"),
-    "null": ("UPDATE candidates SET record = NULL", (), "is no JSON"),
-    "a number": ("UPDATE candidates SET record = 7", (), "is no JSON"),
+    "no JSON": ("UPDATE candidates SET record = ?", ("what?",), "is not JSON"),
+    "bytes": ("UPDATE candidates SET record = ?", (b"\xff\x00",), "is not JSON"),
+    "bad text": ("UPDATE candidates SET record = CAST(? AS TEXT)", (b"\xff\xfe{",), "is not JSON"),
+    "null": ("UPDATE candidates SET record = NULL", (), "is not JSON"),
+    "a number": ("UPDATE candidates SET record = 7", (), "is not JSON"),
     "other columns": ("UPDATE candidates SET schedule = 'unroll s'", (), "its columns are not its record's"),
     "a bad schedule": ("UPDATE candidates SET schedule = 'x', record = replace(record, 'unroll c', 'x')", (),
                        "schedule 'x' cannot be used"),
     "a bad time": ("UPDATE candidates SET record = replace(record, '1.0', '-1')", (), "must not be negative"),
     "a bad machine": ("UPDATE candidates SET machine = 'mine', record = replace(record, ?, 'mine')",
-                      (KEY.machine,), "machine 'mine' is none"),
+                      (KEY.machine,), "'mine' is not a machine's key"),
 }  # fmt: skip
 
 

@@ -134,9 +134,9 @@ def test_export_and_import(file: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("", ", line 2: is no JSON"),
-        ("{'a': 1}", ", line 2: is no JSON"),
-        (make().to_json()[:-9], ", line 2: is no JSON"),
+        ("", ", line 2: is not JSON"),
+        ("{'a': 1}", ", line 2: is not JSON"),
+        (make().to_json()[:-9], ", line 2: is not JSON"),
         (make("hurry").to_json(), ", line 2: schedule 'hurry' cannot be used"),
         (replace(make(), layout="nchw8c").to_json(), ", line 2: layout 'nchw8c' is not known: use one of nchw, nhwc"),
         (replace(make(), accuracy="sloppy").to_json(), ", line 2: accuracy 'sloppy' is not known: use one of strict"),

@@ -334,7 +334,7 @@ def test_a_lock_is_waited_for_once_a_process(full: ScheduleCache, monkeypatch: p
                 found.clear()
             patient = ScheduleCache(full.path)
             assert told_once("database is locked", partial(patient.put, make()), partial(patient.put, make()))
-            assert sum(found) == pytest.approx(database.PATIENCE - 0.3)
+            assert sum(found) == pytest.approx(database.PATIENCE_SECONDS - 0.3)
             holder.execute("ROLLBACK")
             assert ScheduleCache(full.path, patience=0.3).best(KEY) is not None, lock
 

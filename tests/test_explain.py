@@ -37,7 +37,7 @@ def test_a_trace_has_each_stage_with_the_nest_after_it() -> None:
 @pytest.mark.parametrize("algorithm", ["winograd(2,3)", "im2col", "fft(8)", "strassen(1)"])
 @pytest.mark.parametrize("layout", ["nchw", "nchw16c"])
 def test_the_last_nest_is_the_kernels(algorithm: str, layout: str) -> None:
-    kernel = cs.compile(LAYER, algorithm=algorithm, layout=layout, threads=1)  # type: ignore[arg-type]
+    kernel = cs.compile(LAYER, algorithm=algorithm, layout=layout, threads=1)  # type: ignore[call-overload]
     stages = list(trace(kernel.plan))
     nests = [stage.text for stage in stages[2:-2] if stage.text != UNCHANGED]
     assert nests[-1] == kernel.nest

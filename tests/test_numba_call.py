@@ -103,7 +103,7 @@ def test_the_python_call_and_the_native_call_do_not_disturb_each_other() -> None
 def test_wrong_shapes_are_refused(x_shape: tuple[int, ...], y_shape: tuple[int, ...]) -> None:
     _, weight, bias = integers(LAYERS[0])
     conv = cs.compile(LAYERS[0], threads=1).bind(weight, bias)
-    with pytest.raises(ValueError, match="x or out has a wrong shape for this kernel"):
+    with pytest.raises(ValueError, match="x or out does not have the kernel's shape"):
         cs.call(conv.native, np.zeros(x_shape, np.float32), np.zeros(y_shape, np.float32))
 
 
@@ -161,7 +161,7 @@ def test_layers_with_a_residual_refuse() -> None:
     _, weight, bias = integers(layer)
     conv = cs.compile(layer, threads=1).bind(weight, bias)
     x, out = (np.zeros(shape, np.float32) for shape in (layer.input_shape, layer.output_shape))
-    with pytest.raises(ValueError, match="the layer has a residual; call it from Python"):
+    with pytest.raises(ValueError, match=r"the layer has a residual, .* call the bound kernel from Python"):
         cs.call(conv.native, x, out)
 
 

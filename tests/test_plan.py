@@ -23,8 +23,9 @@ from convsched.schedule import parse_schedule
 LAYER = Conv2d(16, 16, 3, padding=1, input_size=8)
 MACHINE = Machine.example("avx512")
 TARGET = Target(MACHINE)
-EVERY = [(LAYER, "direct"), (LAYER, "im2col"), (LAYER, "winograd(4,3)"), (LAYER, "winograd(2,3)"), (LAYER, "fft(8)"),
-         (Linear(32, 32, batch_size=4), "strassen(1)")]
+EVERY: list[tuple[Problem, str]] = [
+    (LAYER, "direct"), (LAYER, "im2col"), (LAYER, "winograd(4,3)"), (LAYER, "winograd(2,3)"), (LAYER, "fft(8)"),
+    (Linear(32, 32, batch_size=4), "strassen(1)")]
 
 
 @pytest.mark.parametrize(("problem", "name"), EVERY)

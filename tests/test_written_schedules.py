@@ -51,7 +51,7 @@ def test_packed_weights_stored_in_blocks_that_are_not_loops(steps: str) -> None:
     x, weight = (rng.integers(-3, 4, shape).astype(np.float32) for shape in (layer.input_shape, layer.weight_shape))
     kernel = cs.compile(layer, algorithm="direct", schedule=steps, threads=1, cache=False)
     np.testing.assert_array_equal(kernel(x, weight), convolve(layer, x, weight))
-    bound, expected = kernel.bind(weight), evaluate_bind(kernel.program, {"w": weight})
+    bound, expected = kernel.bind(weight), evaluate_bind(kernel.plan.program, {"w": weight})
     for name in bound.weights:
         np.testing.assert_array_equal(bound.weights[name], expected[name], err_msg=name)
 

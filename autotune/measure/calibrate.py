@@ -33,8 +33,8 @@ from convsched.machine.conditions import timing_conditions
 FORMAT = 1  # of the file, and of what its figures mean
 LEVELS = ("l1", "l2", "l3", "dram")
 PASS_SECONDS = 1e-3  # of a sample: long against a call (2 us), short against a scheduler's slice (4 ms)
-LARGEST = 256 << 20  # bytes of a buffer, unless twice the L3 is more
-SAME = 0.1  # two measurements of one peak that differ by less agree
+LARGEST_BYTES = 256 << 20  # of a buffer, unless twice the L3 is more
+SAME_FRACTION = 0.1  # two measurements of one peak that differ by less agree
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Calibration:
             raise ValueError(f"bandwidths are not those of {', '.join(LEVELS)}")
         figures = [value["peak"], *rates[0].values(), *rates[1].values()]
         if not all(map(_is_number, [*figures, value["launch_seconds"], value["time"]])) or min(figures) <= 0:
-            raise ValueError("a figure is no positive number")
+            raise ValueError("a figure is not a positive number")
         conditions = value["conditions"]
         if not isinstance(conditions, list) or not all(isinstance(text, str) for text in conditions):
             raise ValueError("conditions are not a list of texts")
@@ -103,7 +103,7 @@ def current_conditions(known: Calibration, seconds: float = 0.2) -> tuple[str, .
     before = cpu_counters()
     peak = measure_peak(seconds)
     reasons = timing_conditions(before)
-    if abs(peak - known.peak) <= SAME * known.peak:
+    if abs(peak - known.peak) <= SAME_FRACTION * known.peak:
         return reasons
     compared = f"{peak / 1e9:.0f} GFLOP/s, {peak / known.peak:.0%} of the calibrated"
     return (*reasons, f"the FMA peak is now {compared}: the frequency varies, or the calibration is old")
@@ -112,7 +112,7 @@ def current_conditions(known: Calibration, seconds: float = 0.2) -> tuple[str, .
 def working_sets(machine: Machine) -> dict[str, int]:
     """Bytes to stream through for each level."""
     l3 = max(machine.l3 // 4, min(2 * machine.l2, machine.l3 // 2))
-    memory = min(4 * machine.l3, max(LARGEST, 2 * machine.l3))
+    memory = min(4 * machine.l3, max(LARGEST_BYTES, 2 * machine.l3))
     return {"l1": machine.l1 // 2, "l2": machine.l2 // 2, "l3": l3, "dram": memory}
 
 
@@ -190,7 +190,7 @@ def _read(file: Path | None, key: str) -> Calibration | None:
 
 
 def _write(file: Path | None, value: Calibration) -> None:
-    """A reader sees the old file or the whole new one; a disk that cannot be written is no error."""
+    """A reader sees the old file or the whole new one; a disk that cannot be written is not an error."""
     if file is None:
         return
     with contextlib.suppress(OSError):

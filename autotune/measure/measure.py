@@ -36,9 +36,9 @@ CLOCK: Clock = time.perf_counter_ns
 
 Result = TypeVar("Result")
 
-SETTLED, SETTLED_SAMPLES = 0.015, 3  # so many samples this near to the least: it will not fall much more
-SLOWER = 1.15  # times the incumbent after as many rounds: timed no more
-HOPELESS = 2.0  # after the first round
+SETTLED_FRACTION, SETTLED_SAMPLES = 0.015, 3  # so many samples this near to the least: it will not fall much more
+SLOWER_RATIO = 1.15  # times the incumbent after as many rounds: timed no more
+HOPELESS_RATIO = 2.0  # after the first round
 RACE_ROUNDS, RACE_SECONDS = 12, 1.0  # the most
 
 PEAK_CALL_SECONDS = 2e-3  # long against the cost of a call (2 us), short against a scheduler's slice (4 ms)
@@ -124,10 +124,11 @@ def decided(samples: Mapping[str, Sequence[float]]) -> bool:
     """Whether more samples would not change which is faster: all settled, or the candidate clearly slower."""
     least = {name: min(own) for name, own in samples.items()}
     rounds, slower = len(samples["candidate"]), least["candidate"] / least.get("incumbent", math.inf)
-    if (slower > HOPELESS and rounds > 1) or (slower > SLOWER and rounds >= SETTLED_SAMPLES):  # one may be unlucky
+    # one round may be unlucky
+    if (slower > HOPELESS_RATIO and rounds > 1) or (slower > SLOWER_RATIO and rounds >= SETTLED_SAMPLES):
         return True
     return rounds >= SETTLED_SAMPLES and all(
-        sorted(own)[SETTLED_SAMPLES - 1] <= least[name] * (1 + SETTLED) for name, own in samples.items())
+        sorted(own)[SETTLED_SAMPLES - 1] <= least[name] * (1 + SETTLED_FRACTION) for name, own in samples.items())
 
 
 def once(call: Callable[[], Result], clock: Clock = CLOCK) -> tuple[Result, float]:

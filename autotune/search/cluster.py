@@ -38,8 +38,8 @@ Report = Callable[[str, Record], None]  # of a worker's address and what it meas
 
 VERSION = version("convsched")
 TRIES = 3  # workers that may be lost with one layer
-POLL = 0.5  # seconds between looks at which workers there are
-PATIENCE = 30.0  # seconds to wait for a first worker, or for another when all are lost
+POLL_SECONDS = 0.5  # between looks at which workers there are
+PATIENCE_SECONDS = 30.0  # to wait for a first worker, or for another when all are lost
 
 
 class ClusterError(TuneError):
@@ -114,7 +114,7 @@ class _Farm:
         while self.waiting or self.running:
             self.look()
             self.hand_out()
-            self.keep_arrived(POLL)
+            self.keep_arrived(POLL_SECONDS)
             for future in [future for future in self.running if future.done()]:
                 self.collect(future)
         if self.failures:
@@ -140,9 +140,9 @@ class _Farm:
                 self.lose(future)
         if not self.sites and not self.running:
             try:
-                self.client.wait_for_workers(1, timeout=PATIENCE)
+                self.client.wait_for_workers(1, timeout=PATIENCE_SECONDS)
             except TimeoutError:
-                raise ClusterError(f"the cluster has no workers, for {PATIENCE:g} s: start some with "
+                raise ClusterError(f"the cluster has no workers, for {PATIENCE_SECONDS:g} s: start some with "
                                    "`dask worker` on the machines to tune on") from None
 
     def survey(self, addresses: list[str]) -> dict[str, _Site]:
@@ -188,7 +188,7 @@ class _Farm:
         error: Any = future.exception() if future.status == "error" else None
         if future.status == "finished":
             try:
-                tuned, lines = future.result(timeout=POLL)
+                tuned, lines = future.result(timeout=POLL_SECONDS)
             except TimeoutError:  # its worker is gone, and the result with it: `look` will see
                 return
             self.keep((site.address, line) for line in lines)

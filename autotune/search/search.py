@@ -21,7 +21,7 @@ from convsched.autotune.store.winner import Contender, winner
 from convsched.autotune.workers.candidate import Outcome
 
 RACERS = 12
-IDLE = 48  # candidates in a row that have improved nothing, after which the search is complete
+IDLE_CANDIDATES = 48  # in a row that have improved nothing, after which the search is complete
 ESTIMATES = 96  # candidates the model looks at for the race
 FIRST_LOOKS, FIRST_NEAR = 16, 3  # those before the first is tried, in the race and near an incumbent
 
@@ -69,7 +69,7 @@ class Search:
         for measured in before:
             self._keep(measured)
         if complete:
-            self.idle = IDLE
+            self.idle = IDLE_CANDIDATES
 
     def run_default(self) -> Measured:
         """The default: measured now, unless it has been."""
@@ -88,7 +88,7 @@ class Search:
                 return self.best
             self._try(candidate)
         while self._climb() and not self.spent():
-            if self.idle >= IDLE or not self._race():
+            if self.idle >= IDLE_CANDIDATES or not self._race():
                 self.complete = True
                 break
         return self.best

@@ -23,7 +23,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
-from convsched.autotune.store.database import PATIENCE, Database
+from convsched.autotune.store.database import PATIENCE_SECONDS, Database
 from convsched.autotune.store.record import (
     FORMAT,
     KEY,
@@ -107,7 +107,7 @@ class ScheduleCache:
     `patience`: the seconds that this process waits for another one's lock, once, until the file is free again.
     """
 
-    def __init__(self, path: Path | None = None, patience: float = PATIENCE) -> None:
+    def __init__(self, path: Path | None = None, patience: float = PATIENCE_SECONDS) -> None:
         refused = ""
         try:
             self.path = Path(path or cache_folder() / "schedules.sqlite").absolute()

@@ -23,7 +23,7 @@ from convsched.errors import CacheWarning
 T = TypeVar("T")
 Action = Callable[[sqlite3.Connection], T]
 
-PATIENCE = 30.0  # seconds to wait for other processes' locks; what is measured is worth it
+PATIENCE_SECONDS = 30.0  # to wait for other processes' locks; what is measured is worth it
 TRIES = 3  # each waits for its part of them
 
 _APPLICATION, _SCHEMA = 0x636F6E76, 1  # SQLite's application_id ("conv") and user_version
@@ -48,7 +48,8 @@ class Database:
     it, until it can be used again.
     """
 
-    def __init__(self, path: Path, create: Sequence[str], refused: str = "", patience: float = PATIENCE) -> None:
+    def __init__(self, path: Path, create: Sequence[str], refused: str = "",
+                 patience: float = PATIENCE_SECONDS) -> None:
         self.path, self.refused, self.patience = path, refused, patience
         self._create = create
         self._told: set[str] = set()

@@ -17,7 +17,7 @@ from typing import Literal, TypeAlias
 
 from convsched.autotune.store.cache import ScheduleCache
 from convsched.autotune.store.record import Record, Status
-from convsched.autotune.store.winner import TIE
+from convsched.autotune.store.winner import TIE_FRACTION
 from convsched.autotune.workers.candidate import Job, Outcome
 from convsched.errors import ConvschedError
 from convsched.machine import Machine, host, machine_key
@@ -26,7 +26,7 @@ from convsched.plan.plan import Plan
 
 Verdict: TypeAlias = Literal["good", "changed", "slower"] | Status
 
-CHANGED = 0.1  # of the speed-up: a greater difference is reported, but the winner is still one
+CHANGED_FRACTION = 0.1  # of the speed-up: a greater difference is reported, but the winner is still one
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,10 @@ class Check:
         """How it ended if it failed; slower than the default beyond the noise; a changed speed-up; or good."""
         if self.outcome.status != "ok":
             return self.outcome.status
-        noise = max(TIE, self.outcome.spread)
+        noise = max(TIE_FRACTION, self.outcome.spread)
         if self.now < 1 / (1 + noise):
             return "slower"
-        changed = self.then is not None and abs(self.now / self.then - 1) > max(CHANGED, noise)
+        changed = self.then is not None and abs(self.now / self.then - 1) > max(CHANGED_FRACTION, noise)
         return "changed" if changed else "good"
 
     @property

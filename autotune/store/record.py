@@ -29,8 +29,8 @@ Status: TypeAlias = Literal["ok", "wrong", "crashed", "timed out", "failed"]
 Regime: TypeAlias = Literal["hot", "cold"]
 REGIMES: tuple[Regime, ...] = get_args(Regime)
 TRIES = 2  # of a candidate that crashes or takes too long: it may be the machine's fault once
-_MESSAGE = 300  # characters of a failure that are kept
-_INT = 2**63 - 1  # the greatest integer that SQLite stores
+_MESSAGE_CHARACTERS = 300  # of a failure that are kept
+_GREATEST_INTEGER = 2**63 - 1  # the greatest integer that SQLite stores
 
 
 class CacheError(ConvschedError, ValueError):
@@ -209,7 +209,7 @@ def _text(value: Any) -> str:
 
 def _first_line(value: Any) -> str:
     lines = _any_text(value).strip().splitlines() or [""]
-    return lines[0][:_MESSAGE].strip().encode("utf-8", "replace").decode()
+    return lines[0][:_MESSAGE_CHARACTERS].strip().encode("utf-8", "replace").decode()
 
 
 def _schedule(value: Any) -> str:
@@ -219,7 +219,7 @@ def _schedule(value: Any) -> str:
 def _count(value: Any) -> int:
     if isinstance(value, bool | str) or not hasattr(value, "__index__"):
         raise ValueError("must be an integer")
-    if not 0 <= (number := operator.index(value)) <= _INT:
+    if not 0 <= (number := operator.index(value)) <= _GREATEST_INTEGER:
         raise ValueError("must be an integer from 0")
     return number
 
@@ -299,9 +299,9 @@ def _values(kind: str, names: tuple[str, ...], line: str) -> dict[str, Any]:
     try:
         pairs = json.loads(line, object_pairs_hook=lambda pairs: pairs)
     except (ValueError, RecursionError, TypeError) as error:
-        raise CacheError(f"is no JSON ({error})") from None
+        raise CacheError(f"is not JSON ({error})") from None
     if not isinstance(pairs, list) or not all(isinstance(pair, tuple) for pair in pairs):
-        raise CacheError(f"is no JSON object of a {kind}")
+        raise CacheError(f"is not a JSON object of a {kind}")
     values = dict(pairs)
     if values.pop("kind", None) != kind:
         raise CacheError(f'has no "kind": "{kind}"')

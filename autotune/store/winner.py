@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from convsched.autotune.store.record import REGIMES, CacheError, Record, Regime
 
-TIE = 0.02  # times closer than this fraction are equal: the noise of a good measurement
+TIE_FRACTION = 0.02  # times closer than this fraction are equal: the noise of a good measurement
 
 
 class Contender(NamedTuple):
@@ -27,7 +27,7 @@ def winner(contenders: Sequence[Contender], default: float = math.inf) -> int:
     So the same measurements give the same choice in every process.
     """
     least = min(contender.seconds for contender in contenders)
-    limit = max(least, min(least * (1 + TIE), default))
+    limit = max(least, min(least * (1 + TIE_FRACTION), default))
     tied = (i for i, contender in enumerate(contenders) if contender.seconds <= limit)
     return min(tied, key=lambda i: (contenders[i].workspace, len(contenders[i].schedule), contenders[i].schedule))
 

@@ -34,6 +34,7 @@ from convsched.lower.strassen import blocks_of, lower_strassen
 from convsched.lower.tiles import lower_bilinear
 from convsched.machine import Machine
 from convsched.model.blocking import best_blocking, fft_products
+from convsched.model.constants import CORE
 from convsched.options import Accuracy
 from convsched.plan.defaults import default_recipe, default_strassen, default_tiles, default_toeplitz, direct_time
 from convsched.problem import Conv2d, Linear, Problem
@@ -49,8 +50,6 @@ MARGIN = 4 / 3  # that an estimate must be below direct's: in doubt, direct
 FFT_TAPS = 7  # of a side, from which FFT is tried
 STRASSEN_CHANNELS = 512  # in and out, from which Strassen's products are tried
 LEAST_CHANNELS = 16  # in and out, below which vectors of channels are mostly empty
-FFT = 1.5  # the time of FFT tiles over that of their products at full rate
-IM2COL = 1.25  # the time of im2col over direct's
 
 
 def _unknown(machine: Machine, layout: str, threads: int) -> float:
@@ -163,7 +162,7 @@ def _im2col(problem: Problem, sizes: tuple[tuple[int, ...], ...]) -> Algorithm:
     return Algorithm("im2col", problem, partial(lower_im2col, problem), partial(default_toeplitz, problem),
                      partial(_error, _direct_gains, (_taps(problem),)), problem.weights // problem.M,
                      prod(problem.output_shape),
-                     lambda machine, layout, threads: IM2COL * _direct_time(problem, machine, layout, threads),
+                     lambda machine, layout, threads: CORE.im2col * _direct_time(problem, machine, layout, threads),
                      keeps_nonfinite=True)
 
 
@@ -308,7 +307,7 @@ def _fft_error(column: Side, row: Side, channels: int, outputs: int) -> Predicti
 def _fft_time(tiles: Fft, machine: Machine, layout: str, threads: int) -> float:
     if min(tiles.problem.C, tiles.problem.M) < LEAST_CHANNELS:
         return inf
-    return FFT * fft_products(tiles) / machine.lanes / threads
+    return CORE.fft * fft_products(tiles) / machine.lanes / threads
 
 
 def _direct_time(problem: Problem, machine: Machine, layout: str, threads: int) -> float:

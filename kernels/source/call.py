@@ -92,13 +92,13 @@ def call(native: Native, x: Any, out: Any) -> None:
     """
     _refuse_read_only(out)
     if x.shape != native.x_shape or out.shape != native.y_shape:
-        raise ValueError("x or out has a wrong shape for this kernel")
+        raise ValueError("x or out does not have the kernel's shape: give native.x_shape and native.y_shape")
     if not _is_float32_in_order(x) or not _is_float32_in_order(out):
-        raise ValueError("x and out must be C-contiguous float32")
+        raise ValueError("x or out is not C-contiguous float32: give np.ascontiguousarray(x, np.float32)")
     if x.ctypes.data % 4 or out.ctypes.data % 4:
-        raise ValueError("x and out must be aligned to 4 bytes")
+        raise ValueError("x or out is not aligned to 4 bytes: give a copy")
     if native.z_slot >= 0:
-        raise ValueError("the layer has a residual; call it from Python")
+        raise ValueError("the layer has a residual, which compiled code cannot pass: call the bound kernel from Python")
     if x.ctypes.data < out.ctypes.data + 4 * out.size and out.ctypes.data < x.ctypes.data + 4 * x.size:
         raise ValueError("out overlaps x; give it memory of its own")
     native.table[native.x_slot] = x.ctypes.data
