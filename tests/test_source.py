@@ -198,7 +198,7 @@ import numpy as np
 
 def run(x, y, w_packed, thread, threads):
     """conv"""
-    t = np.zeros(4, np.float32)
+    t = np.empty(4, np.float32)
     # conv
     for m0 in range(2 * thread // threads, 2 * (thread + 1) // threads):
         for m1 in range(4):

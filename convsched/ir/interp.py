@@ -2,8 +2,7 @@
 
 Statements run in order. A chain of perfectly nested loops around one statement is evaluated at all its
 points at once where that is the same: if the value does not read the tensor that is stored (or reads just
-the stored element, and no element twice). Everything else is a Python loop. Local and register tensors are NaN until
-they are stored.
+the stored element, and no element twice). Everything else is a Python loop. Locals are NaN until they are stored.
 
 ``interpret`` works on logical arrays and ignores storage. ``evaluate_bind`` runs the bind stages into
 physical storage: a stage that only copies is one strided NumPy assignment.
