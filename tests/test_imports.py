@@ -9,6 +9,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,7 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
                 yield node.lineno, known(f"{node.module}.{alias.name}") or known(node.module) or node.module
 
 
+@cache
 def graph() -> dict[str, set[str]]:
     """The modules of the project that each module imports."""
     return {name: {found for _, found in imports(path) if found in MODULES and found != name}
