@@ -121,9 +121,9 @@ def _compile_program(plan: ProgramPlan, code: type[Code], limit: int | None) -> 
     return kernel
 
 
-def _beyond(limit: int | None, kernel: Kernel | ProgramKernel, what: str) -> str:
+def _beyond(limit: int | None, kernel: Kernel | ProgramKernel, what: str, of: str = "") -> str:
     """Why a kernel is not within the limit of memory."""
-    return (f"memory_limit={limit}: {what} needs a workspace of {kernel.workspace_bytes} bytes on {kernel.threads} "
+    return (f"memory_limit={limit}: {what} needs a workspace of {kernel.workspace_bytes} bytes{of} on {kernel.threads} "
             f"thread{'s' * (kernel.threads != 1)}; give at least that, or None")
 
 
@@ -152,8 +152,8 @@ class _Request:
     def within_limit(self, kernel: Kernel) -> Kernel:
         """The kernel itself, or a LoweringError with the numbers."""
         if not self.fits(kernel):
-            what = f"{kernel.algorithm} of {self.layer.text} in {kernel.layout}"
-            raise LoweringError(_beyond(self.limit, kernel, what))
+            raise LoweringError(_beyond(self.limit, kernel, kernel.algorithm,
+                                        f" for {self.layer.text} in {kernel.layout}"))
         return kernel
 
     def default(self) -> Kernel:

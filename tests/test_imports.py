@@ -73,9 +73,15 @@ def known(name: str) -> str | None:
     return next((found for found in (name, f"{name}.__init__") if found in MODULES), None)
 
 
+@cache
+def nodes_of(path: Path) -> tuple[ast.AST, ...]:
+    """Every node of a file that is not under ``if TYPE_CHECKING``."""
+    return tuple(nodes(ast.parse(path.read_text())))
+
+
 def imports(path: Path) -> Iterator[tuple[int, str]]:
     """(line, dotted name) of what a file imports; ``from a import b`` gives ``a.b`` if that is a module."""
-    for node in nodes(ast.parse(path.read_text())):
+    for node in nodes_of(path):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, known(alias.name) or alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -170,7 +176,7 @@ def test_only_kernels_use_numba_and_llvmlite(module: str) -> None:
 def uses(path: Path, owners: set[str], names: set[str]) -> list[str]:
     """Where a file uses ``owner.name``, or imports the name from the owner."""
     found = []
-    for node in nodes(ast.parse(path.read_text())):
+    for node in nodes_of(path):
         if isinstance(node, ast.Attribute) and node.attr in names:
             owner = node.value.attr if isinstance(node.value, ast.Attribute) else (
                 node.value.id if isinstance(node.value, ast.Name) else "")

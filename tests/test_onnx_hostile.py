@@ -355,7 +355,7 @@ def test_mutated_models(tmp_path_factory: pytest.TempPathFactory, data: st.DataO
 
 
 @pytest.mark.slow
-@settings(max_examples=10_000, database=None)
+@settings(max_examples=2500, database=None)
 @given(data=st.data())
 def test_mutated_models_widely(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     read_mutated(tmp_path_factory.getbasetemp(), data)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 import convsched as cs
 from convsched.ir import Program
 from convsched.ir.interp import evaluate_bind
-from convsched.kernels.run import binding
+from convsched.kernels.run import binding, packing
 from convsched.kernels.run.kernel import Kernel
 from convsched.kernels.run.packing import ALIGNMENT, BLOCK, Copy, blocks, inside, plain
 from convsched.machine import Machine, host
@@ -73,6 +73,21 @@ def test_what_is_bound_is_what_the_bind_stages_mean(
         np.testing.assert_array_equal(bound[name], flushed(expected[name]), err_msg=name)
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-10, 1e-14, 1e-30, 1e-37])
+@pytest.mark.parametrize(("algorithm", "size"), [("winograd(2,3)", 3), ("winograd(4,3)", 3), ("fft(8)", 3),
+                                                 ("strassen(1)", 1)])
+def test_transformed_weights_are_never_denormal(algorithm: str, size: int, scale: float) -> None:
+    """Whole numbers, so that many sums cancel but for their rounding, at sizes from which denormals come or not."""
+    problem = Conv2d(32, 32, size, input_size=9)
+    program = scheduled(algorithm, problem, "nchw")
+    weight = np.random.default_rng(0).choice([-3, -2, -1, 1, 2, 3], problem.weight_shape) * np.float32(scale)
+    weight = weight.astype(np.float32)
+    bound, expected = binding.run(binding.bindings(program), {"w": weight}), evaluate_bind(program, {"w": weight})
+    for name, array in bound.items():
+        assert np.array_equal(array, flushed(array))
+        np.testing.assert_allclose(array, flushed(expected[name]), rtol=1e-6, atol=1e-12 * scale)
+
+
 @pytest.mark.parametrize(("algorithm", "problem"), [
     ("direct", Linear(1024, 1500)), ("direct", Conv2d(96, 200, 7, input_size=7)), ("direct", Linear(2048, 1030)),
     ("im2col", Conv2d(96, 200, 7, padding=3, input_size=7)), ("winograd", Conv2d(128, 136, 3, padding=1, input_size=9)),
@@ -93,6 +108,21 @@ def test_binding_takes_few_bytes_beside_its_result(algorithm: str, problem: Prob
     copied = all(isinstance(one, Copy) for one in kernel.code.interface.bindings)
     assert result > 4 * BLOCK * 4
     assert peak - result < (3 * 4 if copied else 8 * 8) * BLOCK
+
+
+@pytest.mark.parametrize(("algorithm", "problem", "most"), [
+    ("direct", Linear(2304, 1024), 2), ("direct", Conv2d(256, 128, 7, input_size=7), 2),
+    ("direct", Conv2d(64, 250, 3, input_size=9), 4), ("winograd(4,3)", Conv2d(256, 256, 3, input_size=14), 2),
+], ids=str)
+def test_binding_takes_few_blocks(algorithm: str, problem: Problem, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is some calls of NumPy, of some us: many of its elements are to share them."""
+    sizes: list[int] = []
+    for module in (packing, binding):
+        monkeypatch.setattr(module, "flush_denormals", lambda values: sizes.append(values.size))
+    weight = np.ones(problem.weight_shape, np.float32)
+    for one in binding.bindings(scheduled(algorithm, problem, "nchw")):
+        one.run(weight)
+    assert BLOCK * len(sizes) <= most * sum(sizes)
 
 
 def test_copies_of_all_sizes_and_orders() -> None:

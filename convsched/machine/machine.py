@@ -50,7 +50,7 @@ class Machine:
     @property
     def lanes(self) -> int:
         """float32 numbers in a vector register."""
-        return self.lanes_of("float32")
+        return self.vector_bytes // 4
 
     def lanes_of(self, dtype: str) -> int:
         """Elements of a type in a vector register; raises MachineError for a type that is not known.

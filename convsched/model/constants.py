@@ -1,17 +1,18 @@
 """What a core takes for what: the constants of every estimate, in one place.
 
-All are round numbers. Those of instructions order schedules as measured on Zen 4 with AVX-512, which issues one vector
-FMA and one vector load a cycle (``bench/rank_correlation.py`` tells how well they do elsewhere); those of register
-tiles and blocks order the default schedules' parameters as measured on Zen 4, Zen 5 and Sapphire Rapids
-(``bench/layer_sets.py``'s layers, each against its neighbours). The unit is the time of one vector FMA, unless another
-is given. Rates of caches and memory are no constants: they are calibrated (``cost.Rates``).
+All are round numbers, in the time of one vector FMA unless another unit is given. Those of issued instructions order
+schedules as measured on Zen 4 with AVX-512, which issues one vector FMA and one vector load a cycle;
+``bench/rank_correlation.py`` tells how well they do elsewhere. Of the others (register tiles, blocks, caches,
+transforms, whole algorithms) it is not recorded on which machine they were fitted: the default schedules depend on
+them, so that a change needs those measured. Rates of caches and memory in the tuner's bound are no constants: they are
+calibrated (``cost.Rates``).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-CUT = 14  # elements of the rows that ``Core.cut_square`` is measured with
+CUT = 14  # elements of a row that ``Core.cut_square`` is taken to stand for: a common tile, not a measurement
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Core:
     gather: float = 4.0  # of a lane
     scatter: float = 4.0  # of a lane
     square: float = 150.0  # to transpose and store 16 x 16 elements
-    cut_square: float = 240.0  # the same where rows are cut short to 14, and are masked stores
+    cut_square: float = 240.0  # the same where rows are cut short, and are masked stores; see CUT
     cut_row: float = 11.2  # of each element that rows are longer, or shorter
     evicted: float = 2.0  # times a store, where a set of L1 holds too few lines: they leave half written
 
@@ -63,6 +64,10 @@ class Core:
     fft_factor: float = 5.0  # instructions for each element of a factor of an FFT
     fft_spill: float = 32.0  # points from which moving what does not stay in registers takes as long again
     fft_weight: float = 16.0  # products in the time of a transformed weight on its way from memory
+
+    # Whole algorithms
+    fft: float = 1.5  # times as long as FFT tiles' products at full rate
+    im2col: float = 1.25  # times as long as direct convolution
 
     # Code
     copy: float = 0.01  # the share of a tile's time that an own copy of the nest for a remainder costs: code to fetch

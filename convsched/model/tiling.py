@@ -12,7 +12,8 @@ from convsched.model.constants import CORE
 def _tiles(extent: int, size: int) -> list[tuple[int, int]]:
     """(how many, how large) of the full tiles and of the remainder."""
     full, rest = divmod(extent, size)
-    return [(count, part) for count, part in ((full, size), (1, rest)) if count and part]
+    tiles = [(full, size)] if full else []
+    return [*tiles, (1, rest)] if rest else tiles
 
 
 @dataclass(frozen=True)
@@ -31,21 +32,23 @@ class _Tiling:
 
     def cycles(self, machine: Machine, vectors: int, height: int, width: int) -> float:
         """Cycles, in units of one FMA, of the whole layer, remainders included."""
-        whole = -(-self.maps // machine.lanes)
-        parts = [(a * b * c, v, h, w) for a, v in _tiles(whole, vectors)
-                 for b, h in _tiles(self.rows, height) for c, w in _tiles(self.columns, width)]
-        return sum(count * self._tile(machine, v, h, w, -(-whole // vectors)) for count, v, h, w in parts)
+        lanes, load = machine.lanes, _load(machine)
+        whole = -(-self.maps // lanes)
+        rows, columns = _tiles(self.rows, height), _tiles(self.columns, width)
+        return sum(a * b * c * self._tile(lanes, load, v, h, w, -(-whole // vectors))
+                   for a, v in _tiles(whole, vectors) for b, h in rows for c, w in columns)
 
-    def _tile(self, machine: Machine, vectors: int, height: int, width: int, sharers: int) -> float:
+    def _tile(self, lanes: int, load: float, vectors: int, height: int, width: int, sharers: int) -> float:
         pixels = height * width
-        step = CORE.tile_step + max(vectors * pixels, _load(machine) * (vectors + pixels), CORE.in_flight)
+        step = CORE.tile_step + max(vectors * pixels, load * (vectors + pixels), CORE.in_flight)
         step += CORE.weight_vector * vectors + CORE.input_element * pixels
-        full, part = divmod(width, machine.lanes)
-        squares = height * vectors * (full * CORE.square + (part > 0) * CORE.cut_square)
-        stores = squares * machine.lanes / 16 if self.transposed else vectors * pixels
-        if self.collides and machine.lanes <= CORE.ways < vectors * machine.lanes:
+        stores: float = vectors * pixels
+        if self.transposed:
+            full, part = divmod(width, lanes)
+            stores = height * vectors * (full * CORE.square + (part > 0) * CORE.cut_square) * lanes / 16
+        if self.collides and lanes <= CORE.ways < vectors * lanes:
             stores *= CORE.evicted
-        copied = 2 * height * -(-width // machine.lanes) * self.sums / sharers if self.packed else 0
+        copied = 2 * height * -(-width // lanes) * self.sums / sharers if self.packed else 0
         return self.sums * step + stores + copied
 
 

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import SupportsIndex
 
-from convsched.problem.rules import Activation, Check, Pair, _common_words, _side, by
+from convsched.problem.rules import Activation, Check, Pair, _side, by, common_words
 
 FLOAT32_BYTES = 4
 
@@ -227,7 +227,7 @@ def conv2d_text(layer: Conv2d) -> str:
     if any(layer.padding): words.append("pad=" + ",".join(map(str, layer.padding)))
     if layer.dilation != (1, 1): words.append(f"dil={by(layer.dilation)}")
     if layer.groups != 1: words.append(f"g={layer.groups}")
-    return " ".join(words + _common_words(layer))
+    return " ".join(words + common_words(layer.N, layer.bias, layer.activation, layer.residual))
 
 
 def conv2d_short(layer: Conv2d) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, SupportsIndex
 
 from convsched.problem.conv2d import FLOAT32_BYTES, Conv2d
-from convsched.problem.rules import Activation, Check, _common_words
+from convsched.problem.rules import Activation, Check, common_words
 
 
 @dataclass(frozen=True, init=False)
@@ -145,7 +145,8 @@ class Linear:
 
 def linear_text(layer: Linear) -> str:
     """The canonical text of a fully connected layer."""
-    return " ".join([f"linear c={layer.C} m={layer.M}", *_common_words(layer)])
+    words = common_words(layer.N, layer.bias, layer.activation, layer.residual)
+    return " ".join([f"linear c={layer.C} m={layer.M}", *words])
 
 
 def linear_short(layer: Linear) -> str:

@@ -6,14 +6,11 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, SupportsIndex, TypeAlias
+from typing import SupportsIndex, TypeAlias
 
 import numpy as np
 
 from convsched.errors import ProblemError
-
-if TYPE_CHECKING:
-    from convsched.problem.problem import Problem
 
 Activation: TypeAlias = str | tuple[str, float] | tuple[str, float, float] | None
 Pair: TypeAlias = SupportsIndex | Sequence[SupportsIndex]
@@ -205,16 +202,16 @@ def _side(pair: tuple[int, int]) -> str:
     return str(pair[0]) if pair[0] == pair[1] else by(pair)
 
 
-def _common_words(problem: Problem) -> list[str]:
+def common_words(batch: int, bias: bool, activation: Activation, residual: bool) -> list[str]:
     """The words that both kinds share."""
-    words = [] if problem.N == 1 else [f"n={problem.N}"]
-    if problem.bias: words.append("bias")
-    match problem.activation:
+    words = [] if batch == 1 else [f"n={batch}"]
+    if bias: words.append("bias")
+    match activation:
         case None:
             pass
         case str(name):
             words.append(f"act={name}")
         case (name, *parameters):
             words.append(f"act={name}({','.join(map(repr, parameters))})")
-    if problem.residual: words.append("residual")
+    if residual: words.append("residual")
     return words

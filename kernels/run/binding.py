@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import prod
+from functools import reduce
+from math import inf, prod
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -36,6 +37,8 @@ from convsched.kernels.run.packing import (
 )
 
 Doubles: TypeAlias = npt.NDArray[np.float64]
+COMBINED = 1 << 10  # elements: the largest product of matrices that is applied as one, in one pass over the values
+PRODUCTS = 1 << 18  # of one call: for more, OpenBLAS starts threads, which wait for one another on a busy machine
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,8 @@ class Transform:
     def run(self, source: Array) -> Array:
         """The transformed weights, flat; beside them, some MiB are used."""
         packed = aligned_zeros(self.elements)
-        matrices = [factor.matrix for factor in self.factors]
+        matrices = self._matrices
+        least = _least_weight(matrices)
         rows = tuple(extent for factor in self.factors for extent in factor.extents)
         steps = source_steps(source, self.coefficients, len(self.summed) + len(self.extents))
         sizes = block_sizes(self.extents, (steps[len(self.summed):], self.strides),
@@ -110,12 +114,22 @@ class Transform:
         pieces = self._pieces(source, steps)
         for block in blocks(self.extents, sizes):
             sides = [side.stop - side.start for side in block]
-            values = _apply(matrices, self._gather(pieces, block, sides))
+            gathered = self._gather(pieces, block, sides)
+            values = _apply(matrices, gathered)
             part = to[(*whole_rows, *block)]
             with np.errstate(over="ignore"):
                 part[...] = values.reshape(part.shape)
-            flush_denormals(part)
+            if not np.abs(gathered).min() >= least:
+                flush_denormals(part)
         return packed
+
+    @property
+    def _matrices(self) -> list[Doubles]:
+        """Those of the factors, or their Kronecker product where it is small."""
+        matrices = [factor.matrix for factor in self.factors]
+        if prod(matrix.size for matrix in matrices) > COMBINED:
+            return matrices
+        return [reduce(_kronecker, matrices)]
 
     @property
     def _largest(self) -> int:
@@ -157,13 +171,34 @@ def _within(box: Box, part: Box) -> Box:
                  for whole, side in zip(box, part, strict=True))
 
 
+def _least_weight(matrices: Sequence[Doubles]) -> float:
+    """Where no weight is smaller, no transformed weight is a denormal; infinite for several matrices.
+
+    A float32 times a float64 has 77 bits: it is a multiple of 2^-77 times its size, and so are sums of such products,
+    rounded or not. A sum that is not 0 is at least the least of these steps.
+    """
+    if len(matrices) > 1:
+        return inf
+    sizes = np.abs(matrices[0])
+    return float(2.0**77 * np.finfo(np.float32).tiny / sizes[sizes > 0].min(initial=inf))
+
+
+def _kronecker(one: Doubles, other: Doubles) -> Doubles:
+    return np.asarray(np.kron(one, other), np.float64)
+
+
 def _apply(matrices: Sequence[Doubles], values: Doubles) -> Doubles:
     """Each matrix along its columns, for which its rows are put."""
     done = 1
     with np.errstate(all="ignore"):  # weights may be infinite
         for matrix in matrices:
-            values = np.matmul(matrix, values.reshape(done, matrix.shape[1], -1))
-            done *= matrix.shape[0]
+            values = values.reshape(done, matrix.shape[1], -1)
+            made = np.empty((done, matrix.shape[0], values.shape[2]))
+            step = max(1, PRODUCTS // matrix.size)
+            for start in range(0, values.shape[2], step):
+                piece = (..., slice(start, start + step))
+                np.matmul(matrix, values[piece], out=made[piece])
+            values, done = made, done * matrix.shape[0]
     return values
 
 
