@@ -128,7 +128,7 @@ FORK = """
 import os, signal, threading, time
 import convsched as cs
 from convsched.kernels import jit
-from convsched.kernels.run import kernel
+from convsched.plan import plan
 import llvmlite.binding as llvm
 layer = cs.Conv2d(1, 2, 1, input_size=3)
 inside, entered = [], threading.Event()
@@ -168,15 +168,15 @@ fork(child)
     "holds the lock of llvmlite": "start(busy, llvm.ffi.lib._lock)\nfork(compile)",
     "enters LLVM for the first time": "start(busy, jit._registering)\nfork(compile)",
     "applies a schedule": """
-original = kernel.apply
+original = plan.apply
 def apply(*arguments):
     inside.append(1); entered.set()
     time.sleep(2)
     return original(*arguments)
-kernel.apply = apply
+plan.apply = apply
 start(compile)
 def child():
-    kernel.apply = original
+    plan.apply = original
     compile(1)
 fork(child, whole=False)
 """,
@@ -207,6 +207,7 @@ compile(99)
 
 def test_a_linker_goes_with_the_last_of_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     made, create = list[int](), llvm.create_lljit_compiler
+    monkeypatch.setattr(jit, "_linker", None)  # and back with its room, in which names are taken
     monkeypatch.setattr(jit, "_room", 0)
     monkeypatch.setattr(llvm, "create_lljit_compiler", lambda: made.append(1) or create())
     code = jit.compile_object(TEXT, HOST)
@@ -221,7 +222,7 @@ def test_kernels_that_are_gone_leave_no_memory_taken() -> None:
     grown = python(f"""
 import gc
 from convsched.kernels import jit
-from convsched.machine import Machine
+from convsched.machine import host
 code = jit.compile_object({TEXT!r}, host.machine())
 def resident():
     gc.collect()
