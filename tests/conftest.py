@@ -53,6 +53,11 @@ def pytest_configure(config: pytest.Config) -> None:
                                 f"pip install -e '{config.rootpath}[test]' in this environment.")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is slow begins first, so that short tests fill the cores while the last of it runs."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture
 def update_goldens(request: pytest.FixtureRequest) -> bool:
     """Whether to rewrite goldens instead of comparing."""

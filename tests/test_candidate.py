@@ -12,7 +12,7 @@ from convsched.autotune.measure.measure import Timing
 from convsched.autotune.workers import candidate as module
 from convsched.autotune.workers.candidate import Data, Job, Outcome, Prepared, data_of, prepared, run_job
 from convsched.machine import CpuCounters, host
-from convsched.plan.families import named
+from convsched.plan.families import TOLERANCE, named
 from convsched.plan.plan import Plan, Target
 from convsched.problem import Conv2d, Linear, Problem
 from convsched.schedule import Schedule, parse_schedule
@@ -50,7 +50,7 @@ def test_integers_are_exact(problem: Problem, layout: str) -> None:
 def test_other_activations_have_a_tolerance(activation: object) -> None:
     outcome = run_job(job_of(Conv2d(4, 8, 3, padding=1, input_size=6, activation=activation)))  # type: ignore[arg-type]
     assert outcome.status == "ok"
-    assert 0 <= outcome.error <= module.TOLERANCE
+    assert 0 <= outcome.error <= TOLERANCE
 
 
 def test_sums_beyond_float32_are_not_called_exact() -> None:

@@ -242,6 +242,7 @@ compile(99)
 
 def test_a_linker_goes_with_the_last_of_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     made, create = list[int](), llvm.create_lljit_compiler
+    monkeypatch.setattr(jit, "_linker", None)  # and back with its room, in which names are taken
     monkeypatch.setattr(jit, "_room", 0)
     monkeypatch.setattr(jit, "_linker", None)  # with its room, the one before comes back
     monkeypatch.setattr(llvm, "create_lljit_compiler", lambda: made.append(1) or create())

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from convsched.algebra import accuracy
 from convsched.errors import LoweringError, ScheduleError
 from convsched.ir.text import print_nest
 from convsched.kernels import objects
@@ -95,3 +96,15 @@ def test_an_algorithm_is_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernel.predicted_error == plan.algorithm.prediction
     assert "winograd(2,3)" in kernel.explain()
     assert kernel.nest
+
+
+def test_errors_of_many_layers_are_predicted_from_gains_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    of = accuracy.Gains.of
+    monkeypatch.setattr(accuracy.Gains, "of", lambda triple, terms=1: made.append(triple.name) or of(triple, terms))
+    for known in (families._error, families._winograd_gains, families._direct_gains):
+        known.cache_clear()
+    layers = [Conv2d(channels, 32, 3, padding=1, input_size=size) for channels in (16, 48, 160) for size in (9, 14, 70)]
+    found = {named(name, layer).prediction for layer in layers for name in ("direct", "winograd(2,3)")}
+    assert len(made) == 2
+    assert len(found) == 2 * len(layers)

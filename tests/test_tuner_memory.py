@@ -20,7 +20,7 @@ from convsched.plan.plan import Target
 
 MIB = 1 << 20
 OWN, WORKERS = 8 * MIB, 48 * MIB  # that the processes may grow: code is freed, the compiler keeps some pools
-LAYER = cs.Conv2d(64, 64, 3, padding=1, input_size=8, activation="relu")
+LAYER = cs.Conv2d(16, 16, 3, padding=1, input_size=8, activation="relu")
 
 
 def resident(pid: int | None) -> int:

@@ -124,7 +124,7 @@ def test_bind_stages_depend_on_weights_only(pack: Leaf, message: str) -> None:
     ((Loop("e", 2, (Loop("f", 2, (Loop("e", 2, (FINISH,)),)),)),), "it is inside another loop e"),
     ((Loop("e", 2, (Loop("f", 2, (FINISH,)),), "vector"),), "a vector loop may hold statements only"),
     ((Loop("e", 2, (Loop("f", 2, (FINISH,), "parallel"),), "parallel"),), "inside another parallel loop"),
-    ((Let("e", 9, (FINISH,), affine(f=1), 1),), "it is not a digit of f, step 1: of loops around it"),
+    ((Let("e", 9, (FINISH,), affine(f=1), 1),), "it is not a digit of f, step 1: give an expression of loops"),
     ((Loop("f", 9, (Let("e", 9, (FINISH,), affine(-1, f=1), 1),)),), "never negative"),
     ((Loop("f", 9, (Let("e", 9, (FINISH,), affine(f=1), 0),)),), "not a digit of f, step 0"),
     ((Loop("f", 9, (Let("e", 0, (FINISH,), affine(f=1), 1),)),), "let e < 0: the extent 0 must be positive"),

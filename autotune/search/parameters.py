@@ -13,16 +13,13 @@ from typing import Any
 
 from convsched.autotune.search.domain import Domain
 from convsched.errors import LoweringError
-from convsched.lower.plane import Plane
 from convsched.plan.choice import members
 from convsched.plan.families import Algorithm, named
 from convsched.plan.plan import Target
 from convsched.problem import Conv2d, Linear, Problem
 from convsched.problem.problem import is_flat, meets_input
 from convsched.recipes.direct import Channels, Depthwise, Pixels, copy_stride
-from convsched.recipes.im2col import Toeplitz
-from convsched.recipes.recipe import Recipe
-from convsched.recipes.tiles import Tiles
+from convsched.recipes.recipe import BlockRecipe, Recipe
 
 PREFETCH = (0, 4, 16, 32)
 VECTORS, UNROLL = (1, 2, 3, 4), (1, 2, 4, 8)
@@ -32,22 +29,20 @@ PIXELS = (3, 4, 5, 6, 7, 8, 9, 12, 13, 14, 16, 18, 20, 24, 25, 28)
 def algorithms(problem: Problem, target: Target) -> Iterator[Domain]:
     """A domain for each member that applies and fits."""
     for name in members(problem, target.accuracy):
-        if name == "direct":  # its recipes are domains of their own
-            continue
         try:
             algorithm = named(name, problem)
         except LoweringError:
             continue
-        if algorithm.fits(target.accuracy):
-            yield _around(target, algorithm)
+        default = algorithm.default(target.machine, target.layout, target.threads)
+        if isinstance(default, BlockRecipe) and algorithm.fits(target.accuracy):  # others have domains of their own
+            yield _around(problem, target, algorithm, default)
 
 
-def _around(target: Target, algorithm: Algorithm) -> Domain:
+def _around(problem: Problem, target: Target, algorithm: Algorithm, default: BlockRecipe) -> Domain:
     """The default recipe with other values of what it shares with the others: blocks and the register tile."""
-    default: Any = algorithm.default(target.machine, target.layout, target.threads)
     values: dict[str, tuple[Any, ...]] = {}
     for name, options in (("vectors", VECTORS), ("pixels", PIXELS), ("unroll", UNROLL),
-                          ("block", _blocks(algorithm.problem, default)), ("parallel", ("pixels", "channels")),
+                          ("block", default.blocks(problem)), ("parallel", ("pixels", "channels")),
                           ("indirect", (False, True))):
         if hasattr(default, name):
             values[name] = tuple(dict.fromkeys(sorted([*options, getattr(default, name)])))
@@ -60,19 +55,6 @@ def _around(target: Target, algorithm: Algorithm) -> Domain:
     make: Callable[..., Recipe] = partial(replace, default)
     finer = {"prefetch": PREFETCH} if hasattr(default, "prefetch") else {}
     return Domain(make, values, fits, finer, algorithm=algorithm, seed=default)
-
-
-def _blocks(problem: Problem, default: Any) -> tuple[int, ...]:
-    """The sizes of a block: those that divide the rows of tiles or pixels, or multiples where any will do."""
-    match default:
-        case Tiles() | Toeplitz():
-            assert isinstance(problem, Conv2d)
-            rows = (Plane(problem, default.shape.outputs, default.shape.fold).tiles[0] if isinstance(default, Tiles)
-                    else problem.E)
-            return tuple(block for block in range(1, rows + 1) if rows % block == 0)
-        case _:
-            block = default.block
-            return tuple(sorted({max(1, block // 4), max(1, block // 2), block, 2 * block, 3 * block, 4 * block}))
 
 
 PAGE = 1024  # elements (4096 bytes): rows so far apart share the sets of L1

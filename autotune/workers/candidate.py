@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from convsched.algebra.accuracy import BOUNDS
 from convsched.autotune.measure.evict import evict
 from convsched.autotune.measure.measure import cold, race
 from convsched.autotune.store.record import Status
@@ -31,10 +30,8 @@ from convsched.problem.reference import convolve
 
 Floats = NDArray[np.float32]
 
-TOLERANCE = 2e-5  # of max |error| / rms, where float32 is not exact
 LARGEST = 3  # magnitude of the integers
 EXACT = (None, "relu", "relu6")  # activations that keep integers
-ADDS_INTEGERS = ("direct", "im2col")  # algorithms that sum products of the integers themselves
 COLD_ROUNDS, COLD_SECONDS = 3, 0.5  # the most
 WINDOW = (50, 1000)  # CPU ticks of measuring, 10 ms each, over which conditions are judged
 
@@ -107,8 +104,8 @@ def _wrong(candidate: Prepared) -> Outcome | None:
     candidate.call()
     error = candidate.error()
     kernel = candidate.conv.kernel
-    exact = candidate.data.exact and kernel.algorithm in ADDS_INTEGERS
-    if error <= (0.0 if exact else TOLERANCE if kernel.algorithm == "direct" else BOUNDS["fast"]):
+    algorithm = kernel.plan.algorithm
+    if error <= (0.0 if candidate.data.exact and algorithm.is_exact else algorithm.tolerance()):
         return None
     return Outcome("wrong", f"max |error| / rms is {error:.3g}", error=error, workspace=kernel.workspace_bytes)
 

@@ -11,12 +11,12 @@
     where    = conjunction of ``Affine < 0``: the statement runs only where all hold
     Tensor   = name, shape, role, storage, border, values
 
-Local and register tensors are zero when a program starts. A read of a tensor inside its ``border`` (a virtual frame
-around the shape, used for padding) gives zero. A ``constant`` tensor has its values in the program: after unrolling,
-its zeros vanish and its ones become plain additions. A loop's ``ahead`` are (tensor, iterations): a hint to fetch
-what the tensor gives so many iterations later. A ``Let`` gives a digit of a variable a name: of a pixel p = 7 e + f
-of rows of 7, ``e`` is ``p // 7 % E`` and ``f`` is ``p % 7``. Stages run in order; those with ``when="bind"`` depend
-on weights only and run once, when weights are bound.
+Each element of a local or register tensor is stored before it is read (``verify`` proves it). A read of a tensor
+inside its ``border`` (a virtual frame around the shape, used for padding) gives zero. A ``constant`` tensor has its
+values in the program: after unrolling, its zeros vanish and its ones become plain additions. A loop's ``ahead`` are
+(tensor, iterations): a hint to fetch what the tensor gives so many iterations later. A ``Let`` gives a digit of a
+variable a name: of a pixel p = 7 e + f of rows of 7, ``e`` is ``p // 7 % E`` and ``f`` is ``p % 7``. Stages run in
+order; those with ``when="bind"`` depend on weights only and run once, when weights are bound.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Statements run in order. A chain of perfectly nested loops around one statement is evaluated at all its
 points at once where that is the same: if the value does not read the tensor that is stored (or reads just
-the stored element, and no element twice). Everything else is a Python loop.
+the stored element, and no element twice). Everything else is a Python loop. Locals are NaN until they are stored.
 
 ``interpret`` works on logical arrays and ignores storage. ``evaluate_bind`` runs the bind stages into
 physical storage: a stage that only copies is one strided NumPy assignment.
@@ -159,7 +159,8 @@ def _logical_view(tensor: Tensor, arrays: Mapping[str, npt.NDArray[Any]], dtype:
     if tensor.role == "constant":
         return replace(view, flat=np.array(tensor.values, dtype))
     if tensor.role not in ("input", "weight"):
-        return replace(view, flat=np.zeros(math.prod(shape), dtype))
+        unset = np.nan if tensor.role in ("local", "register") else 0.0
+        return replace(view, flat=np.full(math.prod(shape), unset, dtype))
     if tensor.name not in arrays:
         raise ArrayError(f"{tensor.name}: there is no array of that name")
     given = np.asarray(arrays[tensor.name])

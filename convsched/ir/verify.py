@@ -1,4 +1,5 @@
-"""What a legal program is. ``verify`` raises at the first rule that is broken, naming stage and statement.
+"""What a legal program is. ``verify`` raises at the first rule that is broken, naming stage and statement; ``stored``
+has the proof that locals are stored before they are read.
 
 A bound on an index may use the statement's conditions. With ``c < 0``, so ``c <= -1``, and any ``k > 0``,
 
@@ -31,6 +32,7 @@ from convsched.ir.grammar import (
     Value,
     leaves,
 )
+from convsched.ir.stored import unproved
 from convsched.ir.text import print_statement
 
 
@@ -45,6 +47,7 @@ def verify(program: Program) -> None:
             if rule is not None:
                 raise VerifyError(f"stage {stage.name}: {print_statement(leaf)}: {rule}")
     _check_registers(program)
+    _check_stored(program)
 
 
 def _check_tensors(program: Program) -> None:
@@ -111,7 +114,8 @@ def _broken_value(value: Let, around: Mapping[str, int]) -> str | None:
     """The rule that a named digit breaks."""
     if value.step >= 1 and value.of.variables <= around.keys() and value.of.bounds(around)[0] >= 0:
         return None
-    return f"it is not a digit of {value.of}, step {value.step}: of loops around it, and never negative"
+    return (f"it is not a digit of {value.of}, step {value.step}: give an expression of loops around it that is never "
+            "negative, and a step of at least 1")
 
 
 def _broken(program: Program, stage: Stage, packed: set[str], around: Path,
@@ -188,3 +192,14 @@ def _check_registers(program: Program) -> None:
                     if homes.setdefault(name, (number, position)) != (number, position):
                         raise VerifyError(f"stage {stage.name}: {print_statement(leaf)}: the register tensor "
                                           f"{name} is also used in another loop nest")
+
+
+def _check_stored(program: Program) -> None:
+    """What is read of local and register tensors was stored before."""
+    found = unproved(program)
+    if found is not None:
+        place = ", ".join(map(str, found.index))
+        raise VerifyError(
+            f"stage {found.stage.name}: {print_statement(found.leaf)}: it reads {found.tensor}[{place}], and no proof "
+            "is found that each element was stored before: store all that is read, in an earlier statement of the same "
+            "iteration or in a loop that is through, under no guard that the read has not")

@@ -12,7 +12,6 @@ from convsched.plan.families import (
     FAST_OUTPUTS,
     FFT_TAPS,
     MANY_TAPS,
-    MARGIN,
     OUTPUTS,
     STRASSEN_CHANNELS,
     Algorithm,
@@ -41,7 +40,7 @@ def members(problem: Problem, accuracy: Accuracy = "normal") -> tuple[str, ...]:
     if min(problem.M, problem.C) >= STRASSEN_CHANNELS:
         found += ["strassen(1)", "strassen(2)"]
     if accuracy == "strict":
-        return tuple(name for name in found if any(one.keeps_nonfinite for one in _that_apply(problem, name)))
+        return tuple(name for name in found if any(one.is_exact for one in _that_apply(problem, name)))
     return tuple(found)
 
 
@@ -54,8 +53,7 @@ def choices(problem: Problem, target: Target) -> Iterator[Algorithm]:
     accuracy = target.accuracy
 
     def time(algorithm: Algorithm) -> float:
-        margin = 1 if algorithm.name == "direct" else MARGIN
-        return algorithm.estimate(target.machine, target.layout, target.threads) * margin
+        return algorithm.estimate(target.machine, target.layout, target.threads) * algorithm.margin
 
     found: list[Algorithm] = []
     fitting = False

@@ -47,6 +47,7 @@ FAST_OUTPUTS = {2: (6,), 3: (5, 6)}  # further ones, of more error than accuracy
 MOST_SPLIT = 16  # taps of a side, for Winograd
 MOST_READ = 64  # pixels that a tile of Winograd's reads along a side: each is written out, those between taps too
 MARGIN = 4 / 3  # that an estimate must be below direct's: in doubt, direct
+TOLERANCE = 2e-5  # of max |error| / rms(output), where only float32's roundings of a sum are allowed
 FFT_TAPS = 7  # of a side, from which FFT is tried
 STRASSEN_CHANNELS = 512  # in and out, from which Strassen's products are tried
 LEAST_CHANNELS = 16  # in and out, below which vectors of channels are mostly empty
@@ -66,9 +67,11 @@ class Algorithm:
     transformed data, ``outputs`` the elements of the output. ``estimate(machine, layout, threads)`` is the time of a
     call by the default recipe, in vector FMAs of one core; infinite where it is not known.
 
-    ``keeps_nonfinite``: each product is of one input and one weight, as in the definition, so that Inf and NaN reach
-    the outputs that they reach there, and no others. Transforms mix all elements of a tile, or of several blocks: an
-    Inf in the input makes NaN of whole tiles, finite neighbours included.
+    ``is_exact``: each product is of one input and one weight, as in the definition, so that small integers give exact
+    sums, and Inf and NaN reach the outputs that they reach there, and no others. Transforms mix all elements of a tile,
+    or of several blocks: an Inf in the input makes NaN of whole tiles, finite neighbours included.
+
+    ``margin``: what its estimate is multiplied by when it is compared with others.
     """
 
     name: str
@@ -79,7 +82,8 @@ class Algorithm:
     terms: int
     outputs: int
     estimate: Callable[[Machine, str, int], float] = _unknown
-    keeps_nonfinite: bool = False
+    is_exact: bool = False
+    margin: float = MARGIN
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Algorithm) and (self.name, self.problem) == (other.name, other.problem)
@@ -108,7 +112,11 @@ class Algorithm:
 
     def keeps_enough(self, accuracy: Accuracy) -> bool:
         """Whether Inf and NaN reach the outputs that the class asks for: "strict" all of them, the others none."""
-        return self.keeps_nonfinite or accuracy != "strict"
+        return self.is_exact or accuracy != "strict"
+
+    def tolerance(self, accuracy: Accuracy = "fast") -> float:
+        """What a check of results on data that are not exact allows of max |error| / rms(output)."""
+        return TOLERANCE if self.is_exact else BOUNDS[accuracy]
 
     def require(self, accuracy: Accuracy) -> None:
         """Raise LoweringError unless the class takes the algorithm."""
@@ -147,7 +155,7 @@ def _direct(problem: Problem, sizes: tuple[tuple[int, ...], ...]) -> Algorithm:
                      lambda machine, layout, threads: default_recipe(problem, machine, layout, threads),
                      partial(_error, _direct_gains, (_taps(problem),)), problem.weights // problem.M,
                      prod(problem.output_shape),
-                     partial(_direct_time, problem), keeps_nonfinite=True)
+                     partial(_direct_time, problem), is_exact=True, margin=1)
 
 
 def _taps(problem: Problem) -> int:
@@ -163,7 +171,7 @@ def _im2col(problem: Problem, sizes: tuple[tuple[int, ...], ...]) -> Algorithm:
                      partial(_error, _direct_gains, (_taps(problem),)), problem.weights // problem.M,
                      prod(problem.output_shape),
                      lambda machine, layout, threads: CORE.im2col * _direct_time(problem, machine, layout, threads),
-                     keeps_nonfinite=True)
+                     is_exact=True)
 
 
 def _winograd(problem: Problem, sizes: tuple[tuple[int, ...], ...]) -> Algorithm:

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 from convsched.problem import Conv2d, Problem
 from convsched.problem.problem import taps
 from convsched.recipes.direct import window
-from convsched.recipes.recipe import Axis
+from convsched.recipes.recipe import Axis, divisors
 from convsched.schedule import (
     Attach,
     Inline,
@@ -48,6 +48,10 @@ class Toeplitz:
     indirect: bool = False
     prefetch: int = 0
     name: ClassVar[str] = "toeplitz"
+
+    def blocks(self, problem: Problem) -> tuple[int, ...]:
+        """The values of ``block`` worth trying: those that divide the rows of pixels."""
+        return divisors(problem.E)
 
     def schedule(self, problem: Problem, layout: str = "nchw") -> Schedule:
         """The steps for a problem, as ``lower_im2col`` gives it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import Field, dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from convsched.problem import Problem
 from convsched.schedule import Peel, Schedule, Split, Step
@@ -20,6 +20,24 @@ class Recipe(Protocol):
 
     def schedule(self, problem: Problem, layout: str = "nchw") -> Schedule:
         """The steps for a problem, with activations stored as ``layout`` says."""
+
+
+@runtime_checkable
+class BlockRecipe(Recipe, Protocol):
+    """A recipe that takes a ``block`` of a layer through all stages at a time, with a register tile of ``vectors`` by
+    ``pixels``, and ``unroll`` channels written out: it is searched around an algorithm's default."""
+
+    @property
+    def block(self) -> int:
+        """Rows of pixels or of tiles, or pixels."""
+
+    def blocks(self, problem: Problem) -> tuple[int, ...]:
+        """The values of ``block`` worth trying for a problem."""
+
+
+def divisors(count: int) -> tuple[int, ...]:
+    """All of them, in ascending order."""
+    return tuple(part for part in range(1, count + 1) if count % part == 0)
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,11 @@ class StrassenBlocks:
     unroll: int
     name: ClassVar[str] = "strassen"
 
+    def blocks(self, problem: Problem) -> tuple[int, ...]:
+        """The values of ``block`` worth trying, any of which will do."""
+        return tuple(sorted({max(1, self.block // 4), max(1, self.block // 2), self.block, 2 * self.block,
+                             3 * self.block, 4 * self.block}))
+
     def schedule(self, problem: Problem, layout: str = "nchw") -> Schedule:
         """The steps for a problem, as ``lower_strassen`` gives it."""
         cut = blocks_of(problem, self.levels, layout)

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from convsched.lower.plane import Plane, Shape
 from convsched.problem import Conv2d, Problem
-from convsched.recipes.recipe import Axis
+from convsched.recipes.recipe import Axis, divisors
 from convsched.schedule import (
     Attach,
     Layout,
@@ -50,6 +50,11 @@ class Tiles:
     by_lines: bool = False
     prefetch: int = 0
     name: ClassVar[str] = "tiles"
+
+    def blocks(self, problem: Problem) -> tuple[int, ...]:
+        """The values of ``block`` worth trying: those that divide the rows of tiles."""
+        assert isinstance(problem, Conv2d)
+        return divisors(Plane(problem, self.shape.outputs, self.shape.fold).tiles[0])
 
     def schedule(self, problem: Problem, layout: str = "nchw") -> Schedule:
         """The steps for a problem, as ``lower_bilinear`` gives it."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from convsched.ir import Affine, Body, Leaf, Load, Program, Reduce, Store, Tensor, nested
-from convsched.ir.grammar import extents_of, storage_of
+from convsched.ir.grammar import extents_of, leaves_of, storage_of
 from convsched.ir.walk import map_touching, touching
 from convsched.schedule.footprint import Box, Request, box_of, redirected, require_axes, within
 
@@ -38,19 +38,23 @@ def written(request: Request) -> Program:
                     storage_of(output.letters, box.sizes, order, request.align))
 
     def made(body: Body) -> Body:
-        inside = {**request.around(), **extents_of(body)}
-        stored = map_touching(body, output.name, lambda leaf: _unguarded(request.program, leaf, output, inside))
+        stored = map_touching(body, output.name, lambda leaf: _unguarded(request, body, leaf))
         return redirected(stored, output.name, request.target, box.relative) + copied
 
     return within(request, made).with_tensor(buffer)
 
 
-def _unguarded(program: Program, leaf: Leaf, output: Tensor, extents: Mapping[str, int]) -> Leaf:
-    """A statement that stores to the output without the guards that keep it inside, where what it reads is there: the
-    buffer has room for all."""
-    if leaf.tensor != output.name or not all(_is_there(program, load, extents) for load in leaf.loads):
+def _unguarded(request: Request, body: Body, leaf: Leaf) -> Leaf:
+    """A statement that stores to the output without the guards that keep it inside, as the buffer has room for all:
+    where what it reads is there, and was not made under a guard of the same variables."""
+    extents = {**request.around(), **extents_of(body)}
+    if not all(_is_there(request.program, load, extents) for load in leaf.loads):
         return leaf
-    return replace(leaf, where=_inner_guards(leaf, output))
+    inner = _inner_guards(leaf, request.tensor)
+    read = {load.tensor for load in leaf.loads}
+    bounded = frozenset[str]().union(*(guard.variables for made in leaves_of(body) if made.tensor in read
+                                       for guard in made.where))
+    return replace(leaf, where=tuple(guard for guard in leaf.where if guard in inner or guard.variables & bounded))
 
 
 def _inner_guards(leaf: Leaf, output: Tensor) -> tuple[Affine, ...]:

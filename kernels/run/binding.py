@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import reduce
 from math import inf, prod
 from typing import Any, TypeAlias
 
@@ -128,10 +129,7 @@ class Transform:
         matrices = [factor.matrix for factor in self.factors]
         if prod(matrix.size for matrix in matrices) > COMBINED:
             return matrices
-        combined: Doubles = np.ones((1, 1))
-        for matrix in matrices:
-            combined = np.asarray(np.kron(combined, matrix), np.float64)
-        return [combined]
+        return [reduce(_kronecker, matrices)]
 
     @property
     def _largest(self) -> int:
@@ -183,6 +181,10 @@ def _least_weight(matrices: Sequence[Doubles]) -> float:
         return inf
     sizes = np.abs(matrices[0])
     return float(2.0**77 * np.finfo(np.float32).tiny / sizes[sizes > 0].min(initial=inf))
+
+
+def _kronecker(one: Doubles, other: Doubles) -> Doubles:
+    return np.asarray(np.kron(one, other), np.float64)
 
 
 def _apply(matrices: Sequence[Doubles], values: Doubles) -> Doubles:

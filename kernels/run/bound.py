@@ -26,7 +26,11 @@ if TYPE_CHECKING:
 
 
 class Workspace:
-    """Local tensors of one call, and the table of tensor addresses of each thread."""
+    """Local tensors of one call, and the table of tensor addresses of each thread.
+
+    No result needs the zeros: they are for speed. Lanes past the end of a tail are calculated with and not kept, and a
+    denormal that happened to be there would slow them (1.8 times in all for a 3x3 layer of 20 channels by Winograd).
+    """
 
     def __init__(self, interface: Interface, threads: int) -> None:
         shared = {n: aligned_zeros(interface.local_elements[n]) for n in interface.shared}

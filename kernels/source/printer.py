@@ -62,7 +62,7 @@ def source(program: Program) -> str:
                  for t in program.tensors if t.role == "constant" and t.name in used]
     lines = ["import math", "", "import numpy as np", "", *constants, "",
              f"def run({', '.join([*buffers, 'thread', 'threads'])}):", f'    """{program.name}"""']
-    lines += [f"    {printer.names[t.name]} = np.zeros({t.elements}, np.float32)"
+    lines += [f"    {printer.names[t.name]} = np.empty({t.elements}, np.float32)"
               for t in program.tensors if t.role == "register" and t.name in used]
     for stage in stages:
         lines += [f"    # {stage.name}", *printer.body(stage.body, {}, 1)]
@@ -100,7 +100,8 @@ def run_source(program: Program, arrays: Mapping[str, npt.NDArray[Any]], jit: bo
         if tensor.role in ("input", "weight"):
             buffers[tensor.name] = to_storage(tensor, np.asarray(arrays[tensor.name], np.float32))
         else:
-            buffers[tensor.name] = bound.get(tensor.name, np.zeros(tensor.elements, np.float32))
+            unset = 0.0 if tensor.role == "output" else np.nan  # no element of a local is read before it is stored
+            buffers[tensor.name] = bound.get(tensor.name, np.full(tensor.elements, unset, np.float32))
     run = load_source(source(program), jit)
     for thread in range(threads):
         run(*buffers.values(), thread, threads)
