@@ -198,6 +198,14 @@ PARTS = "the order {} does not name the axes n c h w"
     ("", "stage x at e window n c h w align=q:16", "align=q:16 names no stride of n c h w", "entry", "e"),
     ("", "stage x at e window n c h w align=h:0", "align=h:0 names no stride", "positive", "e"),
     ("stage x at e window", "stage x at f window", "x is staged already", "once", "f"),
+    ("stage y at e window", "stage y at e window", "y is staged already", "once", "e"),
+    ("stage y at e window", "stage y at y.h window", "y is staged already", "once", "y.h"),
+    *((before, f"stage {tensor} align={align}", why, fix, "m")
+      for before, tensor in [("", "y at m window n c h w"),
+                             ("attach init at m; attach epilogue at m", "t at m buffer n c h w")]
+      for align, why, fix in [("q:16", "align=q:16 names no stride of n c h w", "entry"),
+                              ("h:0", "align=h:0 names no stride", "positive"),
+                              ("h:99999999", "elements for 35 that are used", "smaller multiples")]),
     ("stage x at e window", "stage x at x.h window", "x is staged already", "once", "x.h"),
     ("", "stage x at e packed c r s", "x is used by the loops c f r s", "exactly these", "e"),
     ("", "stage x at e packed c r s f f", "x is used by the loops c f r s", "exactly these", "e"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import numpy as np
@@ -144,6 +145,17 @@ def test_direct_sums_may_be_too_long_for_a_class(options: dict[str, Any]) -> Non
         kernel = cs.compile(long, accuracy="strict", threads=1, cache=False)
     assert kernel.algorithm == "direct"
     assert kernel.predicted_error.accuracy == "normal"
+
+
+@pytest.mark.parametrize("layer", [Linear(8192, 400), Conv2d(2048, 512, 1, input_size=7)], ids=str)
+def test_the_warning_tells_an_error_beyond_the_class_and_the_class_that_allows_it(layer: Problem) -> None:
+    with pytest.warns(AccuracyWarning) as warned:
+        kernel = cs.compile(layer, accuracy="strict", threads=1, cache=False)
+    found = re.search(r"direct is used, with ([\d.e-]+); accuracy='normal' allows it", str(warned[0].message))
+    assert found is not None
+    assert float(found[1]) == pytest.approx(kernel.predicted_error.greatest, rel=0.06)
+    assert BOUNDS["strict"] < kernel.predicted_error.greatest <= BOUNDS["normal"]
+    assert warned[0].filename == __file__  # where the layer was compiled
 
 
 # What is chosen without measuring

@@ -268,12 +268,38 @@ def changed(tensor: str, /, **changes: Any) -> Program:
     return replace(twins(), tensors=tuple(replace(t, **changes) if t.name == tensor else t for t in twins().tensors))
 
 
+def doubled(x: str = "x", t: str = "t", y: str = "y", loop: str = "m") -> Program:
+    """y[m] = t[m] + t[m], where t[m] = x[m], with names of its own."""
+    index = at(loop)
+    stages = (Stage("copy", nest({loop: M}, Store(t, index, Load(x, index)))),
+              Stage("add", nest({loop: M}, Store(y, index, Op("add", (Load(t, index), Load(t, index)))))))
+    return Program("doubled", (tensor(x, "m", (M,), "input"), tensor(t, "m", (M,), "local"),
+                               tensor(y, "m", (M,), "output")), stages)
+
+
+@pytest.mark.parametrize("names", [
+    ("threads", "entry", "thread"), ("v1", "v2", "p3"), ("head1", "m.1", "done1"), ("v1.slot", "v1", "m.2"),
+    ("stage_0", "zeros", "tensors"), ("o1", "a1", "np"), ("float", "lambda", "m"),
+], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_names_of_tensors_are_apart_from_those_of_the_code(backend: Backend, names: tuple[str, str, str]) -> None:
+    x = np.arange(M, dtype=np.float32)
+    for order in (names, names[::-1]):
+        np.testing.assert_array_equal(cs.compile(doubled(*order), backend=backend)(**{order[0]: x}), 2 * x)
+
+
 @pytest.mark.parametrize(("program", "message"), [
     (changed("x", storage=storage_of(("c",), (C,), ("c/4", "c%4"), {"c/4": 8})), "input x is stored with gaps"),
     (changed("w", storage=storage_of(("m", "c"), (M, C), ("c", "m"))), "weight w is not stored in the order"),
     (changed("b", name="out"), "a tensor is called 'out'; use a name"),
     (changed("b", name="a b"), "a tensor is called 'a b'; use a name"),
     (replace(twins(), tensors=tuple(t for t in twins().tensors if t.role != "output")), "has no output"),
+    (doubled(loop="a b"), "a loop is called 'a b'; use a name"),
+    (doubled(loop="0"), "a loop is called '0'; use a name"),
+    (doubled(loop=""), "a loop is called ''; use a name"),
+    (replace(twins(), stages=tuple(replace(stage, name=f"{stage.name}\n x") for stage in twins().stages)),
+     r"a stage is called 'init\\n x'; use a name"),
+    (replace(twins(), name='the "twins"'), "use a name of one line, without quotes"),
 ])
 def test_programs_that_have_no_interface_are_refused(program: Program, message: str) -> None:
     with pytest.raises(LoweringError, match=message):

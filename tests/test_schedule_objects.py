@@ -139,7 +139,7 @@ def test_text_with_strange_numbers_and_names(text: str) -> None:
     ("stage x at e window n c/999999999 h w c%999999999", 999999999),
 ])
 def test_a_buffer_is_not_mostly_gaps(text: str, elements: int) -> None:
-    error = refused(text, text, "that are copied", f"at most {checks.SMALL} elements")
+    error = refused(text, text, "that are used", f"at most {checks.SMALL} elements")
     assert int(error.why.split()[4]) >= elements
 
 

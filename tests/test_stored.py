@@ -69,6 +69,8 @@ PROVED: dict[str, tuple[Body, ...]] = {
                          loops(read(I), i=10)),
     "a guard on one of two points": (loops(stored(I * 3 + 2, where=(I * 3 - 2,)), i=2),
                                      loops(read(J * 3 + 2, where=(J * 3 - 2,)), j=2)),
+    "a guard with a loop of one iteration": (loops(stored(I * 4 + "j" + 3, where=(I * 4 + "j" - 2,)), i=2, j=1),
+                                             loops(read(I * 4 + "k" + 3, where=(I * 4 + "k" - 2,)), i=2, k=1)),
     "two axes": (loops(stored(I, J), i=3, j=4), loops(read(J, I), i=4, j=3)),
     "a guard on two axes": (loops(stored(I, J, where=(I * 4 + "j" - 9,)), i=3, j=4),
                             loops(read(J, I, where=(J * 4 + "i" - 9,)), i=4, j=3)),

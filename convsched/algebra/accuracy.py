@@ -84,7 +84,12 @@ class Prediction:
 
     def allowed(self, accuracy: Accuracy) -> bool:
         """Whether the class of accuracy takes the algorithm."""
-        return max(self.expected, self.adverse) <= BOUNDS[accuracy]
+        return self.greatest <= BOUNDS[accuracy]
+
+    @property
+    def greatest(self) -> float:
+        """What is to be expected of either kind of data: what classes of accuracy bound."""
+        return max(self.expected, self.adverse)
 
     @property
     def accuracy(self) -> Accuracy | None:

@@ -175,7 +175,7 @@ def unproved(program: Program) -> Unproved | None:
 def _is_proved(site: _Site, index: Index, regions: Iterable[_Region | None]) -> bool:
     """Whether a read has all its points in the regions; the first that has all of them is enough."""
     once = {loop.var: Affine() for loop in site.loops if loop.extent == 1}
-    where = site.leaf.where
+    where = tuple(guard.substitute(once) for guard in site.leaf.where)
     given = (*where, *(tight for guard in where if (tight := _tightened(guard)) != guard))
     read = _Read(tuple(a.substitute(once) for a in index), given,
                  {loop.var: loop.extent for loop in site.loops}, {})

@@ -66,11 +66,13 @@ def choices(problem: Problem, target: Target) -> Iterator[Algorithm]:
                 yield algorithm
         found += group
     if not fitting:
-        best = min((one for one in found if one.keeps_enough(accuracy)), key=lambda one: one.prediction.expected)
+        best = min((one for one in found if one.keeps_enough(accuracy)), key=lambda one: one.prediction.greatest)
+        least = best.prediction
         kind = "algorithm that keeps Inf and NaN in their places" if accuracy == "strict" else "algorithm"
         warnings.warn(f"{problem.text}: no {kind} has an expected error within accuracy={accuracy!r}, which is "
                       f"{BOUNDS[accuracy]:.2g} of the output's rms; {best.name} is used, with "
-                      f"{best.prediction.expected:.2g}", AccuracyWarning, stacklevel=3)
+                      f"{least.greatest:.2g}" + f"; accuracy={least.accuracy!r} allows it" * bool(least.accuracy),
+                      AccuracyWarning, stacklevel=4)
         yield best
 
 

@@ -126,7 +126,7 @@ class Algorithm:
                 "and the class keeps them where the definition has them; use accuracy=\"normal\", or algorithm=None "
                 "for the fastest that fits")
         if not self.fits(accuracy):
-            expected, found = max(self.prediction.expected, self.prediction.adverse), self.prediction.accuracy
+            expected, found = self.prediction.greatest, self.prediction.accuracy
             fix = f'use accuracy="{found}", or' if found else "no class takes it: use"
             raise LoweringError(
                 f"accuracy={accuracy!r}: {self.name} has an expected error of {expected:.2g} of the output's rms, and "

@@ -27,8 +27,17 @@ from convsched.ir import (
 )
 from convsched.ir.simplify import prune
 from convsched.ir.walk import indices, touching
-from convsched.schedule.checks import PADDING, SMALL, checked, fail, require_loop
-from convsched.schedule.footprint import Box, Request, box_of, redirected, require_axes, within
+from convsched.schedule.checks import checked, fail, require_loop
+from convsched.schedule.footprint import (
+    Box,
+    Request,
+    box_of,
+    redirected,
+    require_axes,
+    require_room,
+    require_strides,
+    within,
+)
 from convsched.schedule.legality import fills_first, separated
 from convsched.schedule.step import Step
 from convsched.schedule.write_back import written
@@ -114,8 +123,6 @@ class StageAt(Step):
         if self.at != "root":
             require_loop(program, self, self.at)
         request = Request(program, self, tensor, self.at, self.order, dict(self.align))
-        if self.where == "window" and tensor.role == "output":
-            return checked(program, self, written(request))
         if self.where in ("window", "packed"):
             return copied(request, packed=self.where == "packed")
         return checked(program, self, _shrunk(request, "register" if self.where == "registers" else "local"))
@@ -160,7 +167,9 @@ def _shrunk(request: Request, role: Literal["register", "local"]) -> Program:
     shape = tuple(box.sizes[axis] for axis in kept)
     if request.order:
         require_axes(request, request.order)
+    require_strides(request, request.order or letters)
     tile = Tensor(name, letters, shape, role, storage_of(letters, shape, request.order or None, request.align))
+    require_room(request, tile, prod(shape))
 
     def access(index: Index) -> Index:
         within = box.relative(index)
@@ -206,16 +215,10 @@ def _filled(request: Request, packed: bool) -> Program:
     """The program with the copy, and with what reads it."""
     box = box_of(request)
     order, target = request.order or request.tensor.order, request.target
-    for entry, multiple in request.align.items():
-        if entry not in order or multiple < 1:
-            raise request.fail(f"align={entry}:{multiple} names no stride of {' '.join(order)}",
-                               "use an entry of the order and a positive multiple")
+    require_strides(request, order)
     copy = _packed_copy(request, box) if packed else _window_copy(request, box)
     copied = prod(loop.extent for around, _ in leaves(prune(copy.body, request.around())) for loop in around)
-    most = max(SMALL, copied * PADDING)
-    if copy.buffer.elements > most:
-        raise request.fail(f"the buffer would have {copy.buffer.elements} elements for {copied} that are copied",
-                           f"use smaller multiples, blocks or factors: at most {most} elements")
+    require_room(request, copy.buffer, copied)
 
     def fill(body: Body) -> Body:
         used = redirected(body, request.tensor.name, target, copy.index_of)

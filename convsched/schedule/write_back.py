@@ -9,11 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from math import prod
 
 from convsched.ir import Affine, Body, Leaf, Load, Program, Reduce, Store, Tensor, nested
 from convsched.ir.grammar import extents_of, leaves_of, storage_of
 from convsched.ir.walk import map_touching, touching
-from convsched.schedule.footprint import Box, Request, box_of, redirected, require_axes, within
+from convsched.schedule.footprint import (
+    Box,
+    Request,
+    box_of,
+    redirected,
+    require_axes,
+    require_room,
+    require_strides,
+    within,
+)
 
 
 def written(request: Request) -> Program:
@@ -23,6 +33,7 @@ def written(request: Request) -> Program:
         raise request.fail(f"all of {output.name} would be made twice", "name a loop that makes a part of it")
     order = request.order or output.order
     require_axes(request, order)
+    require_strides(request, order)
     box = box_of(request)
     guards = {guard for _, body in request.scopes for guard in _require_filled(request, box, body)}
     names = [f"{output.name}.{letter}" for letter in output.letters]
@@ -36,6 +47,7 @@ def written(request: Request) -> Program:
     copied = nested({f"{output.name}.{letter}": box.sizes[output.letters.index(letter)] for letter in walk}, copy)
     buffer = Tensor(request.target, output.letters, box.sizes, "local",
                     storage_of(output.letters, box.sizes, order, request.align))
+    require_room(request, buffer, prod(box.sizes))
 
     def made(body: Body) -> Body:
         stored = map_touching(body, output.name, lambda leaf: _unguarded(request, body, leaf))

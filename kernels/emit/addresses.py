@@ -6,7 +6,9 @@ for all lanes. What the loops around decide is known while the nest is walked, a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from convsched.ir import Affine
@@ -15,14 +17,19 @@ from convsched.kernels.emit.nest import Digit
 from convsched.kernels.emit.vectors import Mask, both, splat, vector_type
 from convsched.kernels.emit.writer import Writer
 
+# What the module and its functions call their own values and blocks, and what has more primes.
+_OWN = re.compile(r"(tensors|threads?|entry|zeros|stage_\d+|(v|o|p|a|head|done)[1-9]\d*|.*\.(slot|[1-9]\d*))'*")
 
+
+@lru_cache(1024)
 def base(tensor: str) -> str:
-    """The SSA name of a tensor's address; one with a prime, such as B', needs quotes.
+    """The SSA name of a tensor's address: a prime more where another value may have its name; primes need quotes.
 
-    >>> print(base("x"), base("B'"))
-    %x %"B'"
+    >>> print(base("x"), base("B'"), base("threads"))
+    %x %"B'" %"threads'"
     """
-    return f"%{tensor}" if "'" not in tensor else f'%"{tensor}"'
+    name = f"{tensor}'" if _OWN.fullmatch(tensor) else tensor
+    return f"%{name}" if "'" not in name else f'%"{name}"'
 
 
 class Place(NamedTuple):

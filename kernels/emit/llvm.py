@@ -57,8 +57,8 @@ class _Emitter(Statements):
         for position, tensor in enumerate(arguments(self.program)):
             if tensor.name in used:
                 prologue += [f"  %{tensor.name}.slot = getelementptr ptr, ptr %tensors, i64 {position}",
-                             f"  %{tensor.name} = load ptr, ptr %{tensor.name}.slot, align 8"]
-        prologue += [f"  %{name} = alloca [{self.program.tensor(name).elements} x float], align 64"
+                             f"  {base(tensor.name)} = load ptr, ptr %{tensor.name}.slot, align 8"]
+        prologue += [f"  {base(name)} = alloca [{self.program.tensor(name).elements} x float], align 64"
                      for name in sorted(self.nest.on_stack)]
         self.body(self.nest.body)
         self.memory.flush()

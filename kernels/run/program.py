@@ -13,7 +13,7 @@ from math import prod
 import numpy as np
 
 from convsched.errors import LoweringError
-from convsched.ir import Program, Tensor
+from convsched.ir import Program, Tensor, loop_names
 from convsched.kernels.run.arrays import check_named, check_outputs
 from convsched.kernels.run.bound import Bound
 from convsched.kernels.run.code import Code
@@ -86,15 +86,28 @@ class BoundProgram(Bound[ProgramKernel]):
 
 
 def _check(program: Program) -> None:
-    """Raises LoweringError for a program whose arrays could not be passed by name."""
+    """Raises LoweringError for a program whose arrays could not be passed by name, or with names that cannot stand in
+    code."""
     if not any(tensor.role == "output" for tensor in program.tensors):
         raise LoweringError(f"program {program.name!r} has no output: give a tensor the role \"output\"")
     for tensor in program.tensors:
-        if re.fullmatch(r"[A-Za-z_][\w.]*", tensor.name, re.ASCII) is None or tensor.name == "out":
+        if not _is_name(tensor.name) or tensor.name == "out":
             raise LoweringError(f"program {program.name!r}: a tensor is called {tensor.name!r}; use a name of letters, "
                                 'digits, "_" and ".", but not "out", which is the argument for outputs')
         if tensor.role in ("input", "weight", "output") and (why := _unlike_an_array(tensor)):
             raise LoweringError(f"program {program.name!r}: {tensor.role} {tensor.name} {why}")
+    for stage in program.stages:
+        for kind, name in (("stage", stage.name), *(("loop", name) for name in loop_names(stage.body))):
+            if not _is_name(name):
+                raise LoweringError(f"program {program.name!r}: a {kind} is called {name!r}; use a name of letters, "
+                                    'digits, "_" and "."')
+    if not program.name.isprintable() or set(program.name) & set("\"\\"):
+        raise LoweringError(f"program {program.name!r}: use a name of one line, without quotes and backslashes")
+
+
+def _is_name(name: str) -> bool:
+    """Whether a name can stand in a nest, a schedule and code."""
+    return re.fullmatch(r"[A-Za-z_][\w.]*", name, re.ASCII) is not None
 
 
 def _unlike_an_array(tensor: Tensor) -> str | None:
