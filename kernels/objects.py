@@ -23,7 +23,7 @@ from convsched.plan.plan import Plan, ProgramPlan
 
 FORMAT = 2  # of a cache entry
 LIMIT = 256 << 20  # bytes of all entries: some 20,000 kernels
-CHECKED = "00"  # an entry whose key ends so has the folder's size checked: one in 256, whoever writes it
+CHECK_SUFFIX = "00"  # an entry whose key ends so has the folder's size checked: one in 256, whoever writes it
 
 
 @cache
@@ -92,7 +92,7 @@ def write_entry(key: str, header: dict[str, Any], code: bytes) -> None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
             raise
-    if key.endswith(CHECKED):
+    if key.endswith(CHECK_SUFFIX):
         prune_entries(LIMIT)
 
 

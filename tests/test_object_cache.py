@@ -57,7 +57,7 @@ def test_writing_keeps_the_folder_within_its_limit(folder: Path, monkeypatch: py
     monkeypatch.setattr(objects, "LIMIT", limit)
     objects.write_entry("1" * 64, {}, b"code")
     assert objects.usage()[0] == 101  # most writes do not look
-    objects.write_entry("1" * 62 + objects.CHECKED, {}, b"code")
+    objects.write_entry("1" * 62 + objects.CHECK_SUFFIX, {}, b"code")
     assert objects.usage()[1] < limit
     assert (folder / ("1" * 64)).exists()
     assert not paths[0].exists()

@@ -57,8 +57,8 @@ def _around(problem: Problem, target: Target, algorithm: Algorithm, default: Blo
     return Domain(make, values, fits, finer, algorithm=algorithm, seed=default)
 
 
-PAGE = 1024  # elements (4096 bytes): rows so far apart share the sets of L1
-APART = 1040  # elements (65 cache lines): no multiple up to 63 of them is one of a page
+PAGE_ELEMENTS = 1024  # elements (4096 bytes): rows so far apart share the sets of L1
+ALIGN_ELEMENTS = 1040  # elements (65 cache lines): no multiple up to 63 of them is one of a page
 
 
 def _per_group(problem: Problem) -> tuple[int, int, int, int]:
@@ -105,7 +105,7 @@ def channels(problem: Problem, target: Target) -> Domain | None:
         "parallel": ("pixels", "channels") if target.threads > 1 else ("pixels",),
     }, fits, {
         "tail": ("peel", "overlap", "mask"),
-        "align": (0, APART),
+        "align": (0, ALIGN_ELEMENTS),
         "prefetch": (0, 8, 16) if 4 * problem.weights > machine.l2 else (0,),
     }, algorithm=named("direct", problem))
 
@@ -141,7 +141,7 @@ def _is_apart(recipe: Channels, problem: Problem, layout: str) -> bool:
     if not recipe.align:
         return True
     stride = copy_stride(recipe, problem, layout) if isinstance(problem, Conv2d) else 0
-    return stride > 0 and stride % PAGE == 0
+    return stride > 0 and stride % PAGE_ELEMENTS == 0
 
 
 def pixels(problem: Problem, target: Target) -> Domain | None:

@@ -50,7 +50,7 @@ POINTS = {n: _both_signs(text) for n, text in {
 }.items()}
 """The finite points by n = m + r - 1: of the sets symmetric about 0 those of least error, within a few percent."""
 
-EXACT = _both_signs("0 3/4 3/2")
+EXACT_POINTS = _both_signs("0 3/4 3/2")
 """The points of F(4, 3): 7 % more error than the best, but float32 holds all constants of B and C."""
 
 
@@ -62,7 +62,7 @@ def default_points(m: int, r: int) -> tuple[Fraction, ...]:
     """
     n = m + r - 1
     if (m, r) == (4, 3):
-        return EXACT
+        return EXACT_POINTS
     return POINTS.get(n) or tuple(Fraction(1 / tan(pi * k / n)).limit_denominator(n) for k in range(1, n))
 
 

@@ -54,7 +54,7 @@ def _check_tensors(program: Program) -> None:
     names = [t.name for t in program.tensors]
     for position, tensor in enumerate(program.tensors):
         if tensor.name in names[:position]:
-            raise VerifyError(f"tensor {tensor.name}: there are two tensors of that name")
+            raise VerifyError(f"tensor {tensor.name}: there are two tensors of that name; give each its own")
         rule = _broken_tensor(tensor)
         if rule:
             raise VerifyError(f"tensor {tensor.name}: {rule}")
@@ -146,7 +146,7 @@ def _broken_ops(value: Value) -> Iterator[str]:
     if not isinstance(value, Op):
         return
     if value.name not in OPS:
-        yield f"there is no operation {value.name}, only {', '.join(OPS)}"
+        yield f"{value.name} is not an operation; use one of {', '.join(OPS)}"
     elif len(value.values) != OPS[value.name]:
         yield f"{value.name} takes {OPS[value.name]} operands, not {len(value.values)}"
     for operand in value.values:
@@ -191,7 +191,8 @@ def _check_registers(program: Program) -> None:
                         continue
                     if homes.setdefault(name, (number, position)) != (number, position):
                         raise VerifyError(f"stage {stage.name}: {print_statement(leaf)}: the register tensor "
-                                          f"{name} is also used in another loop nest")
+                                          f"{name} is also used in another loop nest; use a local tensor, "
+                                          "or a register tensor for each nest")
 
 
 def _check_stored(program: Program) -> None:

@@ -134,7 +134,7 @@ class _Lowering:
         if any(s > 1 and d > 1 for s, d in zip(p.stride, p.dilation, strict=True)):
             raise LoweringError(f"{p.text} has a stride and a dilation along one axis; use direct")
         if self.fold and (p.stride != (1, 1) or p.dilation != (1, 1)):
-            raise LoweringError(f"{p.text} has a stride or a dilation, and folds to no plane; use direct")
+            raise LoweringError(f"{p.text} has a stride or a dilation, and cannot be folded to a plane; use direct")
         needed = tuple((k - 1) * s + r for k, s, r in zip(self.sizes, p.stride, self.taps, strict=True))
         if self.reads != needed or (not self.fold and self.taps != (p.R, p.S)):
             raise LoweringError(f"an algorithm of {self.taps} taps that reads {self.reads} pixels for {self.sizes} "

@@ -48,8 +48,8 @@ Sizes: TypeAlias = tuple[tuple[int, ...], ...]
 OUTPUTS = {2: (4,), 3: (4, 2)}  # of Winograd tiles along a side of so many taps, the usual one first
 MANY_TAPS = (2, 4)  # the same for other sides
 FAST_OUTPUTS = {2: (6,), 3: (5, 6)}  # further ones, of more error than accuracy="normal" allows
-MOST_SPLIT = 16  # taps of a side, for Winograd
-MOST_READ = 64  # pixels that a tile of Winograd's reads along a side: each is written out, those between taps too
+WINOGRAD_TAPS = 16  # of a side at most, for Winograd
+TILE_PIXELS = 64  # that a tile of Winograd's reads along a side at most: each is written out, those between taps too
 MARGIN = 4 / 3  # that an estimate must be below direct's: in doubt, direct
 TOLERANCE = 2e-5  # of max |error| / rms(output), where only float32's roundings of a sum are allowed
 FFT_TAPS = 7  # of a side, from which FFT is tried
@@ -144,7 +144,7 @@ def named(name: str, problem: Problem) -> Algorithm:
 
 
 def parse_name(name: str) -> tuple[str, Sizes]:
-    """The family of a name and the sizes of its member; raises LoweringError for what is no name of an algorithm."""
+    """The family of a name and the sizes of its member; raises LoweringError for the name of none."""
     match = re.fullmatch(r"([a-z0-9]+)((?:x?\(\d{1,4}(?:,\d{1,2})?\)){0,2})", name) if isinstance(name, str) else None
     if match is None or match[1] not in FAMILIES:
         raise LoweringError(f"algorithm={name!r}: use one of {', '.join(FAMILIES)}, or a member such as winograd(4,3)")
@@ -207,8 +207,8 @@ def _winograd(problem: Problem, sizes: Sizes) -> Algorithm:
         raise LoweringError(f"winograd: {problem.text} has one tap; use direct")
     if any(s > 1 and d > 1 for s, d in zip(conv.stride, conv.dilation, strict=True)):
         raise LoweringError(f"winograd: {problem.text} has a stride and a dilation along one side; use direct")
-    if max(taps) > MOST_SPLIT:
-        raise LoweringError(f"winograd: {problem.text} has {max(taps)} taps along a side, more than {MOST_SPLIT}; "
+    if max(taps) > WINOGRAD_TAPS:
+        raise LoweringError(f"winograd: {problem.text} has {max(taps)} taps along a side, more than {WINOGRAD_TAPS}; "
                             "use fft")
     sizes = sizes or tuple((OUTPUTS.get(r, MANY_TAPS)[0] if stride <= r else 2, r) for r, stride in steps)
     if len(sizes) == 1:
@@ -218,9 +218,9 @@ def _winograd(problem: Problem, sizes: Sizes) -> Algorithm:
                             f"{' and '.join(map(str, taps))} taps; write (m,r) with r={taps[0]} and m of at least 2, "
                             "once for both sides, or (m,r)x(m,r)")
     reads = [(m - 1) * stride + r for (m, r), (_, stride) in zip(sizes, steps, strict=True)]
-    if max(reads) > MOST_READ:
+    if max(reads) > TILE_PIXELS:
         raise LoweringError(f"winograd: a tile would read {max(reads)} pixels along a side of {problem.text}, more "
-                            f"than {MOST_READ}; use fewer outputs or direct")
+                            f"than {TILE_PIXELS}; use fewer outputs or direct")
     along = iter(sizes)
     sides = [(*(next(along) if r > 1 else (1, 1)), stride)
              for r, stride in zip((conv.R, conv.S), conv.stride, strict=True)]
@@ -370,7 +370,7 @@ def _direct_time(problem: Problem, machine: Machine, layout: str, threads: int) 
     return direct_time(problem, machine, layout) / threads
 
 
-LONGEST = 64, 128  # points of a tile by default, the latter only where need be: its code takes seconds to compile
+TILE_POINTS = 64, 128  # of an FFT's side at most by default; the latter only where need be: it takes seconds to compile
 
 
 def fft(problem: Conv2d, sizes: tuple[int, ...] = ()) -> Fft:
@@ -383,7 +383,7 @@ def fft(problem: Conv2d, sizes: tuple[int, ...] = ()) -> Fft:
         raise LoweringError(f"fft: {problem.text} has one tap; use direct")
     if sizes:
         return fft_tiles(problem, sizes)
-    for longest in LONGEST:
+    for longest in TILE_POINTS:
         powers = [1 << k for k in range(1, longest.bit_length())]
         found = []
         for pair in [*((n,) for n in powers), *((n, k) for n in powers for k in powers)]:
@@ -393,5 +393,5 @@ def fft(problem: Conv2d, sizes: tuple[int, ...] = ()) -> Fft:
                 continue
         if found:
             return min(found, key=fft_products)
-    raise LoweringError(f"fft: {problem.text} has more taps than a tile of {LONGEST[-1]} points; write fft(n) with "
+    raise LoweringError(f"fft: {problem.text} has more taps than a tile of {TILE_POINTS[-1]} points; write fft(n) with "
                         "a larger n")

@@ -132,7 +132,7 @@ def _skip(problem: Problem, axes: str) -> list[Skip]:
 
 
 BLOCK = 16  # channels that the layout nchw16c keeps together
-PADDED = {"nchw": "h", "nhwc": "w", "nchw16c": "c/16"}  # what ``align`` sets apart in a window
+PADDED_AXES = {"nchw": "h", "nhwc": "w", "nchw16c": "c/16"}  # what ``align`` sets apart in a window
 
 
 def copy_stride(p: Channels, problem: Conv2d, layout: str) -> int:
@@ -162,7 +162,7 @@ def _pack_input(p: Channels, layout: str, outer: str, tiles: list[str], sums: li
 
 def window(layout: str, outer: str, lanes: int, align: int = 0) -> list[Step]:
     """A copy, in vectors, of the part of the input that one iteration of a loop reads, with its border as zeros."""
-    padded = ((PADDED[layout], align),) if align else ()
+    padded = ((PADDED_AXES[layout], align),) if align else ()
     order = {"nchw": ("n", "h", "c", "w"), "nhwc": ("n", "h", "w", "c"),
              "nchw16c": ("n", "c/16", "h", "w", "c%16")}[layout]
     if layout == "nchw":

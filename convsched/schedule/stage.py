@@ -27,7 +27,7 @@ from convsched.ir import (
 )
 from convsched.ir.simplify import prune
 from convsched.ir.walk import indices, touching
-from convsched.schedule.checks import PADDING, SMALL, checked, fail, require_loop
+from convsched.schedule.checks import ALLOWANCE, PADDING, checked, fail, require_loop
 from convsched.schedule.footprint import Box, Request, box_of, redirected, require_axes, within
 from convsched.schedule.legality import fills_first, separated
 from convsched.schedule.step import Step
@@ -208,11 +208,11 @@ def _filled(request: Request, packed: bool) -> Program:
     order, target = request.order or request.tensor.order, request.target
     for entry, multiple in request.align.items():
         if entry not in order or multiple < 1:
-            raise request.fail(f"align={entry}:{multiple} names no stride of {' '.join(order)}",
+            raise request.fail(f"align={entry}:{multiple} does not name a stride of {' '.join(order)}",
                                "use an entry of the order and a positive multiple")
     copy = _packed_copy(request, box) if packed else _window_copy(request, box)
     copied = prod(loop.extent for around, _ in leaves(prune(copy.body, request.around())) for loop in around)
-    most = max(SMALL, copied * PADDING)
+    most = max(ALLOWANCE, copied * PADDING)
     if copy.buffer.elements > most:
         raise request.fail(f"the buffer would have {copy.buffer.elements} elements for {copied} that are copied",
                            f"use smaller multiples, blocks or factors: at most {most} elements")

@@ -37,7 +37,7 @@ from convsched.kernels.run.packing import (
 )
 
 Doubles: TypeAlias = npt.NDArray[np.float64]
-COMBINED = 1 << 10  # elements: the largest product of matrices that is applied as one, in one pass over the values
+COMBINED_ELEMENTS = 1 << 10  # the largest product of matrices that is applied as one, in one pass over the values
 PRODUCTS = 1 << 18  # of one call: for more, OpenBLAS starts threads, which wait for one another on a busy machine
 
 
@@ -127,7 +127,7 @@ class Transform:
     def _matrices(self) -> list[Doubles]:
         """Those of the factors, or their Kronecker product where it is small."""
         matrices = [factor.matrix for factor in self.factors]
-        if prod(matrix.size for matrix in matrices) > COMBINED:
+        if prod(matrix.size for matrix in matrices) > COMBINED_ELEMENTS:
             return matrices
         return [reduce(_kronecker, matrices)]
 
