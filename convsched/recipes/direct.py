@@ -98,16 +98,17 @@ def _channels(p: Channels, problem: Problem, layout: str) -> list[Step]:
         factors, row_peels, extent = (p.pixels,), row.peels(conv.E, *row_factors), conv.F
     at, sums = tiles[-1], [*c.names[:-2], *taps(problem), *c.names[-2:]]
     skipped = _skip(problem, p.skip)
+    cuts = [*([Fuse("e", "f", "p")] if flat else []), *m.steps, *row.steps, *column.steps, *c.steps]
+    peels = [
+        *([] if p.tail == "mask" else m.peels(m_extent, p.vectors * p.lanes)), *row_peels,
+        *_pixel_tail(p, column, extent, *factors), *c.peels(c_extent, *c_factors)]
     return [
-        *([Fuse("e", "f", "p")] if flat else []), *m.steps, *row.steps, *column.steps, *c.steps,
-        Reorder((*head, outer, m.names[0], *tiles, *sums, *inner, *m.names[1:])),
+        *cuts, Reorder((*head, outer, m.names[0], *tiles, *sums, *inner, *m.names[1:])),
         Attach("init", at), Attach("epilogue", at), StageAt("t", at, "registers"),
         *skipped, *_pack_input(p, layout, outer, tiles, sums, inner),
         Layout("w", (*(["g"] if groups > 1 else []), m.names[0], *sums, *m.names[1:])),
         Unroll((c.names[-1], *inner, m.names[1])), Vectorize((m.names[2],)),
-        Parallel(outer if p.parallel == "pixels" else m.names[0]),
-        *([] if p.tail == "mask" else m.peels(m_extent, p.vectors * p.lanes)), *row_peels,
-        *_pixel_tail(p, column, extent, *factors), *c.peels(c_extent, *c_factors),
+        Parallel(outer if p.parallel == "pixels" else m.names[0]), *peels,
         *([Peel(name, "guarded") for name in (at, *(["s"] if "s" in sums else []))]
           if any("w" in step.axes for step in skipped) else []),
         *([Prefetch("w_packed", c.names[-2], p.prefetch)] if p.prefetch else [])]
