@@ -1,17 +1,10 @@
-"""LLVM IR to machine code to an address, with an object cache on disk.
+"""LLVM IR to machine code to an address.
 
 The code generator runs at level 2 without IR passes: the emitter has already chosen what to unroll and keep
 in registers. ORC links the object code and frees it when the last reference to it goes.
 
 Each compilation has an LLVM context and a target machine of its own, so that threads compile at once; linking, which
 takes a tenth of a millisecond, has a lock. A fork waits for the threads that are in LLVM.
-
-A cache entry is ``digest of key and rest | length of the header | header (JSON) | object code`` in a file
-named by the key. An entry that does not verify, one renamed to another key included, counts as missing.
-Writers use a temporary file and a rename, so that processes can share the folder; a folder that cannot be
-written means no cache. The digest finds damage, not intent: a folder or an entry that another user can write is
-not used. An entry's time of change is that of its last use: beyond ``LIMIT`` bytes the entries
-that were not used for longest go.
 """
 
 from __future__ import annotations

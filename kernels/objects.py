@@ -1,4 +1,12 @@
-"""The object cache: machine code on disk."""
+"""The object cache: machine code on disk.
+
+A cache entry is ``digest of key and rest | length of the header | header (JSON) | object code`` in a file
+named by the key. An entry that does not verify, one renamed to another key included, counts as missing.
+Writers use a temporary file and a rename, so that processes can share the folder; a folder that cannot be
+written means no cache. The digest finds damage, not intent: a folder or an entry that another user can write is
+not used. An entry's time of change is that of its last use: beyond ``LIMIT_BYTES`` the entries that were not used for
+longest go.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +30,7 @@ from convsched.machine import cache_folder
 from convsched.plan.plan import Plan, ProgramPlan
 
 FORMAT = 2  # of a cache entry
-LIMIT = 256 << 20  # bytes of all entries: some 20,000 kernels
+LIMIT_BYTES = 256 << 20  # of all entries: some 20,000 kernels
 CHECK_SUFFIX = "00"  # an entry whose key ends so has the folder's size checked: one in 256, whoever writes it
 
 
@@ -93,7 +101,7 @@ def write_entry(key: str, header: dict[str, Any], code: bytes) -> None:
                 os.unlink(temporary)
             raise
     if key.endswith(CHECK_SUFFIX):
-        prune_entries(LIMIT)
+        prune_entries(LIMIT_BYTES)
 
 
 class Entries(NamedTuple):

@@ -92,7 +92,7 @@ def by_einsum(x: Floats, w: Floats, stride: int, pad: int) -> Floats:
 @pytest.mark.parametrize("grid", [1 << 20, 1000, 9])
 def test_convolution_with_border_and_epilogue(
         stride: int, pad: int, grid: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(interp, "GRID", grid)
+    monkeypatch.setattr(interp, "GRID_POINTS", grid)
     arrays = {"x": integers(2, 5, 9, 8), "w": integers(6, 5, 3, 3), "b": integers(6)}
     found = interpret(convolution(stride, pad), arrays, keep=["t", "x"])
     sums = by_einsum(arrays["x"], arrays["w"], stride, pad)
@@ -314,7 +314,7 @@ def test_random_nests_equal_a_point_by_point_evaluation(leaves: list[Leaf], dept
                             tensor("t", "local", "i", (14,))), (Stage("s", body),))
     x = integers(14) % 3 - 1
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interp, "GRID", grid)
+        patch.setattr(interp, "GRID_POINTS", grid)
         found = interpret(program, {"x": x}, np.float64, keep=["t"])
     memory = point_by_point(program, {"x": x})
     for name in ("y", "t"):

@@ -1,4 +1,5 @@
-"""The candidates of the algorithms beside direct convolution: a domain around the default of each member.
+"""What the recipes' parameters may be for a problem: a domain for each recipe of direct convolution, and one around
+the default of each member of the other algorithms.
 
 Members that do not apply to a problem, or whose predicted error is beyond the class of accuracy, have none; nor have
 those that are far from winning on it.

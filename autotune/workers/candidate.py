@@ -33,7 +33,7 @@ Floats = NDArray[np.float32]
 MAGNITUDE = 3  # of the integers at most
 INTEGER_ACTIVATIONS = (None, "relu", "relu6")  # activations that keep integers
 COLD_ROUNDS, COLD_SECONDS = 3, 0.5  # the most
-WINDOW = (50, 1000)  # CPU ticks of measuring, 10 ms each, over which conditions are judged
+WINDOW_TICKS = (50, 1000)  # CPU ticks of measuring, 10 ms each, over which conditions are judged
 
 
 @dataclass(frozen=True)
@@ -188,10 +188,10 @@ class _Watch:
         spans = [(getattr(after, name) - getattr(before, name), getattr(self.seen, name))
                  for name in vars(after)]
         self.seen = CpuCounters(*(new + old for new, old in spans))
-        if self.seen.total < WINDOW[0]:
+        if self.seen.total < WINDOW_TICKS[0]:
             return ()
         since = CpuCounters(*(getattr(after, name) - seen for name, seen in vars(self.seen).items()))
-        if self.seen.total > WINDOW[1]:
+        if self.seen.total > WINDOW_TICKS[1]:
             self.seen = CpuCounters()
         return timing_flags(since)
 

@@ -31,7 +31,7 @@ from convsched.errors import LoweringError
 Row = list[Fraction]
 
 MOST_TAPS = 8  # of an algorithm for all taps at once: errors grow with them
-PART = 4  # taps of each part of more
+PART_TAPS = 4  # taps of each part of more
 
 
 def _both_signs(text: str) -> tuple[Fraction, ...]:
@@ -94,7 +94,7 @@ def winograd(m: int, r: int, points: tuple[Fraction, ...] | None = None) -> Bili
 def winograd_side(m: int, r: int, stride: int = 1) -> Bilinear:
     """m outputs of r taps at a stride along one side of a layer; proved. One tap has no algorithm but the definition.
 
-    A stride is cut into phases and many taps into parts of nearly ``PART``, each by F(m, its taps).
+    A stride is cut into phases and many taps into parts of nearly ``PART_TAPS``, each by F(m, its taps).
     """
     if r == 1:
         return direct(1, 1)
@@ -122,8 +122,8 @@ def products(m: int, r: int, stride: int = 1) -> int:
 
 
 def _part(r: int) -> int:
-    """The taps of each of as few parts of many as have nearly ``PART``."""
-    return -(-r // -(-r // PART))
+    """The taps of each of as few parts of many as have nearly ``PART_TAPS``."""
+    return -(-r // -(-r // PART_TAPS))
 
 
 def _vandermonde(points: Sequence[Fraction], powers: int) -> list[Row]:

@@ -45,7 +45,7 @@ from convsched.ir.grammar import (
 Array: TypeAlias = npt.NDArray[np.floating[Any]]
 Point: TypeAlias = Mapping[str, "int | npt.NDArray[np.intp]"]
 
-GRID = 1 << 20
+GRID_POINTS = 1 << 20
 """The most points evaluated at once; 1 Mi of them take 8 MiB an array of addresses."""
 
 
@@ -228,7 +228,7 @@ class _Run:
         if self.copy(loops, leaf, extents, outer):
             return
         points = math.prod(loop.iterations for loop in loops)
-        if loops and (points > GRID or not self.is_simultaneous(loops, leaf, extents, outer)):
+        if loops and (points > GRID_POINTS or not self.is_simultaneous(loops, leaf, extents, outer)):
             for value in _values(loops[0], outer):
                 self.nest(loops[1:], leaf, extents, {**outer, loops[0].var: value})
             return

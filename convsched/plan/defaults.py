@@ -17,7 +17,7 @@ from convsched.model.constants import CORE
 from convsched.model.tiling import _register_tile, _Tiling
 from convsched.problem import Conv2d, Linear, Problem
 from convsched.problem.problem import is_flat, meets_input
-from convsched.recipes.direct import BLOCK, Channels, Depthwise, Pixels
+from convsched.recipes.direct import BLOCK_CHANNELS, Channels, Depthwise, Pixels
 from convsched.recipes.im2col import Toeplitz
 from convsched.recipes.recipe import Recipe
 from convsched.recipes.strassen import StrassenBlocks
@@ -188,7 +188,7 @@ def _depthwise(problem: Conv2d, machine: Machine) -> Depthwise:
     rows = max(1, min(problem.E, accumulators // pixels, 2))
     products = problem.R * problem.S * rows * pixels
     wide = sum(edges > 2 for edges in (_edge_tiles(problem, 0, rows), _edge_tiles(problem, 1, pixels)))
-    channels = 1 + (problem.groups % machine.lanes > 0) + (problem.groups % BLOCK > 0)
+    channels = 1 + (problem.groups % machine.lanes > 0) + (problem.groups % BLOCK_CHANNELS > 0)
     written = products * channels * 9 * (1 + 2 * wide)  # tiles that are peeled at both ends, and tests in between
     return Depthwise(machine.lanes, rows, pixels, products <= 400 and written <= 2 * STATEMENTS)
 

@@ -4,7 +4,7 @@
 full name, such as "winograd(4,3)". A new lowering joins by an entry in ``FAMILIES``: a ``Family``, which makes its
 members and tells which of them may be worth trying.
 
-``choices`` orders those that a problem may use without measuring: errors are predicted, and times estimated from
+``choice.choices`` orders those that a problem may use without measuring: errors are predicted, and times estimated from
 the default recipes. A time is in vector FMAs of one core, so that only ratios between a core and its caches matter:
 products at full rate, or at that of the latency of FMAs where a register tile is small; transforms by the vector;
 filters, where they do not stay in L2, by the bytes that each block streams. What costs all algorithms alike is left

@@ -1,4 +1,4 @@
-"""Recipes: named compositions of steps, with the parameters that the analytic default and a search choose.
+"""The recipes of direct convolution: compositions of steps, with the parameters that the default and a search choose.
 
 ``channels``   vectors of output channels by a tile of pixels; each input element is broadcast. Dense layers.
 ``pixels``     vectors of neighbouring output pixels; each weight is broadcast. Depthwise and thin layers.
@@ -132,7 +132,7 @@ def _skip(problem: Problem, axes: str) -> list[Skip]:
     return [Skip("x", found)] if found else []
 
 
-BLOCK = 16  # channels that the layout nchw16c keeps together
+BLOCK_CHANNELS = 16  # channels that the layout nchw16c keeps together
 PADDED_AXES = {"nchw": "h", "nhwc": "w", "nchw16c": "c/16"}  # what ``align`` sets apart in a window
 
 
@@ -255,7 +255,7 @@ class Depthwise:
         """The steps for a problem with as many groups as channels in and out."""
         assert isinstance(problem, Conv2d)
         # where a block of the layout has several vectors, each is a loop of its own: lanes lie side by side
-        factors = (BLOCK, self.lanes) if layout == "nchw16c" and self.lanes < BLOCK else (self.lanes,)
+        factors = (BLOCK_CHANNELS, self.lanes) if layout == "nchw16c" and self.lanes < BLOCK_CHANNELS else (self.lanes,)
         g = Axis.cut("g", problem.groups, *factors)
         row, column = Axis.cut("e", problem.E, self.rows), Axis.cut("f", problem.F, self.pixels)
         at = column.names[0]

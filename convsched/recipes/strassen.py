@@ -23,7 +23,7 @@ from convsched.schedule import (
     Vectorize,
 )
 
-RUN = 8  # pixels of a row at most, whose sums of two levels are written out
+RUN_PIXELS = 8  # pixels of a row at most, whose sums of two levels are written out
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def _steps(p: StrassenBlocks, cut: Blocks, tap: tuple[str, ...]) -> list[Step]:
 def _along_pixels(p: StrassenBlocks, cut: Blocks, tap: tuple[str, ...], maps: Axis) -> _Sums:
     """Vectors of pixels in; tiles of pixels by channels, transposed, out."""
     vectors, lanes, row = f"m/{p.lanes}", f"m%{p.lanes}", tap[:tap.count("r")]
-    run = p.lanes if p.levels == 1 else min(p.lanes, RUN)
+    run = p.lanes if p.levels == 1 else min(p.lanes, RUN_PIXELS)
     if cut.columns is None:
         q, r = Axis.cut("ex1", p.block, p.lanes), Axis.cut("ey1", p.block, run)
         return _Sums(

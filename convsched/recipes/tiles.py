@@ -23,7 +23,7 @@ from convsched.schedule import (
     Vectorize,
 )
 
-LINE = 16  # elements of a cache line
+LINE_ELEMENTS = 16  # elements of a cache line
 TRANSFORMS = (("bx", "px", "k"), ("bxb", "q", "l"), ("ct", "iy", "pc"), ("ctc", "j", "qc"))
 """The name of each transform's sums, and of the loops over rows and columns of its factors."""
 
@@ -158,6 +158,6 @@ def _planes(p: Tiles, tensor: str, channel: str, elements: int) -> StageAt:
     """The transformed block in memory, ``elements`` a point: vectors of channels, and what is summed over close
     together. Points of long tiles are an odd number of cache lines apart, so that those of a line of a tile, which are
     written one after the other, fall in different sets of a cache."""
-    apart = (("h", LINE * (-(-elements // LINE) | 1)),) if p.by_lines else ()
+    apart = (("h", LINE_ELEMENTS * (-(-elements // LINE_ELEMENTS) | 1)),) if p.by_lines else ()
     order = ("n", "z", "g", "h", f"{channel}/{p.lanes}", "t", f"{channel}%{p.lanes}")
     return StageAt(tensor, "e0", "buffer", order, apart)

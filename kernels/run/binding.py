@@ -22,7 +22,7 @@ import numpy.typing as npt
 from convsched.errors import LoweringError
 from convsched.ir import Affine, Const, Index, Load, Op, Program, Reduce, Stage, Store, leaves, loads
 from convsched.kernels.run.packing import (
-    BLOCK,
+    BLOCK_ELEMENTS,
     Array,
     Box,
     Copy,
@@ -106,7 +106,7 @@ class Transform:
         rows = tuple(extent for factor in self.factors for extent in factor.extents)
         steps = source_steps(source, self.coefficients, len(self.summed) + len(self.extents))
         sizes = block_sizes(self.extents, (steps[len(self.summed):], self.strides),
-                            max(1, 3 * BLOCK // self._largest))
+                            max(1, 3 * BLOCK_ELEMENTS // self._largest))
         whole_rows = [slice(None)] * len(rows)
         row_strides = [stride for factor in self.factors for stride in factor.strides]
         to = np.lib.stride_tricks.as_strided(packed, (*rows, *self.extents),
