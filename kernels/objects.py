@@ -82,7 +82,8 @@ def read_entry(key: str) -> tuple[dict[str, Any], bytes] | None:
 
 
 def write_entry(key: str, header: dict[str, Any], code: bytes) -> None:
-    """Write a cache entry; no folder, or one that cannot be written or that others can write, is no error."""
+    """Write a cache entry; nothing is written, and nothing raised, where the folder is missing, not to be written,
+    or open to others."""
     head = json.dumps(header).encode()
     payload = len(head).to_bytes(8, "little") + head + code
     with contextlib.suppress(OSError, MachineError):

@@ -9,7 +9,7 @@ Output channels, input channels and rows of output pixels are cut into 2^levels 
 padded with zeros; 7^levels products of blocks take the place of 8^levels. A block of the input is the Toeplitz matrix
 of im2col, of which rows are written once for each tap r, and columns once for all taps s: gw is the greatest common
 divisor of what they are apart, sw and dw (sw alone, where there is one tap). Where pixels have no taps, strides and
-padding, ``e`` counts all of an image, or of all images where channels are neighbours in memory, and f and w are no
+padding, ``e`` counts all of an image, or of all images where channels are neighbours in memory, and f and w are not
 axes.
 
 Sums of inputs and of outputs go level by level, each a stage for each factor of one level's B or C, so that they share

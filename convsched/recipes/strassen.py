@@ -28,7 +28,7 @@ RUN_PIXELS = 8  # pixels of a row at most, whose sums of two levels are written 
 
 @dataclass(frozen=True)
 class StrassenBlocks:
-    """``block`` rows of each block of rows, or pixels where these are no rows, go through all stages at a time.
+    """``block`` rows of each block of rows, or pixels where these are not rows, go through all stages at a time.
 
     The products have a register tile of ``vectors`` vectors of ``lanes`` output channels by ``pixels`` pixels of a
     row; ``unroll`` input channels are written out, within the loops over taps. Sums work on vectors of channels, or
