@@ -93,7 +93,7 @@ def channels(problem: Problem, target: Target) -> Domain | None:
                 and (recipe.pack, recipe.skip) in copies and (recipe.rows == 1 or not recipe.skip)
                 and _has_tail(recipe, problem, columns) and _is_apart(recipe, problem, target.layout))
 
-    return Domain(Channels, {
+    values = {
         "lanes": (machine.lanes,),
         "vectors": _sizes(-(-maps // machine.lanes), (1, 2, 3, 4, 5, 6, 8, 12)),
         "rows": (1,) if flat else _sizes(rows, (1, 2, 3, 4)),
@@ -104,11 +104,13 @@ def channels(problem: Problem, target: Target) -> Domain | None:
         "pack": tuple(dict.fromkeys(pack for pack, _ in copies)),
         "skip": tuple(dict.fromkeys(skip for _, skip in copies)),
         "parallel": ("pixels", "channels") if target.threads > 1 else ("pixels",),
-    }, fits, {
+    }
+    finer = {
         "tail": ("peel", "overlap", "mask"),
         "align": (0, ALIGN_ELEMENTS),
         "prefetch": (0, 8, 16) if 4 * problem.weights > machine.l2 else (0,),
-    }, algorithm=named("direct", problem))
+    }
+    return Domain(Channels, values, fits, finer, algorithm=named("direct", problem))
 
 
 def _copies(problem: Problem, layout: str) -> tuple[tuple[str, str], ...]:
