@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, overload
 
 from convsched.errors import LoweringError, ScheduleError
 from convsched.ir import Program
+from convsched.lazy import importing
 from convsched.machine import default_threads, has_schedules, host
 from convsched.options import ACCURACIES, BACKENDS, MAX_THREADS, Accuracy, Backend
 from convsched.plan.choice import choices
@@ -114,7 +115,8 @@ def _require_layer(layer: object) -> None:
 
 
 def _compile_program(plan: ProgramPlan, code: type[Code], limit: int | None) -> ProgramKernel:
-    from convsched.kernels.run.program import ProgramKernel
+    with importing:
+        from convsched.kernels.run.program import ProgramKernel
     kernel = ProgramKernel(plan, code)
     if limit is not None and kernel.workspace_bytes > limit:
         raise LoweringError(_beyond(limit, kernel, plan.source.name))
@@ -143,7 +145,8 @@ class _Request:
         return [self.algorithm] if self.algorithm else choices(self.layer, self.target)
 
     def build(self, plan: Plan) -> Kernel:
-        from convsched.kernels.run.kernel import Kernel
+        with importing:
+            from convsched.kernels.run.kernel import Kernel
         return Kernel(plan, self.code)
 
     def fits(self, kernel: Kernel) -> bool:
@@ -195,9 +198,11 @@ class _Request:
 def _code_type(backend: Backend) -> type[Code]:
     """What makes the code of a backend; only the second one needs Numba, which is slow to import."""
     if backend == "numba":
-        from convsched.kernels.source.code import NumbaCode
+        with importing:
+            from convsched.kernels.source.code import NumbaCode
         return NumbaCode
-    from convsched.kernels.run.code import Code
+    with importing:
+        from convsched.kernels.run.code import Code
     return Code
 
 
@@ -207,9 +212,11 @@ def _remembered(request: _Request, cache: ScheduleCache | bool | None) -> Kernel
     if cache is None or isinstance(cache, bool):
         if not has_schedules():  # without one, the tuner's modules need not be imported
             return None
-        from convsched.autotune.store.cache import ScheduleCache
+        with importing:
+            from convsched.autotune.store.cache import ScheduleCache
         cache = ScheduleCache(patience=PATIENCE)
-    from convsched.autotune.store.record import Key
+    with importing:
+        from convsched.autotune.store.record import Key
     found: list[Kernel] = []
 
     def accept(record: Record) -> bool:
@@ -235,7 +242,8 @@ def _schedule(schedule: object) -> Schedule:
 def _check_cache(cache: object) -> None:
     if cache is None or isinstance(cache, bool):
         return
-    from convsched.autotune.store.cache import ScheduleCache
+    with importing:
+        from convsched.autotune.store.cache import ScheduleCache
     if not isinstance(cache, ScheduleCache):
         raise LoweringError(f"cache={cache!r}: use a convsched.autotune.store.cache.ScheduleCache, None or True for "
                             "the one in the cache folder, or False for none")

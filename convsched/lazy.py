@@ -1,11 +1,26 @@
-"""Properties that are computed at their first use and kept."""
+"""Properties that are computed at their first use and kept, and modules that are imported at theirs."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import threading
 from collections.abc import Callable
 from typing import Any, Generic, Self, TypeVar, overload
 
 T = TypeVar("T")
+importing = threading.RLock()
+"""Held by a function while it imports a module. A fork waits for it: a module that another thread has half imported
+would stay so in the child, and whoever asks for it there would wait for ever."""
+
+
+def _after_fork() -> None:
+    with contextlib.suppress(RuntimeError):  # an interrupt came before it was acquired
+        importing.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=importing.acquire, after_in_parent=_after_fork, after_in_child=_after_fork)
 
 
 class cached_property(Generic[T]):  # noqa: N801 -- used as a decorator, in place of that of functools

@@ -20,6 +20,7 @@ from weakref import WeakSet
 
 import llvmlite.binding as llvm
 
+from convsched.lazy import importing
 from convsched.machine import Machine, host
 
 LIBRARIES = 16  # that one linker links; to make a linker takes 1 ms, to link 0.1 ms
@@ -131,8 +132,9 @@ def _in_llvm() -> Any:
 
 def _before_fork() -> None:
     """Wait until no other thread is in LLVM: in the child its locks would be taken, and its data half changed, for
-    ever. llvmlite's own lock comes last, as it does in a thread that compiles."""
+    ever. llvmlite's own lock comes last, as it does in a thread that compiles; one that imports may wait for all."""
     _own.held = []
+    _hold(importing)
     _hold(_registering)
     for lock in [*_locks, llvm.ffi.lib._lock._lock]:
         _hold(lock)
@@ -144,7 +146,7 @@ def _hold(lock: Any) -> None:
 
 
 def _after_fork() -> None:
-    for lock in reversed(_own.held):
+    for lock in reversed(getattr(_own, "held", ())):  # none if this module was imported while the fork waited for it
         with contextlib.suppress(RuntimeError):  # an interrupt came before it was acquired
             lock.release()
 

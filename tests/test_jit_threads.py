@@ -32,9 +32,10 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CONVSCHED_CACHE", str(tmp_path / "cache"))
 
 
-def python(code: str) -> str:
+def python(code: str, *arguments: str) -> str:
     """What a new process prints that runs the code; an error there, or to hang, fails the test."""
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=WAIT)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, *arguments], capture_output=True, text=True,
+                          timeout=WAIT)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -128,7 +129,7 @@ FORK = """
 import os, signal, threading, time
 import convsched as cs
 from convsched.kernels import jit
-from convsched.kernels.run import kernel
+from convsched.plan import plan
 import llvmlite.binding as llvm
 layer = cs.Conv2d(1, 2, 1, input_size=3)
 inside, entered = [], threading.Event()
@@ -168,15 +169,15 @@ fork(child)
     "holds the lock of llvmlite": "start(busy, llvm.ffi.lib._lock)\nfork(compile)",
     "enters LLVM for the first time": "start(busy, jit._registering)\nfork(compile)",
     "applies a schedule": """
-original = kernel.apply
+original = plan.apply
 def apply(*arguments):
     inside.append(1); entered.set()
     time.sleep(2)
     return original(*arguments)
-kernel.apply = apply
+plan.apply = apply
 start(compile)
 def child():
-    kernel.apply = original
+    plan.apply = original
     compile(1)
 fork(child, whole=False)
 """,
@@ -187,6 +188,40 @@ fork(child, whole=False)
 @pytest.mark.parametrize("meanwhile", MEANWHILE)
 def test_a_child_compiles_that_was_forked_while_another_thread(meanwhile: str) -> None:
     assert python(FORK + MEANWHILE[meanwhile]) == "0"
+
+
+LATE = """
+import os, signal, sys, threading, time
+import convsched as cs
+entered = threading.Event()
+class Slow:
+    def find_spec(self, name, *rest):
+        if name == sys.argv[1]:
+            entered.set()
+            time.sleep(0.3)
+sys.meta_path.insert(0, Slow())
+def use():
+    layer = cs.Conv2d(1, 2, 1, input_size=3)
+    cs.compile(layer, threads=1, cache=False) if sys.argv[2] == "compile" else getattr(cs, sys.argv[2])
+thread = threading.Thread(target=use)
+thread.start()
+assert entered.wait(30)
+pid = os.fork()
+if pid == 0:
+    signal.alarm(30)  # ends a child that hangs
+    use()
+    os._exit(0)
+thread.join()
+print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize(("module", "use"), [
+    ("convsched.kernels.run.code", "compile"), ("llvmlite.binding", "compile"), ("convsched.kernels.jit", "compile"),
+    ("convsched.autotune.store.cache", "tune"), ("convsched.kernels.source.call", "call")])
+def test_a_child_goes_on_that_was_forked_while_another_thread_imported(module: str, use: str) -> None:
+    assert python(LATE, module, use) == "0"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
@@ -207,7 +242,9 @@ compile(99)
 
 def test_a_linker_goes_with_the_last_of_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     made, create = list[int](), llvm.create_lljit_compiler
+    monkeypatch.setattr(jit, "_linker", None)  # and back with its room, in which names are taken
     monkeypatch.setattr(jit, "_room", 0)
+    monkeypatch.setattr(jit, "_linker", None)  # with its room, the one before comes back
     monkeypatch.setattr(llvm, "create_lljit_compiler", lambda: made.append(1) or create())
     code = jit.compile_object(TEXT, HOST)
     kept = [jit.link(code, ("answer",)) for _ in range(3 * jit.LIBRARIES)][jit.LIBRARIES // 2::jit.LIBRARIES]
@@ -221,7 +258,7 @@ def test_kernels_that_are_gone_leave_no_memory_taken() -> None:
     grown = python(f"""
 import gc
 from convsched.kernels import jit
-from convsched.machine import Machine
+from convsched.machine import host
 code = jit.compile_object({TEXT!r}, host.machine())
 def resident():
     gc.collect()

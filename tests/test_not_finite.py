@@ -13,9 +13,11 @@ from click.testing import CliRunner, Result
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+import convsched as cs
 from convsched.cli import main as cli
 from convsched.errors import ModelWarning
 from convsched.graph.onnx.layers import read_model
+from convsched.problem import Conv2d
 from convsched.problem.reference import not_finite
 
 
@@ -107,3 +109,15 @@ def test_what_overflows_when_folded_warns_with_the_name_of_its_layer(tmp_path: P
 def test_counts_of_what_is_not_finite() -> None:
     assert not_finite(np.array([1.0, -2.0])) == ""
     assert not_finite(np.array([1.0, np.nan, np.inf, -np.inf])) == "3 of 4 (1 NaN)"
+
+
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+def test_a_strict_kernel_keeps_inf_and_nan_where_the_definition_has_them(bad: float) -> None:
+    layer = Conv2d(16, 16, 3, padding=1, input_size=20, bias=False)
+    x = np.ones(layer.input_shape, np.float32)
+    x[0, 3, 5, 6] = bad
+    y = cs.compile(layer, accuracy="strict", threads=1, cache=False).bind(np.ones(layer.weight_shape, np.float32))(x)
+    spoilt = np.zeros(layer.output_shape, bool)
+    spoilt[0, :, 4:7, 5:8] = True
+    np.testing.assert_array_equal(np.isnan(y) if np.isnan(bad) else np.isposinf(y), spoilt)
+    assert np.isfinite(y[~spoilt]).all()

@@ -48,6 +48,7 @@ from numpy.typing import NDArray
 
 from convsched.algebra.bilinear import Bilinear, Matrix, Transform, direct
 from convsched.errors import ProblemError
+from convsched.lazy import importing
 from convsched.options import ACCURACIES, Accuracy
 
 UNIT = 2.0**-24
@@ -189,7 +190,9 @@ class _Drawn:
     def of(filters: Floats, inputs: Floats, terms: int, weights: Floats, input_noise: Floats, rounded: Floats,
            output_noise: Floats) -> _Drawn:
         """Those of a channel that has so many terms of each sum."""
-        random, count = np.random.default_rng(0), DRAWS if len(filters) <= DRAWS else DRAWS // 2
+        with importing:  # NumPy imports it at its first use
+            from numpy.random import default_rng
+        random, count = default_rng(0), DRAWS if len(filters) <= DRAWS else DRAWS // 2
         u = random.standard_normal((count, terms, filters.shape[1])) @ filters.T
         tiles = random.standard_normal((count, terms, inputs.shape[1]))
         v = tiles @ inputs.T

@@ -88,7 +88,8 @@ def check_weights(problem: Problem, weight: object, bias: object) -> dict[str, A
 def _as_array(name: str, value: object, shape: tuple[int, ...]) -> npt.NDArray[Any]:
     """The value, if it is an array; a masked one is refused, since a kernel would read what the mask hides, and a
     tensor of another library, since whether it is copied must be seen where that happens."""
-    if not isinstance(value, np.ndarray) or isinstance(value, np.ma.MaskedArray):
+    is_other = type(value) is not np.ndarray  # asked first: NumPy imports masked arrays at their first use
+    if not isinstance(value, np.ndarray) or (is_other and isinstance(value, np.ma.MaskedArray)):
         calls = "".join(f".{call}()" for call in ("detach", "numpy") if hasattr(value, call))  # as of torch
         fix = f": {name}{calls}" if calls.endswith(".numpy()") else ""
         raise ArrayError(f"{name} is a {type(value).__name__}; give a NumPy array of shape {shape}, float32{fix}")
