@@ -1,17 +1,10 @@
-"""LLVM IR to machine code to an address, with an object cache on disk.
+"""LLVM IR to machine code to an address.
 
 The code generator runs at level 2 without IR passes: the emitter has already chosen what to unroll and keep
 in registers. ORC links the object code and frees it when the last reference to it goes.
 
 Each compilation has an LLVM context and a target machine of its own, so that threads compile at once; linking, which
 takes a tenth of a millisecond, has a lock. A fork waits for the threads that are in LLVM.
-
-A cache entry is ``digest of key and rest | length of the header | header (JSON) | object code`` in a file
-named by the key. An entry that does not verify, one renamed to another key included, counts as missing.
-Writers use a temporary file and a rename, so that processes can share the folder; a folder that cannot be
-written means no cache. The digest finds damage, not intent: a folder or an entry that another user can write is
-not used. An entry's time of change is that of its last use: beyond ``LIMIT`` bytes the entries
-that were not used for longest go.
 """
 
 from __future__ import annotations
@@ -19,24 +12,18 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import stat
 import threading
-import warnings
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
 import llvmlite.binding as llvm
 
-from convsched.errors import CacheWarning
 from convsched.lazy import importing
 from convsched.machine import Machine, host
 
 LIBRARIES = 16  # that one linker links; to make a linker takes 1 ms, to link 0.1 ms
-
-_told: set[Path] = set()  # folders that were warned of
 
 _idle: dict[tuple[str, str], list[Any]] = {}  # target machines that no thread uses, by CPU and features
 _linker: Any = None  # of the next libraries
@@ -201,41 +188,3 @@ def link(code: bytes, symbols: tuple[str, ...]) -> Loaded:
 def load(text: str, symbols: tuple[str, ...], machine: Machine | None = None) -> Loaded:
     """Compile and link an LLVM module's text."""
     return link(compile_object(text, machine or host.machine()), symbols)
-
-
-def _why_open(status: os.stat_result, writers: int = stat.S_IWGRP | stat.S_IWOTH) -> str:
-    """Why another user may have written what has this status, and code of it must not run; "" if none can have.
-    `writers`: the bits of the mode that let others write."""
-    if not hasattr(os, "geteuid"):  # no such owners and modes here
-        return ""
-    if status.st_uid not in (os.geteuid(), 0):
-        return f"belongs to user {status.st_uid}: let CONVSCHED_CACHE name a folder of your own"
-    if status.st_mode & writers:
-        return f"can be written by others (mode {stat.S_IMODE(status.st_mode):o}): chmod go-w"
-    return ""
-
-
-def _is_ours(folder: Path) -> bool:
-    """Whether only this user can write to the folder, and replace it; if not, this is said once."""
-    above = folder.parent.stat()
-    replacers = 0 if above.st_mode & stat.S_ISVTX else stat.S_IWOTH  # a sticky folder lets none rename another's
-    for place, why in ((folder, _why_open(folder.stat())), (folder.parent, _why_open(above, replacers))):
-        if why and folder not in _told:
-            _told.add(folder)
-            warnings.warn(CacheWarning(f"compiled kernels are not kept in {folder}: {place} {why}"), stacklevel=2)
-        if why:
-            return False
-    return True
-
-
-def _read(path: Path) -> bytes:
-    """The bytes of a regular file that only this user can write; raises OSError for anything else.
-
-    What was opened is looked at, not what the path may name later, and a pipe is not waited for.
-    """
-    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    with os.fdopen(os.open(path, flags), "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode) or _why_open(status):
-            raise OSError(f"{path} is not a file of this user's alone")
-        return file.read()

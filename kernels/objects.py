@@ -1,4 +1,12 @@
-"""The object cache: machine code on disk."""
+"""The object cache: machine code on disk.
+
+A cache entry is ``digest of key and rest | length of the header | header (JSON) | object code`` in a file
+named by the key. An entry that does not verify, one renamed to another key included, counts as missing.
+Writers use a temporary file and a rename, so that processes can share the folder; a folder that cannot be
+written means no cache. The digest finds damage, not intent: a folder or an entry that another user can write is
+not used. An entry's time of change is that of its last use: beyond ``LIMIT_BYTES`` the entries that were not used for
+longest go.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +14,9 @@ import contextlib
 import hashlib
 import json
 import os
+import stat
 import tempfile
+import warnings
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -16,14 +26,16 @@ import llvmlite
 import llvmlite.binding as llvm
 
 import convsched.errors
-from convsched.errors import MachineError
-from convsched.kernels.jit import _is_ours, _read, target
+from convsched.errors import CacheWarning, MachineError
+from convsched.kernels.jit import target
 from convsched.machine import cache_folder
 from convsched.plan.plan import Plan, ProgramPlan
 
 FORMAT = 2  # of a cache entry
-LIMIT = 256 << 20  # bytes of all entries: some 20,000 kernels
-CHECKED = "00"  # an entry whose key ends so has the folder's size checked: one in 256, whoever writes it
+LIMIT_BYTES = 256 << 20  # of all entries: some 20,000 kernels
+CHECK_SUFFIX = "00"  # an entry whose key ends so has the folder's size checked: one in 256, whoever writes it
+
+_told: set[Path] = set()  # folders that were warned of
 
 
 @cache
@@ -74,7 +86,8 @@ def read_entry(key: str) -> tuple[dict[str, Any], bytes] | None:
 
 
 def write_entry(key: str, header: dict[str, Any], code: bytes) -> None:
-    """Write a cache entry; no folder, or one that cannot be written or that others can write, is no error."""
+    """Write a cache entry; nothing is written, and nothing raised, where the folder is missing, not to be written,
+    or open to others."""
     head = json.dumps(header).encode()
     payload = len(head).to_bytes(8, "little") + head + code
     with contextlib.suppress(OSError, MachineError):
@@ -92,8 +105,8 @@ def write_entry(key: str, header: dict[str, Any], code: bytes) -> None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
             raise
-    if key.endswith(CHECKED):
-        prune_entries(LIMIT)
+    if key.endswith(CHECK_SUFFIX):
+        prune_entries(LIMIT_BYTES)
 
 
 class Entries(NamedTuple):
@@ -146,3 +159,41 @@ def _remove(path: str) -> bool:
     except OSError:
         return False
     return True
+
+
+def _why_open(status: os.stat_result, writers: int = stat.S_IWGRP | stat.S_IWOTH) -> str:
+    """Why another user may have written what has this status, and code of it must not run; "" if none can have.
+    `writers`: the bits of the mode that let others write."""
+    if not hasattr(os, "geteuid"):  # no such owners and modes here
+        return ""
+    if status.st_uid not in (os.geteuid(), 0):
+        return f"belongs to user {status.st_uid}: let CONVSCHED_CACHE name a folder of your own"
+    if status.st_mode & writers:
+        return f"can be written by others (mode {stat.S_IMODE(status.st_mode):o}): chmod go-w"
+    return ""
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether only this user can write to the folder, and replace it; if not, this is said once."""
+    above = folder.parent.stat()
+    replacers = 0 if above.st_mode & stat.S_ISVTX else stat.S_IWOTH  # a sticky folder lets none rename another's
+    for place, why in ((folder, _why_open(folder.stat())), (folder.parent, _why_open(above, replacers))):
+        if why and folder not in _told:
+            _told.add(folder)
+            warnings.warn(CacheWarning(f"compiled kernels are not kept in {folder}: {place} {why}"), stacklevel=2)
+        if why:
+            return False
+    return True
+
+
+def _read(path: Path) -> bytes:
+    """The bytes of a regular file that only this user can write; raises OSError for anything else.
+
+    What was opened is looked at, not what the path may name later, and a pipe is not waited for.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    with os.fdopen(os.open(path, flags), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode) or _why_open(status):
+            raise OSError(f"{path} is not a file of this user's alone")
+        return file.read()

@@ -17,8 +17,8 @@ from convsched.errors import LoweringError
 from convsched.machine import Machine, host
 from convsched.model.cost import Rates, cost
 from convsched.options import Accuracy
-from convsched.plan.choice import members
-from convsched.plan.families import named
+from convsched.plan.choice import choices, members
+from convsched.plan.families import FAMILIES, Algorithm, Family, Sizes, member_name, named
 from convsched.plan.plan import Target
 from convsched.problem import Conv2d, Linear, Problem
 
@@ -94,3 +94,13 @@ def test_an_algorithm_that_does_not_apply_cannot_be_tuned(tmp_path: Path) -> Non
     with Tuner(ScheduleCache(tmp_path / "s.sqlite"), Target(host.machine()), algorithm="winograd") as tuner, \
             pytest.raises(TuneError, match="fully connected"):
         tuner.tune(Linear(4, 4), Budget(candidates=1))
+
+
+def test_an_entry_in_families_is_all_that_a_new_algorithm_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(problem: Problem, sizes: Sizes) -> Algorithm:
+        return replace(named("im2col", problem), name=member_name("other", sizes))
+
+    monkeypatch.setitem(FAMILIES, "other", Family(make, lambda problem, accuracy: (((3,),), ((4,),))))
+    assert members(DENSE, "strict") == ("direct", "im2col", "other(3)", "other(4)")
+    assert {"other(3)", "other(4)"} <= {one.name for one in choices(DENSE, TARGET)}
+    assert {"other(3)", "other(4)"} <= algorithms(DENSE)

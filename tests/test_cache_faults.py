@@ -358,7 +358,7 @@ def test_a_pipe_in_the_files_place(path: Path) -> None:
     """To read it would wait for ever."""
     os.mkfifo(path)
     cache = ScheduleCache(path)
-    assert told_once("is a pipe, not a file", partial(cache.best, KEY), partial(cache.put, make())) == [None, False]
+    assert told_once("is a pipe; give the path", partial(cache.best, KEY), partial(cache.put, make())) == [None, False]
 
 
 def test_a_write_that_is_interrupted_leaves_nothing(full: ScheduleCache, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -209,7 +209,7 @@ def test_data_is_small_integers() -> None:
     for array in (data.x, data.weight, data.bias, data.residual):
         assert array is not None
         assert array.dtype == np.float32
-        assert set(np.unique(array)) <= set(range(-module.LARGEST, module.LARGEST + 1))
+        assert set(np.unique(array)) <= set(range(-module.MAGNITUDE, module.MAGNITUDE + 1))
 
 
 def test_conditions_are_judged_over_many_short_measurements(monkeypatch: pytest.MonkeyPatch) -> None:

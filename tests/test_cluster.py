@@ -206,7 +206,7 @@ def test_a_cluster_that_is_closed(cache: ScheduleCache, folder: Path) -> None:
 def test_a_cluster_without_workers(cache: ScheduleCache, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PATIENCE_SECONDS", 0.2)
     with (start(folder, n_workers=0) as cluster, distributed.Client(cluster) as client,
-          pytest.raises(ClusterError, match=r"no workers, for 0\.2 s")):
+          pytest.raises(ClusterError, match=r"had no workers for 0\.2 s")):
         tune_on(client, [(LAYERS[0], FEW)], cache=cache)
 
 

@@ -92,7 +92,7 @@ def by_einsum(x: Floats, w: Floats, stride: int, pad: int) -> Floats:
 @pytest.mark.parametrize("grid", [1 << 20, 1000, 9])
 def test_convolution_with_border_and_epilogue(
         stride: int, pad: int, grid: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(interp, "GRID", grid)
+    monkeypatch.setattr(interp, "GRID_POINTS", grid)
     arrays = {"x": integers(2, 5, 9, 8), "w": integers(6, 5, 3, 3), "b": integers(6)}
     found = interpret(convolution(stride, pad), arrays, keep=["t", "x"])
     sums = by_einsum(arrays["x"], arrays["w"], stride, pad)
@@ -158,8 +158,9 @@ def test_operations_and_nan() -> None:
 
 
 @pytest.mark.parametrize(("arrays", "message"), [
-    ({"w": (6, 5, 3, 3), "b": (6,)}, "x: there is no array of that name"),
-    ({"x": (2, 5, 9, 8), "w": (6, 5, 3), "b": (6,)}, r"w: the shape is \(6, 5, 3\), expected \(6, 5, 3, 3\)"),
+    ({"w": (6, 5, 3, 3), "b": (6,)}, "x: it is missing; give an array of shape"),
+    ({"x": (2, 5, 9, 8), "w": (6, 5, 3), "b": (6,)},
+     r"w: the shape is \(6, 5, 3\); give an array of shape \(6, 5, 3, 3\)"),
 ])
 def test_wrong_arrays(arrays: Mapping[str, tuple[int, ...]], message: str) -> None:
     with pytest.raises(ArrayError, match=message):
@@ -188,9 +189,9 @@ def test_storage_is_the_definition_and_converts_back(stored: Tensor) -> None:
 
 
 def test_storage_of_another_size_is_refused() -> None:
-    with pytest.raises(ArrayError, match="expected"):
+    with pytest.raises(ArrayError, match="give an array of shape"):
         to_storage(STORED[0], integers(2, 5, 3, 3))
-    with pytest.raises(ArrayError, match="119 elements, expected 120"):
+    with pytest.raises(ArrayError, match="119 elements; give an array of 120"):
         from_storage(STORED[0], integers(119))
 
 
@@ -313,7 +314,7 @@ def test_random_nests_equal_a_point_by_point_evaluation(leaves: list[Leaf], dept
                             tensor("t", "local", "i", (14,))), (Stage("s", body),))
     x = integers(14) % 3 - 1
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interp, "GRID", grid)
+        patch.setattr(interp, "GRID_POINTS", grid)
         found = interpret(program, {"x": x}, np.float64, keep=["t"])
     memory = point_by_point(program, {"x": x})
     for name in ("y", "t"):

@@ -54,10 +54,10 @@ def test_entries_used_last_are_kept(folder: Path) -> None:
 def test_writing_keeps_the_folder_within_its_limit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = fill(folder, 100)
     limit = 10 * paths[0].stat().st_size
-    monkeypatch.setattr(objects, "LIMIT", limit)
+    monkeypatch.setattr(objects, "LIMIT_BYTES", limit)
     objects.write_entry("1" * 64, {}, b"code")
     assert objects.usage()[0] == 101  # most writes do not look
-    objects.write_entry("1" * 62 + objects.CHECKED, {}, b"code")
+    objects.write_entry("1" * 62 + objects.CHECK_SUFFIX, {}, b"code")
     assert objects.usage()[1] < limit
     assert (folder / ("1" * 64)).exists()
     assert not paths[0].exists()

@@ -15,7 +15,7 @@ from convsched.ir import Program
 from convsched.ir.interp import evaluate_bind
 from convsched.kernels.run import binding, packing
 from convsched.kernels.run.kernel import Kernel
-from convsched.kernels.run.packing import ALIGNMENT, BLOCK, Copy, blocks, inside, plain
+from convsched.kernels.run.packing import ALIGNMENT_BYTES, BLOCK_ELEMENTS, Copy, blocks, inside, plain
 from convsched.machine import Machine, host
 from convsched.plan.families import named
 from convsched.plan.plan import Plan, Target
@@ -56,8 +56,8 @@ def test_what_is_bound_is_what_the_bind_stages_mean(
     algorithm: str, problem: Problem, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With denormals among the weights, and blocks so small that every loop is cut."""
-    monkeypatch.setattr("convsched.kernels.run.packing.BLOCK", 200)
-    monkeypatch.setattr("convsched.kernels.run.binding.BLOCK", 2000)
+    monkeypatch.setattr("convsched.kernels.run.packing.BLOCK_ELEMENTS", 200)
+    monkeypatch.setattr("convsched.kernels.run.binding.BLOCK_ELEMENTS", 2000)
     program = scheduled(algorithm, problem, layout)
     rng = np.random.default_rng(0)
     weight = rng.standard_normal(problem.weight_shape).astype(np.float32)
@@ -69,7 +69,7 @@ def test_what_is_bound_is_what_the_bind_stages_mean(
     used = {name for name in expected if any(name == one.target for one in found)}
     assert set(bound) == used
     for name in bound:
-        assert bound[name].ctypes.data % ALIGNMENT == 0
+        assert bound[name].ctypes.data % ALIGNMENT_BYTES == 0
         np.testing.assert_array_equal(bound[name], flushed(expected[name]), err_msg=name)
 
 
@@ -106,8 +106,8 @@ def test_binding_takes_few_bytes_beside_its_result(algorithm: str, problem: Prob
         tracemalloc.stop()
     result = sum(array.nbytes for array in bound.weights.values())
     copied = all(isinstance(one, Copy) for one in kernel.code.interface.bindings)
-    assert result > 4 * BLOCK * 4
-    assert peak - result < (3 * 4 if copied else 8 * 8) * BLOCK
+    assert result > 4 * BLOCK_ELEMENTS * 4
+    assert peak - result < (3 * 4 if copied else 8 * 8) * BLOCK_ELEMENTS
 
 
 @pytest.mark.parametrize(("algorithm", "problem", "most"), [
@@ -122,7 +122,7 @@ def test_binding_takes_few_blocks(algorithm: str, problem: Problem, most: int, m
     weight = np.ones(problem.weight_shape, np.float32)
     for one in binding.bindings(scheduled(algorithm, problem, "nchw")):
         one.run(weight)
-    assert BLOCK * len(sizes) <= most * sum(sizes)
+    assert BLOCK_ELEMENTS * len(sizes) <= most * sum(sizes)
 
 
 def test_copies_of_all_sizes_and_orders() -> None:

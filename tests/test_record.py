@@ -151,7 +151,7 @@ def test_lines_that_are_no_record(line: str, message: str) -> None:
         ({"machine": "my laptop"}, "'my laptop' is not a machine's key: write"),
         ({"layout": "nchw8c"}, "layout 'nchw8c' is not known: use one of nchw, nhwc, nchw16c"),
         ({"accuracy": "sloppy"}, "accuracy 'sloppy' is not known: use one of strict, normal, fast"),
-        ({"algorithm": "magic"}, "algorithm 'magic' cannot be used: algorithm='magic': use one of direct, im2col"),
+        ({"algorithm": "magic"}, "algorithm 'magic' cannot be used: algorithm='magic': use one of direct, winograd"),
         ({"algorithm": "winograd(4,5)"}, "algorithm 'winograd(4,5)' cannot be used"),
         ({"algorithm": "winograd"}, "algorithm 'winograd' is not as convsched writes it: 'winograd(4,3)'"),
         ({"compiler": "schedule 0"}, "made with format 2 and schedule 0"),

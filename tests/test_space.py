@@ -148,7 +148,7 @@ def test_finer_parameters_are_varied_where_they_change_the_schedule() -> None:
     assert near(ragged, "tail") == {"overlap", "mask"}
     assert near(replace(ragged, pixels=6), "tail") == set()
     assert near(replace(ragged, pack="none", skip="hw"), "tail") == {"mask"}
-    assert near(ragged, "align") == {parameters.APART}
+    assert near(ragged, "align") == {parameters.ALIGN_ELEMENTS}
     assert near(replace(ragged, pack="none", skip="hw"), "align") == set()
     assert near(ragged, "prefetch") == {8}
     for recipe in domain.neighbours(ragged):

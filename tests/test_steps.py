@@ -198,7 +198,7 @@ def test_peel_after_inline_resolves_digits() -> None:
     (UNFOLDED, "", "inline y", "y is a tensor of role output", "name a local tensor", None),
     (LAYER, "", "inline t", "and 2 stages fill it", "a single stage", None),
     (UNFOLDED, "split e 3 -> e0 e1 tail=mask", "inline i", "more than store each element of i once", "before", None),
-    (UNFOLDED, "vectorize p", "inline i", "lanes of p would be apart by no fixed distance", "another loop", "p"),
+    (UNFOLDED, "vectorize p", "inline i", "lanes of p would not be a fixed distance apart", "another loop", "p"),
     (UNFOLDED, "inline i", "unroll e", "e is a digit of other loops", "inline later", "e"),
     (TOEPLITZ, "inline i", "reorder c p", "e would be outside p, of which it is a digit", "in order", "e"),
 ])
@@ -340,7 +340,7 @@ def test_attach_refuses_what_comes_too_early() -> None:
 def test_attach_refuses_stages_of_other_times() -> None:
     base = filtered(8, 3)
     program = replace(base, stages=(replace(base.stages[0], when="bind"), *base.stages[1:]))
-    refused(program, "", "attach init at f", "init and conv run at different times", "leave it", "f")
+    refused(program, "", "attach init at f", "init and conv run at different times", "leave the step out", "f")
 
 
 # peel and simplify

@@ -87,7 +87,7 @@ def test_an_error_names_stage_statement_and_rule() -> None:
     (replace(FINISH, value=Load("t", (affine(r=1),))), "no loop r is around it"),
     (replace(FINISH, where=(affine(-1, q=1),)), "no loop q is around it"),
     (replace(FINISH, value=Op("mul", (Const(1.0),))), "mul takes 2 operands, not 1"),
-    (replace(FINISH, value=Op("neg", (Op("root", (Const(1.0),)),))), "there is no operation root"),
+    (replace(FINISH, value=Op("neg", (Op("root", (Const(1.0),)),))), "root is not an operation; use one of add"),
     (replace(FINISH, index=(affine(-1, e=1),)), "out of [0, 9]"),
     (replace(FINISH, tensor="x"), "it stores to x, which is input"),
     (replace(FINISH, tensor="w", index=(affine(),)), "it stores to w, which is weight"),

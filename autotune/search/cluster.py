@@ -142,7 +142,7 @@ class _Farm:
             try:
                 self.client.wait_for_workers(1, timeout=PATIENCE_SECONDS)
             except TimeoutError:
-                raise ClusterError(f"the cluster has no workers, for {PATIENCE_SECONDS:g} s: start some with "
+                raise ClusterError(f"the cluster has had no workers for {PATIENCE_SECONDS:g} s: start some with "
                                    "`dask worker` on the machines to tune on") from None
 
     def survey(self, addresses: list[str]) -> dict[str, _Site]:

@@ -1,4 +1,5 @@
-"""The candidates of the algorithms beside direct convolution: a domain around the default of each member.
+"""What the recipes' parameters may be for a problem: a domain for each recipe of direct convolution, and one around
+the default of each member of the other algorithms.
 
 Members that do not apply to a problem, or whose predicted error is beyond the class of accuracy, have none; nor have
 those that are far from winning on it.
@@ -57,8 +58,8 @@ def _around(problem: Problem, target: Target, algorithm: Algorithm, default: Blo
     return Domain(make, values, fits, finer, algorithm=algorithm, seed=default)
 
 
-PAGE = 1024  # elements (4096 bytes): rows so far apart share the sets of L1
-APART = 1040  # elements (65 cache lines): no multiple up to 63 of them is one of a page
+PAGE_ELEMENTS = 1024  # elements (4096 bytes): rows so far apart share the sets of L1
+ALIGN_ELEMENTS = 1040  # elements (65 cache lines): no multiple up to 63 of them is one of a page
 
 
 def _per_group(problem: Problem) -> tuple[int, int, int, int]:
@@ -92,7 +93,7 @@ def channels(problem: Problem, target: Target) -> Domain | None:
                 and (recipe.pack, recipe.skip) in copies and (recipe.rows == 1 or not recipe.skip)
                 and _has_tail(recipe, problem, columns) and _is_apart(recipe, problem, target.layout))
 
-    return Domain(Channels, {
+    values = {
         "lanes": (machine.lanes,),
         "vectors": _sizes(-(-maps // machine.lanes), (1, 2, 3, 4, 5, 6, 8, 12)),
         "rows": (1,) if flat else _sizes(rows, (1, 2, 3, 4)),
@@ -103,11 +104,13 @@ def channels(problem: Problem, target: Target) -> Domain | None:
         "pack": tuple(dict.fromkeys(pack for pack, _ in copies)),
         "skip": tuple(dict.fromkeys(skip for _, skip in copies)),
         "parallel": ("pixels", "channels") if target.threads > 1 else ("pixels",),
-    }, fits, {
+    }
+    finer = {
         "tail": ("peel", "overlap", "mask"),
-        "align": (0, APART),
+        "align": (0, ALIGN_ELEMENTS),
         "prefetch": (0, 8, 16) if 4 * problem.weights > machine.l2 else (0,),
-    }, algorithm=named("direct", problem))
+    }
+    return Domain(Channels, values, fits, finer, algorithm=named("direct", problem))
 
 
 def _copies(problem: Problem, layout: str) -> tuple[tuple[str, str], ...]:
@@ -141,7 +144,7 @@ def _is_apart(recipe: Channels, problem: Problem, layout: str) -> bool:
     if not recipe.align:
         return True
     stride = copy_stride(recipe, problem, layout) if isinstance(problem, Conv2d) else 0
-    return stride > 0 and stride % PAGE == 0
+    return stride > 0 and stride % PAGE_ELEMENTS == 0
 
 
 def pixels(problem: Problem, target: Target) -> Domain | None:

@@ -2,7 +2,7 @@
 
 A recipe joins by a ``Domain``: the values of each parameter worth trying for a problem, and which
 combinations fit. The search needs nothing else: it enumerates a domain, and it walks from a recipe to its
-neighbours, which differ in one parameter. What the parameters of the three recipes decide:
+neighbours, which differ in one parameter. What the parameters of direct convolution's recipes decide:
 
     register tile          vectors, rows, pixels (channels, depthwise); maps, rows, vectors, lanes (pixels)
     cache blocks           block: tiles that share a piece of input; depth: channels before the next tap

@@ -32,7 +32,7 @@ from convsched.schedule import parse_schedule
 MOST_FAILURES = 0.5  # of the candidates; more, and the search says so instead of going on
 LEAST_TRIES = 8  # before the share of failures means something
 RANKING_SHARE = 0.1  # of the seconds of a search, for the model to order candidates
-PATIENCE = 10.0  # times the seconds of the default, from compiling to timing, and at the least seconds: a job's
+PATIENCE_RATIO = 10.0  # times the seconds of the default, from compiling to timing, and at the least seconds: a job's
 
 
 @dataclass
@@ -245,7 +245,7 @@ class LayerSearch:
         """A job for the worker. None takes much longer than the first, which prepares data as well."""
         job = Job(plan, against.plan(self.target.machine) if against else None)
         start = self.tuner.clock()
-        patience = None if self._job_seconds is None else PATIENCE * max(1.0, self._job_seconds)
+        patience = None if self._job_seconds is None else PATIENCE_RATIO * max(1.0, self._job_seconds)
         outcome = self.tuner.worker.run(job, patience, meanwhile)
         if self._job_seconds is None:
             self._job_seconds = self.tuner.clock() - start

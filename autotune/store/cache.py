@@ -5,7 +5,7 @@ must read back as itself: a row that does not is a miss with a warning that says
 stay for the convsched that wrote them.
 
 Looking up never measures: the same file gives the same choice in every process. A cache that cannot be used
-is no cache: what compiles or tunes gets one warning and goes on; `export`, `import_` and `prune` raise
+counts as none: what compiles or tunes gets one warning and goes on; `export`, `import_` and `prune` raise
 CacheError.
 """
 

@@ -103,7 +103,7 @@ class Database:
         elif not self.path.exists():
             raise _NothingError
         if self.path.is_fifo():  # SQLite would wait for what is never written to it
-            raise CacheError(f"{self.path} is a pipe, not a file")
+            raise CacheError(f"{self.path} is a pipe; give the path of a file")
         uri = f"{self.path.as_uri()}?mode={'rwc' if write else 'rw'}"  # to read may mean to roll back first
         db = sqlite3.connect(uri, uri=True, timeout=wait, isolation_level=None)
         with closing(db):
@@ -148,9 +148,9 @@ def _has_tables(db: sqlite3.Connection, path: Path) -> bool:
         return False
     found = tuple(db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version"))
     if found[0] != _APPLICATION:
-        raise CacheError(f"{path} is another program's database")
+        raise CacheError(f"{path} is another program's database; give another path")
     if found[1] != _SCHEMA:
-        raise CacheError(f"{path} has tables of version {found[1]}; this convsched uses {_SCHEMA}")
+        raise CacheError(f"{path} has tables of version {found[1]}; this convsched uses {_SCHEMA}: move the file away")
     return True
 
 

@@ -1,4 +1,4 @@
-"""What was measured, as data: a record a candidate, the key it is looked up by, and which record is the best.
+"""What was measured, as data: a record a candidate, and the key it is looked up by.
 
 A key holds everything that the choice of a schedule depends on, in words that a person can read. All have
 a JSON form of one line, parsed strictly: ``Record.from_json(record.to_json()) == record``.

@@ -1,4 +1,4 @@
-"""Which of several records is best: ties go to less workspace, then to the text."""
+"""Which of several records is best: ties go to less workspace, then to the simpler schedule."""
 
 from __future__ import annotations
 

@@ -30,10 +30,10 @@ from convsched.problem.reference import convolve
 
 Floats = NDArray[np.float32]
 
-LARGEST = 3  # magnitude of the integers
-EXACT = (None, "relu", "relu6")  # activations that keep integers
+MAGNITUDE = 3  # of the integers at most
+INTEGER_ACTIVATIONS = (None, "relu", "relu6")  # activations that keep integers
 COLD_ROUNDS, COLD_SECONDS = 3, 0.5  # the most
-WINDOW = (50, 1000)  # CPU ticks of measuring, 10 ms each, over which conditions are judged
+WINDOW_TICKS = (50, 1000)  # CPU ticks of measuring, 10 ms each, over which conditions are judged
 
 
 @dataclass(frozen=True)
@@ -161,14 +161,14 @@ def data_of(problem: Problem) -> Data:
     random = np.random.default_rng(0)
 
     def integers(shape: tuple[int, ...]) -> Floats:
-        return random.integers(-LARGEST, LARGEST + 1, shape, np.int8).astype(np.float32)
+        return random.integers(-MAGNITUDE, MAGNITUDE + 1, shape, np.int8).astype(np.float32)
 
     x, weight = integers(problem.input_shape), integers(problem.weight_shape)
     bias = integers(problem.bias_shape) if problem.bias else None
     residual = integers(problem.output_shape) if problem.residual else None
     expected: NDArray[Any] = convolve(problem, x, weight, bias, residual)
-    sums = LARGEST**2 * problem.weights // problem.M + 2 * LARGEST  # no sum of an output is greater
-    exact = problem.activation in EXACT and sums < 1 << 24
+    sums = MAGNITUDE**2 * problem.weights // problem.M + 2 * MAGNITUDE  # no sum of an output is greater
+    exact = problem.activation in INTEGER_ACTIVATIONS and sums < 1 << 24
     scale = float(np.sqrt(np.vdot(expected, expected) / expected.size)) or 1.0
     return Data(x, weight, bias, residual, expected.astype(np.float32) if exact else expected, scale, exact)
 
@@ -188,10 +188,10 @@ class _Watch:
         spans = [(getattr(after, name) - getattr(before, name), getattr(self.seen, name))
                  for name in vars(after)]
         self.seen = CpuCounters(*(new + old for new, old in spans))
-        if self.seen.total < WINDOW[0]:
+        if self.seen.total < WINDOW_TICKS[0]:
             return ()
         since = CpuCounters(*(getattr(after, name) - seen for name, seen in vars(self.seen).items()))
-        if self.seen.total > WINDOW[1]:
+        if self.seen.total > WINDOW_TICKS[1]:
             self.seen = CpuCounters()
         return timing_flags(since)
 

@@ -26,7 +26,7 @@ from convsched.errors import ConvschedError
 
 COMPILED = "compiled"
 JOBS_PER_PROCESS = 200
-TIMEOUT = 60.0  # seconds of a job
+TIMEOUT_SECONDS = 60.0  # seconds of a job
 END_SECONDS = 5.0  # that a process which has closed its connection may take to end
 
 # The parent's search path, so that the process imports the same files. Ctrl-C reaches all processes of a
@@ -47,7 +47,7 @@ class WorkerError(ConvschedError):
 class Worker:
     """A process that runs jobs one at a time; started at the first job, replaced when needed."""
 
-    def __init__(self, timeout: float = TIMEOUT, module: str = __name__) -> None:
+    def __init__(self, timeout: float = TIMEOUT_SECONDS, module: str = __name__) -> None:
         """``timeout``: seconds a job may take; ``module``: whose ``main`` the process runs."""
         self.timeout = timeout
         self._module = module

@@ -59,7 +59,7 @@ BOUNDS: dict[Accuracy, float] = {"strict": 1e-5, "normal": 5e-5, "fast": 2e-4}
 """The greatest max |error| / rms(output) to be expected that each class allows, adverse data included."""
 
 BINS = 1000  # of deviations, each counted as the greatest in its bin
-DRAWN = 128  # filters, and as many tiles, for an adverse error; half of them for large algorithms
+DRAWS = 128  # filters, and as many tiles, for an adverse error; half of them for large algorithms
 
 Floats: TypeAlias = NDArray[np.float64]
 
@@ -197,7 +197,7 @@ class _Drawn:
         """Those of a channel that has so many terms of each sum."""
         with importing:  # NumPy imports it at its first use
             from numpy.random import default_rng
-        random, count = default_rng(0), DRAWN if len(filters) <= DRAWN else DRAWN // 2
+        random, count = default_rng(0), DRAWS if len(filters) <= DRAWS else DRAWS // 2
         u = random.standard_normal((count, terms, filters.shape[1])) @ filters.T
         tiles = random.standard_normal((count, terms, inputs.shape[1]))
         v = tiles @ inputs.T

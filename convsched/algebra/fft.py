@@ -32,7 +32,7 @@ from typing import Any
 from convsched.algebra.bilinear import ONE, Bilinear, Matrix, Number, Transform, correlate, diagonal, verify
 from convsched.errors import LoweringError
 
-WHOLE = 32  # inputs: the proof of a whole tile takes 0.1 s for 32, seconds for 64 and minutes for 128
+PROOF_INPUTS = 32  # the proof of a whole tile takes 0.1 s for 32, seconds for 64 and minutes for 128
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def fft_tile(n: int, r: int) -> Bilinear:
         Transform((padded, *rest, diagonal([real, *[filter_sums] * pairs]).scaled(scales))),
         forward.then(diagonal([real, *[input_sums] * pairs])),
         Transform((diagonal([real, *[output_sums] * pairs]), *inner, Matrix(last.rows[:n - r + 1], last.columns))))
-    return verify(triple, correlate) if n <= WHOLE else triple
+    return verify(triple, correlate) if n <= PROOF_INPUTS else triple
 
 
 def part_of_tile(n: int, r: int, m: int) -> Bilinear:

@@ -31,7 +31,7 @@ from convsched.errors import LoweringError
 Row = list[Fraction]
 
 MOST_TAPS = 8  # of an algorithm for all taps at once: errors grow with them
-PART = 4  # taps of each part of more
+PART_TAPS = 4  # taps of each part of more
 
 
 def _both_signs(text: str) -> tuple[Fraction, ...]:
@@ -50,7 +50,7 @@ POINTS = {n: _both_signs(text) for n, text in {
 }.items()}
 """The finite points by n = m + r - 1: of the sets symmetric about 0 those of least error, within a few percent."""
 
-EXACT = _both_signs("0 3/4 3/2")
+EXACT_POINTS = _both_signs("0 3/4 3/2")
 """The points of F(4, 3): 7 % more error than the best, but float32 holds all constants of B and C."""
 
 
@@ -62,7 +62,7 @@ def default_points(m: int, r: int) -> tuple[Fraction, ...]:
     """
     n = m + r - 1
     if (m, r) == (4, 3):
-        return EXACT
+        return EXACT_POINTS
     return POINTS.get(n) or tuple(Fraction(1 / tan(pi * k / n)).limit_denominator(n) for k in range(1, n))
 
 
@@ -94,7 +94,7 @@ def winograd(m: int, r: int, points: tuple[Fraction, ...] | None = None) -> Bili
 def winograd_side(m: int, r: int, stride: int = 1) -> Bilinear:
     """m outputs of r taps at a stride along one side of a layer; proved. One tap has no algorithm but the definition.
 
-    A stride is cut into phases and many taps into parts of nearly ``PART``, each by F(m, its taps).
+    A stride is cut into phases and many taps into parts of nearly ``PART_TAPS``, each by F(m, its taps).
     """
     if r == 1:
         return direct(1, 1)
@@ -122,8 +122,8 @@ def products(m: int, r: int, stride: int = 1) -> int:
 
 
 def _part(r: int) -> int:
-    """The taps of each of as few parts of many as have nearly ``PART``."""
-    return -(-r // -(-r // PART))
+    """The taps of each of as few parts of many as have nearly ``PART_TAPS``."""
+    return -(-r // -(-r // PART_TAPS))
 
 
 def _vandermonde(points: Sequence[Fraction], powers: int) -> list[Row]:

@@ -40,7 +40,7 @@ def describe() -> dict[str, str]:
 def _objects() -> str:
     """The compiled kernels on disk."""
     entries, size = objects.usage()
-    return f"{entries} compiled kernels, {size / 2**20:.1f} of at most {objects.LIMIT >> 20} MiB"
+    return f"{entries} compiled kernels, {size / 2**20:.1f} of at most {objects.LIMIT_BYTES >> 20} MiB"
 
 
 def _limits() -> str:

@@ -99,7 +99,7 @@ def classify_store(offset: Offset, vector: Vector, unrolled: Mapping[str, int]) 
 
 
 def _is_scattered(offset: Offset, vector: Vector) -> bool:
-    """Whether lanes are no constant distance apart."""
+    """Whether lanes are not a constant distance apart."""
     return any(vector.var in digit.value.variables for digit in offset.rest)
 
 

@@ -14,7 +14,7 @@ class Facts(NamedTuple):
     names: frozenset[str] = frozenset()  # of loops
     kinds: frozenset[str] = frozenset()  # of loops
     depth: int = 0  # the most loops around a statement
-    statements: int = 1  # that are no loops
+    statements: int = 1  # that are not loops
     guards: frozenset[str] = frozenset()  # variables in conditions
     is_plain: bool = True  # each loop has statements, and none has a condition: there is nothing to leave out
     is_nested_well: bool = True  # no loop is in a vector loop, and no parallel loop in another

@@ -258,7 +258,7 @@ Body = tuple[Statement, ...]
 
 
 def leaves_of(body: Body) -> tuple[Leaf, ...]:
-    """The statements of a body that are no loops, in program order."""
+    """The statements of a body that are not loops, in program order."""
     found: list[Leaf] = []
     for statement in body:
         if isinstance(statement, Block):

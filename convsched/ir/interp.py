@@ -45,7 +45,7 @@ from convsched.ir.grammar import (
 Array: TypeAlias = npt.NDArray[np.floating[Any]]
 Point: TypeAlias = Mapping[str, "int | npt.NDArray[np.intp]"]
 
-GRID = 1 << 20
+GRID_POINTS = 1 << 20
 """The most points evaluated at once; 1 Mi of them take 8 MiB an array of addresses."""
 
 
@@ -101,7 +101,7 @@ def to_storage(tensor: Tensor, logical: npt.NDArray[Any]) -> npt.NDArray[Any]:
     [1, 3, 2, 4, 5, 0, 6, 0]
     """
     if logical.shape != tensor.shape:
-        raise ArrayError(f"{tensor.name}: the shape is {logical.shape}, expected {tensor.shape}")
+        raise ArrayError(f"{tensor.name}: the shape is {logical.shape}; give an array of shape {tensor.shape}")
     flat = np.zeros(tensor.elements, logical.dtype)
     view, padded = _split_view(tensor, flat)
     if padded != tensor.shape:
@@ -118,7 +118,7 @@ def from_storage(tensor: Tensor, flat: npt.NDArray[Any]) -> npt.NDArray[Any]:
     [[1, 2], [3, 4], [5, 6]]
     """
     if flat.size < tensor.elements:
-        raise ArrayError(f"{tensor.name}: {flat.size} elements, expected {tensor.elements}")
+        raise ArrayError(f"{tensor.name}: it has {flat.size} elements; give an array of {tensor.elements}")
     view, padded = _split_view(tensor, flat.reshape(-1))
     return view.reshape(padded)[tuple(slice(size) for size in tensor.shape)].copy()
 
@@ -162,10 +162,10 @@ def _logical_view(tensor: Tensor, arrays: Mapping[str, npt.NDArray[Any]], dtype:
         unset = np.nan if tensor.role in ("local", "register") else 0.0
         return replace(view, flat=np.full(math.prod(shape), unset, dtype))
     if tensor.name not in arrays:
-        raise ArrayError(f"{tensor.name}: there is no array of that name")
+        raise ArrayError(f"{tensor.name}: it is missing; give an array of shape {tensor.shape} by that name")
     given = np.asarray(arrays[tensor.name])
     if given.shape != tensor.shape:
-        raise ArrayError(f"{tensor.name}: the shape is {given.shape}, expected {tensor.shape}")
+        raise ArrayError(f"{tensor.name}: the shape is {given.shape}; give an array of shape {tensor.shape}")
     values = np.ascontiguousarray(given, dtype)
     return replace(view, flat=(np.pad(values, frames) if tensor.border else values).reshape(-1))
 
@@ -228,7 +228,7 @@ class _Run:
         if self.copy(loops, leaf, extents, outer):
             return
         points = math.prod(loop.iterations for loop in loops)
-        if loops and (points > GRID or not self.is_simultaneous(loops, leaf, extents, outer)):
+        if loops and (points > GRID_POINTS or not self.is_simultaneous(loops, leaf, extents, outer)):
             for value in _values(loops[0], outer):
                 self.nest(loops[1:], leaf, extents, {**outer, loops[0].var: value})
             return

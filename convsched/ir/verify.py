@@ -54,7 +54,7 @@ def _check_tensors(program: Program) -> None:
     names = [t.name for t in program.tensors]
     for position, tensor in enumerate(program.tensors):
         if tensor.name in names[:position]:
-            raise VerifyError(f"tensor {tensor.name}: there are two tensors of that name")
+            raise VerifyError(f"tensor {tensor.name}: there are two tensors of that name; give each its own")
         rule = _broken_tensor(tensor)
         if rule:
             raise VerifyError(f"tensor {tensor.name}: {rule}")
@@ -64,11 +64,13 @@ def _broken_tensor(tensor: Tensor) -> str | None:
     """The rule that a tensor's description breaks."""
     rank = len(tensor.shape)
     if len(tensor.letters) != rank or len(tensor.border) not in (0, rank):
-        return f"letters {tensor.letters}, shape {tensor.shape} and border {tensor.border} differ in length"
+        return (f"letters {tensor.letters}, shape {tensor.shape} and border {tensor.border} differ in length: "
+                "give one of each for an axis")
     if any(size < 1 for size in tensor.shape):
         return f"the shape {tensor.shape} must be positive"
     if len(tensor.values) != (math.prod(tensor.shape) if tensor.role == "constant" else 0):
-        return f"it is {tensor.role} and has {len(tensor.values)} values"
+        return (f"it is {tensor.role} and has {len(tensor.values)} values: give a constant one for "
+                "each element, and other tensors none")
     for axis, size in enumerate(tensor.shape):
         reach = 1
         for stored in sorted((s for s in tensor.storage if s.axis == axis), key=lambda s: s.step):
@@ -94,7 +96,7 @@ def _check_loops(stage: Stage, body: Body, around: Mapping[str, int], in_paralle
         if block.extent < 1:
             rule = f"the extent {block.extent} must be positive"
         elif block.var in around:
-            rule = f"it is inside another loop {block.var}"
+            rule = f"it is inside another loop {block.var}: give one of them another name"
         if rule:
             kind = "let" if isinstance(block, Let) else f"{block.kind} loop"
             raise VerifyError(f"stage {stage.name}: {kind} {block.var} < {block.extent}: {rule}")
@@ -104,9 +106,9 @@ def _check_loops(stage: Stage, body: Body, around: Mapping[str, int], in_paralle
 def _broken_loop(loop: Loop, in_parallel: bool) -> str | None:
     """The rule that a loop breaks by its kind."""
     if loop.kind == "vector" and any(isinstance(s, Block) for s in loop.body):
-        return "a vector loop may hold statements only"
+        return "a vector loop may hold statements only: make it innermost"
     if loop.kind == "parallel" and in_parallel:
-        return "it is inside another parallel loop"
+        return "it is inside another parallel loop: make one of them serial"
     return None
 
 
@@ -138,15 +140,16 @@ def _broken_names(program: Program, leaf: Leaf, extents: Mapping[str, int]) -> I
         if name not in program.by_name:
             yield f"there is no tensor {name}"
         elif len(index) != len(program.tensor(name).shape):
-            yield f"{name} has {len(program.tensor(name).shape)} axes, not {len(index)}"
-    yield from (f"no loop {name} is around it" for name in sorted(leaf.variables - extents.keys()))
+            yield f"{name} has {len(program.tensor(name).shape)} axes, not {len(index)}: give an index for each"
+    for name in sorted(leaf.variables - extents.keys()):
+        yield f"no loop {name} is around it: use variables of loops that are"
 
 
 def _broken_ops(value: Value) -> Iterator[str]:
     if not isinstance(value, Op):
         return
     if value.name not in OPS:
-        yield f"there is no operation {value.name}, only {', '.join(OPS)}"
+        yield f"{value.name} is not an operation; use one of {', '.join(OPS)}"
     elif len(value.values) != OPS[value.name]:
         yield f"{value.name} takes {OPS[value.name]} operands, not {len(value.values)}"
     for operand in value.values:
@@ -157,10 +160,10 @@ def _broken_roles(program: Program, stage: Stage, packed: set[str], leaf: Leaf,
                   read: Iterable[Load]) -> Iterator[str]:
     role = program.tensor(leaf.tensor).role
     if role in ("input", "weight", "constant"):
-        yield f"it stores to {leaf.tensor}, which is {role}"
+        yield f"it stores to {leaf.tensor}, which is {role}: store to an output, a local or a register tensor"
     if stage.when == "run":
         if leaf.tensor in packed:
-            yield f"it stores to {leaf.tensor}, which a bind stage has stored"
+            yield f"it stores to {leaf.tensor}, which a bind stage has stored: store to another tensor"
         return
     if role != "local":
         yield f"a bind stage stores to local tensors only, and {leaf.tensor} is {role}"
@@ -191,7 +194,8 @@ def _check_registers(program: Program) -> None:
                         continue
                     if homes.setdefault(name, (number, position)) != (number, position):
                         raise VerifyError(f"stage {stage.name}: {print_statement(leaf)}: the register tensor "
-                                          f"{name} is also used in another loop nest")
+                                          f"{name} is also used in another loop nest; use a local tensor, "
+                                          "or a register tensor for each nest")
 
 
 def _check_stored(program: Program) -> None:

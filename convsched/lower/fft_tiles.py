@@ -16,7 +16,7 @@ from convsched.problem import Conv2d
 
 @dataclass(frozen=True)
 class Side:
-    """Tiles of ``n`` points along one side of a plane: ``taps`` and ``outputs`` of each; one point is no transform."""
+    """Tiles of ``n`` points along a side of a plane: ``taps`` and ``outputs`` of each; one point is not a transform."""
 
     n: int
     taps: int

@@ -9,7 +9,7 @@ Output channels, input channels and rows of output pixels are cut into 2^levels 
 padded with zeros; 7^levels products of blocks take the place of 8^levels. A block of the input is the Toeplitz matrix
 of im2col, of which rows are written once for each tap r, and columns once for all taps s: gw is the greatest common
 divisor of what they are apart, sw and dw (sw alone, where there is one tap). Where pixels have no taps, strides and
-padding, ``e`` counts all of an image, or of all images where channels are neighbours in memory, and f and w are no
+padding, ``e`` counts all of an image, or of all images where channels are neighbours in memory, and f and w are not
 axes.
 
 Sums of inputs and of outputs go level by level, each a stage for each factor of one level's B or C, so that they share
@@ -70,8 +70,8 @@ def blocks_of(problem: Problem, levels: int = 1, layout: str = "nchw") -> Blocks
     if levels not in (1, 2):
         raise LoweringError(f"strassen({levels}): errors grow with each level, and gains shrink; use one or two")
     if problem.groups != 1:
-        raise LoweringError(f"strassen({levels}): {problem.text} has {problem.groups} groups, each a product of "
-                            "matrices of its own, and small; use direct")
+        raise LoweringError(f"strassen({levels}): {problem.text} has {problem.groups} groups, each a small "
+                            "product of matrices; use direct")
     if isinstance(problem, Conv2d) and not is_flat(problem):
         images, rows, columns = problem.N, problem.E, _columns(problem)
         order = LAYOUTS[layout]
@@ -99,7 +99,7 @@ def _columns(p: Conv2d) -> Columns:
 
 
 BASES = {"i": 2, "j": 2, "l": 2, "k": 7}  # of blocks and of products, each level a digit
-SUMMED, MADE = {"x": "jl", "y": "k"}, {"x": "k", "y": "il"}  # blocks and products that sums take, and make
+SUMMED_AXES, MADE_AXES = {"x": "jl", "y": "k"}, {"x": "k", "y": "il"}  # blocks and products that sums take, and make
 
 
 @dataclass(frozen=True)
@@ -127,9 +127,9 @@ def levels_of(levels: int, letter: str) -> tuple[Level, ...]:
     names = ["v0", "v"] if letter == "x" else ["y0", ""]
     found = []
     for level, result in enumerate(names[-levels:]):
-        rest = [*(f"{name}{letter}1_" for name in SUMMED[letter] if level < levels - 1),
-                *(f"{name}{letter}0_" for name in MADE[letter] if level > 0)]
-        made, summed = (tuple(f"{name}{letter}{level}" for name in names[letter]) for names in (MADE, SUMMED))
+        rest = [*(f"{name}{letter}1_" for name in SUMMED_AXES[letter] if level < levels - 1),
+                *(f"{name}{letter}0_" for name in MADE_AXES[letter] if level > 0)]
+        made, summed = (tuple(f"{name}{letter}{level}" for name in names[letter]) for names in (MADE_AXES, SUMMED_AXES))
         found.append(Level(tuple(rest), made, between, summed, f"{result or 'y'}s", result, names[0] if level else ""))
     return tuple(found)
 
@@ -243,8 +243,10 @@ class _Sums:
             return Affine.total(((f"{axis}{self.letter}{digit}{'_' * (digit != level)}", BASES[axis]**place)
                                  for place, digit in enumerate(digits)), 0)
 
-        return {**{axis: count(axis, range(done, self.levels)) for axis in SUMMED[self.letter] if done < self.levels},
-                **{axis: count(axis, range(done)) for axis in MADE[self.letter] if done}}
+        summed = SUMMED_AXES[self.letter] if done < self.levels else ""
+        made = MADE_AXES[self.letter] if done else ""
+        return {**{axis: count(axis, range(done, self.levels)) for axis in summed},
+                **{axis: count(axis, range(done)) for axis in made}}
 
     def loops(self, level: Level, *inner: str) -> dict[str, int]:
         """The loops of a level outside of its sums, with those of the blocks or products named."""
@@ -255,14 +257,14 @@ class _Sums:
         """The constants, and what the stages make."""
         between = ["gh"[number % 2] for number in range(len(self.factors) - 1)]
         place = {name[0]: size for name, size in self.outer.items()}
-        tensors = [_constant(f"{self.symbol}{number}", rows, columns, factor) for number, (factor, rows, columns)
-                   in enumerate(zip(self.factors, [*between, MADE[self.letter]], [SUMMED[self.letter], *between],
-                                    strict=True), 1)]
+        rows, columns = [*between, MADE_AXES[self.letter]], [SUMMED_AXES[self.letter], *between]
+        tensors = [_constant(f"{self.symbol}{number}", row, column, factor) for number, (row, column, factor)
+                   in enumerate(zip(rows, columns, self.factors, strict=True), 1)]
         for done, level in enumerate(levels_of(self.levels, self.letter), 1):
             rest = {name[0]: BASES[name[0]] for name in level.rest}
             tensors += [_local(f"{level.sums}{number}", {letter: len(factor.rows), **rest, **place})
                         for number, (letter, factor) in enumerate(zip(between, self.factors, strict=False), 1)]
-            made = {axis: BASES[axis]**(done if axis in MADE[self.letter] else self.levels - done)
+            made = {axis: BASES[axis]**(done if axis in MADE_AXES[self.letter] else self.levels - done)
                     for axis in self.digits(done - 1, done)}
             names = (level.sums, level.result) if done < self.levels else (level.sums,)
             tensors += [_local(name, {**made, **place}) for name in names]

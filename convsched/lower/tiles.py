@@ -134,7 +134,7 @@ class _Lowering:
         if any(s > 1 and d > 1 for s, d in zip(p.stride, p.dilation, strict=True)):
             raise LoweringError(f"{p.text} has a stride and a dilation along one axis; use direct")
         if self.fold and (p.stride != (1, 1) or p.dilation != (1, 1)):
-            raise LoweringError(f"{p.text} has a stride or a dilation, and folds to no plane; use direct")
+            raise LoweringError(f"{p.text} has a stride or a dilation, and cannot be folded to a plane; use direct")
         needed = tuple((k - 1) * s + r for k, s, r in zip(self.sizes, p.stride, self.taps, strict=True))
         if self.reads != needed or (not self.fold and self.taps != (p.R, p.S)):
             raise LoweringError(f"an algorithm of {self.taps} taps that reads {self.reads} pixels for {self.sizes} "
@@ -149,17 +149,19 @@ class _Lowering:
         channels = {"zw": p.groups, "mw": self.maps, "cw": self.channels}
         weight = (Affine.of("zw") * channels["mw"] + "mw", Affine.of("cw"), *tap)
         (g, h), s = self.points, self.taps[1]
-        return _Part([
+        tensors = [
             tensor_of("w", "mcrs", p.weight_shape, "weight", border=((0, 0), (0, 0), *spare)),
             _constant("A", "gr", dense_array(self.column.filter)), _constant("A'", "hs", dense_array(self.row.filter)),
             tensor_of("a", "gszmc", (g, s, *channels.values()), "local"),
             tensor_of("u", "ghzmc", (g, h, *channels.values()), "local"),
-        ], [
+        ]
+        stages = [
             *sum_of_products("a", at("g", "s", *channels), {"g": g, "s": s, **channels}, {"r": self.taps[0]},
                   ("A", at("g", "r")), ("w", weight), when="bind"),
             *sum_of_products("u", at("g", "h", *channels), {"g": g, "h": h, **channels}, {"s": s},
                   ("A'", at("h", "s")), ("a", at("g", "s", *channels)), when="bind"),
-        ])
+        ]
+        return _Part(tensors, stages)
 
     def input(self) -> _Part:
         """``v`` of ``x``, by way of ``vx``, whose columns are transformed."""

@@ -5,7 +5,7 @@ at most registers - (operands in flight) accumulators. The cores a process may u
 
     min(affinity mask, floor(cgroup CPU quota / period), cores of the machine), and at least 1.
 
-This is the only module that reads the CPU's description, its state and the environment. The variables:
+The variables of the environment:
 
     CONVSCHED_ISA      an instruction set below the host's: avx512, avx2, sse, neon or generic
     CONVSCHED_THREADS  the default number of threads (never more than the cores)

@@ -4,7 +4,7 @@ All are round numbers, in the time of one vector FMA unless another unit is give
 schedules as measured on Zen 4 with AVX-512, which issues one vector FMA and one vector load a cycle;
 ``bench/rank_correlation.py`` tells how well they do elsewhere. Of the others (register tiles, blocks, caches,
 transforms, whole algorithms) it is not recorded on which machine they were fitted: the default schedules depend on
-them, so that a change needs those measured. Rates of caches and memory in the tuner's bound are no constants: they are
+them, so that a change needs those measured. Rates of caches and memory in the tuner's bound are not constants: they are
 calibrated (``cost.Rates``).
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-CUT = 14  # elements of a row that ``Core.cut_square`` is taken to stand for: a common tile, not a measurement
+CUT_ELEMENTS = 14  # elements of a row that ``Core.cut_square`` is taken to stand for: a common tile, not a measurement
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Core:
     gather: float = 4.0  # of a lane
     scatter: float = 4.0  # of a lane
     square: float = 150.0  # to transpose and store 16 x 16 elements
-    cut_square: float = 240.0  # the same where rows are cut short, and are masked stores; see CUT
+    cut_square: float = 240.0  # the same where rows are cut short, and are masked stores; see CUT_ELEMENTS
     cut_row: float = 11.2  # of each element that rows are longer, or shorter
     evicted: float = 2.0  # times a store, where a set of L1 holds too few lines: they leave half written
 
@@ -75,7 +75,7 @@ class Core:
     def squares(self, elements: int, lanes: int) -> float:
         """Time of rows of so many elements, transposed by the register and stored; as for all rows of ``lanes``."""
         full, cut = divmod(elements, lanes)
-        time = full * self.square + (self.cut_square + (cut - CUT) * self.cut_row if cut else 0.0)
+        time = full * self.square + (self.cut_square + (cut - CUT_ELEMENTS) * self.cut_row if cut else 0.0)
         return time * lanes / 16
 
     @property

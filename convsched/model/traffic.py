@@ -22,8 +22,8 @@ from typing import NamedTuple
 from convsched.ir import Affine, Block, Body, Let, Loop, Program, Statement, Tensor, leaves
 from convsched.ir.walk import indices
 
-LINE = 64  # bytes of a cache line
-WORD = 4  # bytes of an element
+LINE_BYTES = 64  # bytes of a cache line
+WORD_BYTES = 4  # bytes of an element
 
 
 class Side(NamedTuple):
@@ -64,7 +64,7 @@ class Rows(NamedTuple):
     @property
     def bytes(self) -> int:
         """Of all lines."""
-        return math.prod(count for count, _ in self.apart) * self.lines * LINE
+        return math.prod(count for count, _ in self.apart) * self.lines * LINE_BYTES
 
     def collide(self, cache: Cache) -> bool:
         """Whether more rows fall into the same sets than the cache has ways."""
@@ -137,7 +137,7 @@ class Traffic:
         for (name, _), box in boxes.items():
             tensor = self.program.tensor(name)
             rows.append(_rows(tensor, box))
-            whole = -(-tensor.elements * WORD // LINE) * LINE
+            whole = -(-tensor.elements * WORD_BYTES // LINE_BYTES) * LINE_BYTES
             found[name] = min(whole, found.get(name, 0) + rows[-1].bytes)
         return Touched(boxes, tuple(rows), found)
 
@@ -185,6 +185,6 @@ def _rows(tensor: Tensor, box: Box) -> Rows:
             length *= count
             whole = count == stored.size
         elif count != 1:
-            apart.append((count, stored.stride * WORD))
+            apart.append((count, stored.stride * WORD_BYTES))
             whole = False
-    return Rows(-(-length * WORD // LINE), tuple(apart))
+    return Rows(-(-length * WORD_BYTES // LINE_BYTES), tuple(apart))

@@ -7,19 +7,9 @@ from collections.abc import Iterator
 
 from convsched.algebra.accuracy import BOUNDS
 from convsched.options import Accuracy
-from convsched.plan.families import (
-    FAMILIES,
-    FAST_OUTPUTS,
-    FFT_TAPS,
-    MANY_TAPS,
-    OUTPUTS,
-    STRASSEN_CHANNELS,
-    Algorithm,
-    _that_apply,
-)
+from convsched.plan.families import FAMILIES, Algorithm, member_name, parse_name, that_apply
 from convsched.plan.plan import Target
-from convsched.problem import Conv2d, Problem
-from convsched.problem.problem import is_flat
+from convsched.problem import Problem
 
 
 class AccuracyWarning(UserWarning):
@@ -27,20 +17,10 @@ class AccuracyWarning(UserWarning):
 
 
 def members(problem: Problem, accuracy: Accuracy = "normal") -> tuple[str, ...]:
-    """The names of those that may be worth trying for a problem."""
-    found = ["direct"]
-    if isinstance(problem, Conv2d) and problem.R * problem.S > 1:
-        taps = [r for r in (problem.R, problem.S) if r > 1]
-        sides = [OUTPUTS.get(r, MANY_TAPS) + (FAST_OUTPUTS.get(r, ()) if accuracy == "fast" else ()) for r in taps]
-        found += ["winograd" + "x".join(dict.fromkeys(f"({m},{r})" for m, r in zip(outputs, taps, strict=True)))
-                  for outputs in zip(*sides, strict=False)]
-        found += ["fft"] if max(taps) >= FFT_TAPS else []
-    if isinstance(problem, Conv2d) and not is_flat(problem):
-        found.append("im2col")
-    if min(problem.M, problem.C) >= STRASSEN_CHANNELS:
-        found += ["strassen(1)", "strassen(2)"]
+    """The names of those that may be worth trying for a problem, as their families tell."""
+    found = [member_name(name, sizes) for name, family in FAMILIES.items() for sizes in family.tried(problem, accuracy)]
     if accuracy == "strict":
-        return tuple(name for name in found if any(one.is_exact for one in _that_apply(problem, name)))
+        return tuple(name for name in found if any(one.is_exact for one in that_apply(problem, name)))
     return tuple(found)
 
 
@@ -58,8 +38,9 @@ def choices(problem: Problem, target: Target) -> Iterator[Algorithm]:
     found: list[Algorithm] = []
     fitting = False
     tried = members(problem, accuracy)
-    for names in (tried, [family for family in FAMILIES if not any(name.startswith(family) for name in tried)]):
-        group = sorted(_that_apply(problem, *names), key=time)
+    families = {parse_name(name)[0] for name in tried}
+    for names in (tried, [family for family in FAMILIES if family not in families]):
+        group = sorted(that_apply(problem, *names), key=time)
         for algorithm in group:
             if algorithm.fits(accuracy):
                 fitting = True

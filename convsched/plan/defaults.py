@@ -17,16 +17,16 @@ from convsched.model.constants import CORE
 from convsched.model.tiling import _register_tile, _Tiling
 from convsched.problem import Conv2d, Linear, Problem
 from convsched.problem.problem import is_flat, meets_input
-from convsched.recipes.direct import BLOCK, Channels, Depthwise, Pixels
+from convsched.recipes.direct import BLOCK_CHANNELS, Channels, Depthwise, Pixels
 from convsched.recipes.im2col import Toeplitz
 from convsched.recipes.recipe import Recipe
 from convsched.recipes.strassen import StrassenBlocks
 from convsched.recipes.tiles import Tiles
 
-WRITTEN = 8192  # statements, with their tests: half of what ``checks`` allows
+STATEMENTS = 8192  # that are written out at most, with their tests: half of what ``checks`` allows
 MOST_COPIES = 8  # of a nest, for tiles that reach over a border
 MOST_TAPS = 5  # of a row; each that reaches over a border has a copy of the nest
-FEW_TILES = 128  # of a block, up to which its filter is fetched ahead
+PREFETCH_TILES = 128  # of a block, up to which its filter is fetched ahead
 PREFETCH = 16  # iterations of the loop over channels
 PREFETCH_TAPS = 4  # the same of the loop over taps, for weights that are larger than L2
 
@@ -96,7 +96,7 @@ def _channels(problem: Problem, machine: Machine, layout: str, threads: int) -> 
     if "w" in skip and isinstance(problem, Conv2d):
         copies = (1 + _edge_tiles(problem, 1, width)) * problem.S
         ragged = (1 + (columns % width > 0)) * (1 + (rows % height > 0))
-        if copies * ragged * vectors * height * width * unroll > WRITTEN:
+        if copies * ragged * vectors * height * width * unroll > STATEMENTS:
             pack, skip = "window", "h"  # a copy with a border: all tiles of a row are alike
     if flat:
         stays = 4 * problem.weights <= machine.l2 // 2  # the weights, beside a small block of input
@@ -188,9 +188,9 @@ def _depthwise(problem: Conv2d, machine: Machine) -> Depthwise:
     rows = max(1, min(problem.E, accumulators // pixels, 2))
     products = problem.R * problem.S * rows * pixels
     wide = sum(edges > 2 for edges in (_edge_tiles(problem, 0, rows), _edge_tiles(problem, 1, pixels)))
-    channels = 1 + (problem.groups % machine.lanes > 0) + (problem.groups % BLOCK > 0)
+    channels = 1 + (problem.groups % machine.lanes > 0) + (problem.groups % BLOCK_CHANNELS > 0)
     written = products * channels * 9 * (1 + 2 * wide)  # tiles that are peeled at both ends, and tests in between
-    return Depthwise(machine.lanes, rows, pixels, products <= 400 and written <= 2 * WRITTEN)
+    return Depthwise(machine.lanes, rows, pixels, products <= 400 and written <= 2 * STATEMENTS)
 
 
 def default_tiles(problem: Conv2d, shape: Shape, machine: Machine, layout: str = "nchw", threads: int = 1,
@@ -200,14 +200,14 @@ def default_tiles(problem: Conv2d, shape: Shape, machine: Machine, layout: str =
     side_by_side = max(1, machine.lanes // wide) if layout == "nchw" else 1  # tiles whose rows are stored as one
     tests = 1 + (problem.M // problem.groups % machine.lanes > 0)
     sums = high * across * (down + wide)  # of the way out; the way in has up to three times as many
-    by_lines = by_lines or sums * (side_by_side + 3) * tests > WRITTEN
+    by_lines = by_lines or sums * (side_by_side + 3) * tests > STATEMENTS
     plane = Plane(problem, shape.outputs, shape.fold)
     best = best_blocking(plane, shape.points, machine, threads, by_lines)
     most = 4 if machine.vector_bytes >= 64 else 8  # short code for long vectors
     unroll = next(u for u in (most, 4, 1) if problem.C // problem.groups % u == 0)
     filters = 4 * shape.points[0] * shape.points[1] * problem.weights // (problem.R * problem.S)
     tiles = best.block * plane.tiles[1]
-    few = filters > 8 * machine.l2 and tiles <= FEW_TILES  # too little work for the caches to bring it in time
+    few = filters > 8 * machine.l2 and tiles <= PREFETCH_TILES  # too little work for the caches to bring it in time
     return Tiles(machine.lanes, shape, best.block, best.vectors, best.pixels, unroll, by_lines, PREFETCH if few else 0)
 
 

@@ -1,9 +1,10 @@
 """What may compute a problem: each algorithm's lowering and default recipe, and where it does not apply.
 
 ``algorithm=`` takes the name of a family, such as "winograd", which stands for its usual member, or a member's
-full name, such as "winograd(4,3)". A new lowering joins by an entry in ``FAMILIES``.
+full name, such as "winograd(4,3)". A new lowering joins by an entry in ``FAMILIES``: a ``Family``, which makes its
+members and tells which of them may be worth trying.
 
-``choices`` orders those that a problem may use without measuring: errors are predicted, and times estimated from
+``choice.choices`` orders those that a problem may use without measuring: errors are predicted, and times estimated from
 the default recipes. A time is in vector FMAs of one core, so that only ratios between a core and its caches matter:
 products at full rate, or at that of the latency of FMAs where a register tile is small; transforms by the vector;
 filters, where they do not stay in L2, by the bytes that each block streams. What costs all algorithms alike is left
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from math import hypot, inf, prod, sqrt
-from typing import Any
+from typing import Any, TypeAlias
 
 from convsched.algebra.accuracy import BOUNDS, UNIT, Gains, Prediction
 from convsched.algebra.bilinear import direct, kronecker
@@ -41,11 +42,14 @@ from convsched.problem import Conv2d, Linear, Problem
 from convsched.problem.problem import is_flat
 from convsched.recipes.recipe import Recipe
 
+Sizes: TypeAlias = tuple[tuple[int, ...], ...]
+"""Those of a member, as its name has them: ((4, 3),) of winograd(4,3); () for the usual member of a family."""
+
 OUTPUTS = {2: (4,), 3: (4, 2)}  # of Winograd tiles along a side of so many taps, the usual one first
 MANY_TAPS = (2, 4)  # the same for other sides
 FAST_OUTPUTS = {2: (6,), 3: (5, 6)}  # further ones, of more error than accuracy="normal" allows
-MOST_SPLIT = 16  # taps of a side, for Winograd
-MOST_READ = 64  # pixels that a tile of Winograd's reads along a side: each is written out, those between taps too
+WINOGRAD_TAPS = 16  # of a side at most, for Winograd
+TILE_PIXELS = 64  # that a tile of Winograd's reads along a side at most: each is written out, those between taps too
 MARGIN = 4 / 3  # that an estimate must be below direct's: in doubt, direct
 TOLERANCE = 2e-5  # of max |error| / rms(output), where only float32's roundings of a sum are allowed
 FFT_TAPS = 7  # of a side, from which FFT is tried
@@ -136,11 +140,11 @@ class Algorithm:
 def named(name: str, problem: Problem) -> Algorithm:
     """The algorithm of a name for a problem; raises LoweringError where there is none, or it does not apply."""
     family, sizes = parse_name(name)
-    return FAMILIES[family](problem, sizes)
+    return FAMILIES[family].make(problem, sizes)
 
 
-def parse_name(name: str) -> tuple[str, tuple[tuple[int, ...], ...]]:
-    """The family of a name and the sizes of its member; raises LoweringError for what is no name of an algorithm."""
+def parse_name(name: str) -> tuple[str, Sizes]:
+    """The family of a name and the sizes of its member; raises LoweringError for the name of none."""
     match = re.fullmatch(r"([a-z0-9]+)((?:x?\(\d{1,4}(?:,\d{1,2})?\)){0,2})", name) if isinstance(name, str) else None
     if match is None or match[1] not in FAMILIES:
         raise LoweringError(f"algorithm={name!r}: use one of {', '.join(FAMILIES)}, or a member such as winograd(4,3)")
@@ -148,7 +152,20 @@ def parse_name(name: str) -> tuple[str, tuple[tuple[int, ...], ...]]:
     return match[1], sizes
 
 
-def _direct(problem: Problem, sizes: tuple[tuple[int, ...], ...]) -> Algorithm:
+def member_name(family: str, sizes: Sizes) -> str:
+    """The name of the member of some sizes; equal sizes of both sides are written once.
+
+    >>> member_name("winograd", ((4, 3), (4, 3))), member_name("winograd", ((4, 3), (2, 5))), member_name("fft", ())
+    ('winograd(4,3)', 'winograd(4,3)x(2,5)', 'fft')
+    """
+    return family + "x".join(f"({','.join(map(str, each))})" for each in dict.fromkeys(sizes))
+
+
+def _usual(problem: Problem, accuracy: Accuracy) -> tuple[Sizes, ...]:
+    return ((),)
+
+
+def _direct(problem: Problem, sizes: Sizes) -> Algorithm:
     if sizes:
         raise LoweringError("algorithm='direct' has no sizes: leave the brackets out")
     return Algorithm("direct", problem, partial(lower_direct, problem),
@@ -162,7 +179,7 @@ def _taps(problem: Problem) -> int:
     return problem.R * problem.S if isinstance(problem, Conv2d) else 1
 
 
-def _im2col(problem: Problem, sizes: tuple[tuple[int, ...], ...]) -> Algorithm:
+def _im2col(problem: Problem, sizes: Sizes) -> Algorithm:
     if sizes:
         raise LoweringError("algorithm='im2col' has no sizes: leave the brackets out")
     if isinstance(problem, Linear) or is_flat(problem):
@@ -174,7 +191,11 @@ def _im2col(problem: Problem, sizes: tuple[tuple[int, ...], ...]) -> Algorithm:
                      is_exact=True)
 
 
-def _winograd(problem: Problem, sizes: tuple[tuple[int, ...], ...]) -> Algorithm:
+def _im2col_tried(problem: Problem, accuracy: Accuracy) -> tuple[Sizes, ...]:
+    return ((),) if isinstance(problem, Conv2d) and not is_flat(problem) else ()
+
+
+def _winograd(problem: Problem, sizes: Sizes) -> Algorithm:
     """F(m, r) along each side of more than one tap; (m, r) once for both, or for the height and the width.
 
     The two algorithms of short tiles are made, and proved, where more than their sizes is needed.
@@ -186,25 +207,23 @@ def _winograd(problem: Problem, sizes: tuple[tuple[int, ...], ...]) -> Algorithm
         raise LoweringError(f"winograd: {problem.text} has one tap; use direct")
     if any(s > 1 and d > 1 for s, d in zip(conv.stride, conv.dilation, strict=True)):
         raise LoweringError(f"winograd: {problem.text} has a stride and a dilation along one side; use direct")
-    if max(taps) > MOST_SPLIT:
-        raise LoweringError(f"winograd: {problem.text} has {max(taps)} taps along a side, more than {MOST_SPLIT}; "
+    if max(taps) > WINOGRAD_TAPS:
+        raise LoweringError(f"winograd: {problem.text} has {max(taps)} taps along a side, more than {WINOGRAD_TAPS}; "
                             "use fft")
     sizes = sizes or tuple((OUTPUTS.get(r, MANY_TAPS)[0] if stride <= r else 2, r) for r, stride in steps)
     if len(sizes) == 1:
         sizes = sizes * len(taps)
     if any(len(pair) != 2 for pair in sizes) or [r for _, r in sizes] != taps or any(m < 2 for m, _ in sizes):
-        given = "x".join(f"({','.join(map(str, pair))})" for pair in dict.fromkeys(sizes))
-        raise LoweringError(f"winograd{given}: {problem.text} has "
+        raise LoweringError(f"{member_name('winograd', sizes)}: {problem.text} has "
                             f"{' and '.join(map(str, taps))} taps; write (m,r) with r={taps[0]} and m of at least 2, "
                             "once for both sides, or (m,r)x(m,r)")
     reads = [(m - 1) * stride + r for (m, r), (_, stride) in zip(sizes, steps, strict=True)]
-    if max(reads) > MOST_READ:
+    if max(reads) > TILE_PIXELS:
         raise LoweringError(f"winograd: a tile would read {max(reads)} pixels along a side of {problem.text}, more "
-                            f"than {MOST_READ}; use fewer outputs or direct")
+                            f"than {TILE_PIXELS}; use fewer outputs or direct")
     along = iter(sizes)
     sides = [(*(next(along) if r > 1 else (1, 1)), stride)
              for r, stride in zip((conv.R, conv.S), conv.stride, strict=True)]
-    name = "winograd" + "x".join(f"({m},{r})" for m, r in dict.fromkeys(sizes))
     column, row = partial(winograd_side, *sides[0]), partial(winograd_side, *sides[1])
     outputs, points = (sides[0][0], sides[1][0]), (products(*sides[0]), products(*sides[1]))
 
@@ -213,14 +232,26 @@ def _winograd(problem: Problem, sizes: tuple[tuple[int, ...], ...]) -> Algorithm
             return inf
         return best_blocking(Plane(conv, outputs), points, machine, threads).time
 
-    return Algorithm(name, conv, lambda layout: lower_bilinear(conv, column(), row(), layout),
+    return Algorithm(member_name("winograd", sizes), conv, lambda layout: lower_bilinear(conv, column(), row(), layout),
                      lambda machine, layout, threads: default_tiles(
                          conv, Shape.of(column(), row()), machine, layout, threads),
                      partial(_error, _winograd_gains, tuple(sides)),
                      conv.C // conv.groups, prod(conv.output_shape), time)
 
 
-def _fft(problem: Problem, sizes: tuple[tuple[int, ...], ...]) -> Algorithm:
+def _winograd_tried(problem: Problem, accuracy: Accuracy) -> tuple[Sizes, ...]:
+    taps = _long_sides(problem)
+    further = FAST_OUTPUTS if accuracy == "fast" else {}
+    outputs = [OUTPUTS.get(r, MANY_TAPS) + further.get(r, ()) for r in taps]
+    return tuple(tuple(zip(each, taps, strict=True)) for each in zip(*outputs, strict=False))
+
+
+def _long_sides(problem: Problem) -> tuple[int, ...]:
+    """The taps of the sides that have more than one."""
+    return tuple(r for r in (problem.R, problem.S) if r > 1) if isinstance(problem, Conv2d) else ()
+
+
+def _fft(problem: Problem, sizes: Sizes) -> Algorithm:
     """Tiles of n points along both sides or the one with taps; or of n points and rows of its folded plane."""
     conv = _convolution("fft", problem)
     if conv.stride != (1, 1) or conv.dilation != (1, 1) or conv.groups != 1:
@@ -234,7 +265,11 @@ def _fft(problem: Problem, sizes: tuple[tuple[int, ...], ...]) -> Algorithm:
                      partial(_fft_time, tiles))
 
 
-def _strassen(problem: Problem, sizes: tuple[tuple[int, ...], ...]) -> Algorithm:
+def _fft_tried(problem: Problem, accuracy: Accuracy) -> tuple[Sizes, ...]:
+    return ((),) if max(_long_sides(problem), default=1) >= FFT_TAPS else ()
+
+
+def _strassen(problem: Problem, sizes: Sizes) -> Algorithm:
     """One level, or strassen(levels), of any dense layer; how long it takes is only known by measuring."""
     if sizes not in ((), ((1,),), ((2,),)):
         raise LoweringError("algorithm='strassen' has its levels as size: write strassen, strassen(1) or strassen(2)")
@@ -244,28 +279,41 @@ def _strassen(problem: Problem, sizes: tuple[tuple[int, ...], ...]) -> Algorithm
                      blocks_of(problem, levels).block[1] * problem.R * problem.S, prod(problem.output_shape))
 
 
+def _strassen_tried(problem: Problem, accuracy: Accuracy) -> tuple[Sizes, ...]:
+    return (((1,),), ((2,),)) if min(problem.M, problem.C) >= STRASSEN_CHANNELS else ()
+
+
 def _convolution(name: str, problem: Problem) -> Conv2d:
     if isinstance(problem, Linear):
         raise LoweringError(f"{name}: {problem.text} is a fully connected layer; use direct")
     return problem
 
 
-FAMILIES: dict[str, Callable[[Problem, tuple[tuple[int, ...], ...]], Algorithm]] = {
-    "direct": _direct,
-    "im2col": _im2col,
-    "winograd": _winograd,
-    "fft": _fft,
-    "strassen": _strassen,
+@dataclass(frozen=True)
+class Family:
+    """Algorithms that differ by sizes: ``make(problem, sizes)`` is the member of some sizes, or raises LoweringError;
+    ``tried(problem, accuracy)`` are the sizes of those that may be worth trying."""
+
+    make: Callable[[Problem, Sizes], Algorithm]
+    tried: Callable[[Problem, Accuracy], tuple[Sizes, ...]]
+
+
+FAMILIES = {
+    "direct": Family(_direct, _usual),
+    "winograd": Family(_winograd, _winograd_tried),
+    "fft": Family(_fft, _fft_tried),
+    "im2col": Family(_im2col, _im2col_tried),
+    "strassen": Family(_strassen, _strassen_tried),
 }
-"""The families by name: each gives the member of some sizes for a problem, or raises LoweringError."""
+"""The families by name, in the order in which their members are tried."""
 
 
 def applicable(problem: Problem) -> Iterator[Algorithm]:
     """The usual member of each family that applies to a problem."""
-    return _that_apply(problem, *FAMILIES)
+    return that_apply(problem, *FAMILIES)
 
 
-def _that_apply(problem: Problem, *names: str) -> Iterator[Algorithm]:
+def that_apply(problem: Problem, *names: str) -> Iterator[Algorithm]:
     for name in names:
         try:
             yield named(name, problem)
@@ -322,7 +370,7 @@ def _direct_time(problem: Problem, machine: Machine, layout: str, threads: int) 
     return direct_time(problem, machine, layout) / threads
 
 
-LONGEST = 64, 128  # points of a tile by default, the latter only where need be: its code takes seconds to compile
+TILE_POINTS = 64, 128  # of an FFT's side at most by default; the latter only where need be: it takes seconds to compile
 
 
 def fft(problem: Conv2d, sizes: tuple[int, ...] = ()) -> Fft:
@@ -335,7 +383,7 @@ def fft(problem: Conv2d, sizes: tuple[int, ...] = ()) -> Fft:
         raise LoweringError(f"fft: {problem.text} has one tap; use direct")
     if sizes:
         return fft_tiles(problem, sizes)
-    for longest in LONGEST:
+    for longest in TILE_POINTS:
         powers = [1 << k for k in range(1, longest.bit_length())]
         found = []
         for pair in [*((n,) for n in powers), *((n, k) for n in powers for k in powers)]:
@@ -345,5 +393,5 @@ def fft(problem: Conv2d, sizes: tuple[int, ...] = ()) -> Fft:
                 continue
         if found:
             return min(found, key=fft_products)
-    raise LoweringError(f"fft: {problem.text} has more taps than a tile of {LONGEST[-1]} points; write fft(n) with "
+    raise LoweringError(f"fft: {problem.text} has more taps than a tile of {TILE_POINTS[-1]} points; write fft(n) with "
                         "a larger n")

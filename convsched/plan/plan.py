@@ -1,9 +1,9 @@
-"""What is asked for, and what was chosen: the two values that the rest of the house hands on.
+"""What is asked for, and what was chosen: the values that the rest of the house hands on.
 
 ``Target`` is for what code is made; ``Plan`` is a problem, the algorithm and the schedule that compute it there;
-``ProgramPlan`` is a program that was written by hand, and a schedule. Limits
-of a single request, such as of memory, or to one algorithm, are no part of either: they narrow the choice, and change
-nothing of what was chosen.
+``ProgramPlan`` is a program that was written by hand, and a schedule. Limits of
+a single request, such as of memory, or to one algorithm, are not part of any of them: they narrow the choice, and
+change nothing of what was chosen.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Recipes: named compositions of steps, with the parameters that the analytic default and a search choose.
+"""The recipes of direct convolution: compositions of steps, with the parameters that the default and a search choose.
 
 ``channels``   vectors of output channels by a tile of pixels; each input element is broadcast. Dense layers.
 ``pixels``     vectors of neighbouring output pixels; each weight is broadcast. Depthwise and thin layers.
@@ -98,16 +98,17 @@ def _channels(p: Channels, problem: Problem, layout: str) -> list[Step]:
         factors, row_peels, extent = (p.pixels,), row.peels(conv.E, *row_factors), conv.F
     at, sums = tiles[-1], [*c.names[:-2], *taps(problem), *c.names[-2:]]
     skipped = _skip(problem, p.skip)
+    cuts = [*([Fuse("e", "f", "p")] if flat else []), *m.steps, *row.steps, *column.steps, *c.steps]
+    peels = [
+        *([] if p.tail == "mask" else m.peels(m_extent, p.vectors * p.lanes)), *row_peels,
+        *_pixel_tail(p, column, extent, *factors), *c.peels(c_extent, *c_factors)]
     return [
-        *([Fuse("e", "f", "p")] if flat else []), *m.steps, *row.steps, *column.steps, *c.steps,
-        Reorder((*head, outer, m.names[0], *tiles, *sums, *inner, *m.names[1:])),
+        *cuts, Reorder((*head, outer, m.names[0], *tiles, *sums, *inner, *m.names[1:])),
         Attach("init", at), Attach("epilogue", at), StageAt("t", at, "registers"),
         *skipped, *_pack_input(p, layout, outer, tiles, sums, inner),
         Layout("w", (*(["g"] if groups > 1 else []), m.names[0], *sums, *m.names[1:])),
         Unroll((c.names[-1], *inner, m.names[1])), Vectorize((m.names[2],)),
-        Parallel(outer if p.parallel == "pixels" else m.names[0]),
-        *([] if p.tail == "mask" else m.peels(m_extent, p.vectors * p.lanes)), *row_peels,
-        *_pixel_tail(p, column, extent, *factors), *c.peels(c_extent, *c_factors),
+        Parallel(outer if p.parallel == "pixels" else m.names[0]), *peels,
         *([Peel(name, "guarded") for name in (at, *(["s"] if "s" in sums else []))]
           if any("w" in step.axes for step in skipped) else []),
         *([Prefetch("w_packed", c.names[-2], p.prefetch)] if p.prefetch else [])]
@@ -131,8 +132,8 @@ def _skip(problem: Problem, axes: str) -> list[Skip]:
     return [Skip("x", found)] if found else []
 
 
-BLOCK = 16  # channels that the layout nchw16c keeps together
-PADDED = {"nchw": "h", "nhwc": "w", "nchw16c": "c/16"}  # what ``align`` sets apart in a window
+BLOCK_CHANNELS = 16  # channels that the layout nchw16c keeps together
+PADDED_AXES = {"nchw": "h", "nhwc": "w", "nchw16c": "c/16"}  # what ``align`` sets apart in a window
 
 
 def copy_stride(p: Channels, problem: Conv2d, layout: str) -> int:
@@ -162,7 +163,7 @@ def _pack_input(p: Channels, layout: str, outer: str, tiles: list[str], sums: li
 
 def window(layout: str, outer: str, lanes: int, align: int = 0) -> list[Step]:
     """A copy, in vectors, of the part of the input that one iteration of a loop reads, with its border as zeros."""
-    padded = ((PADDED[layout], align),) if align else ()
+    padded = ((PADDED_AXES[layout], align),) if align else ()
     order = {"nchw": ("n", "h", "c", "w"), "nhwc": ("n", "h", "w", "c"),
              "nchw16c": ("n", "c/16", "h", "w", "c%16")}[layout]
     if layout == "nchw":
@@ -254,7 +255,7 @@ class Depthwise:
         """The steps for a problem with as many groups as channels in and out."""
         assert isinstance(problem, Conv2d)
         # where a block of the layout has several vectors, each is a loop of its own: lanes lie side by side
-        factors = (BLOCK, self.lanes) if layout == "nchw16c" and self.lanes < BLOCK else (self.lanes,)
+        factors = (BLOCK_CHANNELS, self.lanes) if layout == "nchw16c" and self.lanes < BLOCK_CHANNELS else (self.lanes,)
         g = Axis.cut("g", problem.groups, *factors)
         row, column = Axis.cut("e", problem.E, self.rows), Axis.cut("f", problem.F, self.pixels)
         at = column.names[0]

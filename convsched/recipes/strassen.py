@@ -23,12 +23,12 @@ from convsched.schedule import (
     Vectorize,
 )
 
-RUN = 8  # pixels of a row at most, whose sums of two levels are written out
+RUN_PIXELS = 8  # pixels of a row at most, whose sums of two levels are written out
 
 
 @dataclass(frozen=True)
 class StrassenBlocks:
-    """``block`` rows of each block of rows, or pixels where these are no rows, go through all stages at a time.
+    """``block`` rows of each block of rows, or pixels where these are not rows, go through all stages at a time.
 
     The products have a register tile of ``vectors`` vectors of ``lanes`` output channels by ``pixels`` pixels of a
     row; ``unroll`` input channels are written out, within the loops over taps. Sums work on vectors of channels, or
@@ -85,21 +85,24 @@ def _steps(p: StrassenBlocks, cut: Blocks, tap: tuple[str, ...]) -> list[Step]:
     weights = (f"c/{steps[0]}", *tap, f"c%{steps[0]}") if tap and steps[0] > 1 else ("c", *tap)
     sums = (_along_pixels if along else _along_channels)(p, cut, tap, o)
     tail: Tail = "mask" if extent % p.block else "none"
-    return [
+    cuts = [
         *m.steps, *c.steps, *o.steps, *pixel.steps, *column.steps,
-        Split("ex", p.block, block, "ex1", tail), Split("ey", p.block, block, "ey1", tail), *sums.cuts,
+        Split("ex", p.block, block, "ex1", tail), Split("ey", p.block, block, "ey1", tail), *sums.cuts]
+    orders = [
         *(Reorder(("n", block, *sums.inputs, *level.rest, *level.made, *level.between, *level.summed, sums.vector))
           for level in levels_of(p.levels, "x")),
         Reorder(("n", block, "k", m.names[0], *tiles, c.names[0], *tap, *c.names[1:], inner, *m.names[1:])),
         *(Reorder(("n", block, *sums.outputs, *level.rest, *sums.unrolled, *level.made, *level.between, *level.summed,
-                   o.names[-1])) for level in levels_of(p.levels, "y")),
+                   o.names[-1])) for level in levels_of(p.levels, "y"))]
+    stages = [
         *_summed(cut, p.levels, "x", sums.inputs[-1]),
         Attach("ts.start", at), Attach("t", at), StageAt("ts", at, "registers"),
         *_summed(cut, p.levels, "y", sums.outputs[-1], *sums.unrolled),
         Attach("v", block), Attach("ts", block),
         StageAt("v", block, "buffer", sums.stored),
-        StageAt("t", block, "buffer", sums.products),
-        Layout("u", ("k", f"m/{wide}", *weights, f"m%{wide}")),
+        StageAt("t", block, "buffer", sums.products)]
+    return [
+        *cuts, *orders, *stages, Layout("u", ("k", f"m/{wide}", *weights, f"m%{wide}")),
         Unroll((*_unrolled(p.levels, "x"), c.names[-1], inner, m.names[1], *sums.unrolled, *_unrolled(p.levels, "y"))),
         Vectorize((sums.vector, m.names[2], o.names[-1])), Parallel(block),
         *m.peels(maps, wide), *peels, *c.peels(channels, *steps), *sums.peels]
@@ -108,7 +111,7 @@ def _steps(p: StrassenBlocks, cut: Blocks, tap: tuple[str, ...]) -> list[Step]:
 def _along_pixels(p: StrassenBlocks, cut: Blocks, tap: tuple[str, ...], maps: Axis) -> _Sums:
     """Vectors of pixels in; tiles of pixels by channels, transposed, out."""
     vectors, lanes, row = f"m/{p.lanes}", f"m%{p.lanes}", tap[:tap.count("r")]
-    run = p.lanes if p.levels == 1 else min(p.lanes, RUN)
+    run = p.lanes if p.levels == 1 else min(p.lanes, RUN_PIXELS)
     if cut.columns is None:
         q, r = Axis.cut("ex1", p.block, p.lanes), Axis.cut("ey1", p.block, run)
         return _Sums(

@@ -23,7 +23,7 @@ from convsched.schedule import (
     Vectorize,
 )
 
-LINE = 16  # elements of a cache line
+LINE_ELEMENTS = 16  # elements of a cache line
 TRANSFORMS = (("bx", "px", "k"), ("bxb", "q", "l"), ("ct", "iy", "pc"), ("ctc", "j", "qc"))
 """The name of each transform's sums, and of the loops over rows and columns of its factors."""
 
@@ -76,14 +76,16 @@ def _tiles(p: Tiles, problem: Conv2d, layout: str) -> list[Step]:
             for (name, to, over), count in zip(TRANSFORMS, shape.factors, strict=True)}
     lines = () if p.by_lines else ("lx", "p")
     rows = _Rows.of(p, problem, layout, width * shape.outputs[1])
-    return [
+    cuts = [
         Split("te", p.block, "e0", "te1"), Split("ye", p.block, "e0", "ye1"), Split("t", count, "e0", "t1"),
-        *d.steps, *o.steps, *m.steps, *c.steps, *t.steps,
+        *d.steps, *o.steps, *m.steps, *c.steps, *t.steps]
+    orders = [
         Reorder((*head, d.names[0], "te1", "tf", "lx", *sums["bx"].loops, "px", "p", *sums["bxb"].loops, "q",
                  d.names[1])),
         Reorder((*head, "g", "h", m.names[0], t.names[0], *c.names, t.names[1], *m.names[1:])),
         Reorder((*head, o.names[0], "ye1", at_output, "qy", *sums["ct"].loops, "iy", "i", *sums["ctc"].loops, "j",
-                 o.names[1])),
+                 o.names[1]))]
+    stages = [
         *sums["bxb"].computed("p"), *sums["bx"].computed("lx"), Attach("vx", at_input), _between(p, "vx", at_input),
         Attach("s.start", at_product), Attach("t", at_product), StageAt("s", at_product, "registers"),
         *sums["ctc"].computed("i"), *sums["ct"].computed("qy"), Attach("yt", at_output), _between(p, "yt", at_output),
@@ -91,7 +93,9 @@ def _tiles(p: Tiles, problem: Conv2d, layout: str) -> list[Step]:
         Attach("v", "e0"), Attach("s", "e0"),
         _planes(p, "v", "c", channels * count), _planes(p, "t", "m", maps * count),
         Layout("u", ("z", "g", "h", f"m/{wide}", "c", f"m%{wide}")),
-        *rows.made,
+        *rows.made]
+    return [
+        *cuts, *orders, *stages,
         Split("x.w", p.lanes, "x.w0", "x.w1", "mask"), Reorder(("x.n", "x.h", "x.w0", "x.w1", "x.c")),
         Unroll((*lines, *(loop for each in sums.values() for loop in each.loops), "px", "q", "iy", "j", "x.w1",
                 c.names[-1], t.names[1], m.names[1], *rows.unrolled)),
@@ -154,6 +158,6 @@ def _planes(p: Tiles, tensor: str, channel: str, elements: int) -> StageAt:
     """The transformed block in memory, ``elements`` a point: vectors of channels, and what is summed over close
     together. Points of long tiles are an odd number of cache lines apart, so that those of a line of a tile, which are
     written one after the other, fall in different sets of a cache."""
-    apart = (("h", LINE * (-(-elements // LINE) | 1)),) if p.by_lines else ()
+    apart = (("h", LINE_ELEMENTS * (-(-elements // LINE_ELEMENTS) | 1)),) if p.by_lines else ()
     order = ("n", "z", "g", "h", f"{channel}/{p.lanes}", "t", f"{channel}%{p.lanes}")
     return StageAt(tensor, "e0", "buffer", order, apart)

@@ -13,11 +13,12 @@ from convsched.schedule.schedule import STEP_KINDS, STEPS, Schedule, apply
 from convsched.schedule.skip import Skip
 from convsched.schedule.split import Split, Tail
 from convsched.schedule.stage import StageAt
-from convsched.schedule.step import MOST, Step
+from convsched.schedule.step import GREATEST_NUMBER, Step
 from convsched.schedule.unroll import Unroll
 from convsched.schedule.vectorize import Vectorize
 
 __all__ = [
-    "Attach", "Fuse", "Inline", "Layout", "MOST", "Parallel", "Peel", "Prefetch", "Reorder", "STEPS", "STEP_KINDS",
-    "Schedule", "Skip", "Split", "StageAt", "Step", "Tail", "Unroll", "Vectorize", "apply", "parse_schedule",
+    "Attach", "Fuse", "GREATEST_NUMBER", "Inline", "Layout", "Parallel", "Peel", "Prefetch", "Reorder", "STEPS",
+    "STEP_KINDS", "Schedule", "Skip", "Split", "StageAt", "Step", "Tail", "Unroll", "Vectorize", "apply",
+    "parse_schedule",
 ]

@@ -47,7 +47,8 @@ class Attach(Step):
         first = self._first_of_two(program)
         before, after = program.stages[first], program.stages[first + 1]
         if before.when != after.when:
-            raise fail(program, self, f"{before.name} and {after.name} run at different times", "leave it", self.at)
+            raise fail(program, self, f"{before.name} and {after.name} run at different times", "leave the step out",
+                           self.at)
         host = after.name if before.name == self.stage else before.name
         body = self._merged(program, (before, after), before.body, after.body, _apart(before, after))
         joined = Stage(host, body, before.when)

@@ -37,7 +37,7 @@ LANES = 512  # the most iterations of a vector loop; recipes have one vector, at
 STATEMENTS = 16384  # the most statements, with their tests, that unrolled loops write out: 2 s of LLVM or less
 REGISTERS = 65536  # the most elements of all register tensors: 256 KiB of stack; recipes have up to 512
 PADDING = 256  # the most a schedule may add: elements of a buffer for one that is copied, or statements run for one
-SMALL = 2**20  # elements (4 MiB) or statements (1 ms) that are few enough whatever is added
+ALLOWANCE = 2**20  # elements (4 MiB) or statements (1 ms) that are few enough whatever is added
 _VECTOR = 16  # lanes of the widest vector instruction: a longer vector loop is several statements
 
 
@@ -163,7 +163,7 @@ def bounded(before: Program, program: Program) -> Program:
         raise fail(program, f"stage {names} in registers", f"they would have {elements} elements",
                    f"stage a smaller tile: at most {REGISTERS}")
     runs, needed = _runs(program), _runs(before)
-    if runs > max(SMALL, needed * PADDING):
+    if runs > max(ALLOWANCE, needed * PADDING):
         raise fail(program, "schedule", f"{runs} statements would run where the nest without it runs {needed}",
                    f"use factors that divide: at most {PADDING} times as many")
     return program

@@ -24,7 +24,7 @@ from convsched.ir import (
 )
 from convsched.ir.walk import indices, map_touching, touching
 from convsched.lazy import cached_property
-from convsched.schedule.checks import PADDING, SMALL, fail
+from convsched.schedule.checks import ALLOWANCE, PADDING, fail
 from convsched.schedule.step import Step
 
 Scope = tuple[Path, Body]  # the loops around a body, the body
@@ -165,13 +165,13 @@ def require_strides(request: Request, order: Sequence[str]) -> None:
     """Raise unless ``align`` names entries of the order, and positive multiples."""
     for entry, multiple in request.align.items():
         if entry not in order or multiple < 1:
-            raise request.fail(f"align={entry}:{multiple} names no stride of {' '.join(order)}",
+            raise request.fail(f"align={entry}:{multiple} does not name a stride of {' '.join(order)}",
                                "use an entry of the order and a positive multiple")
 
 
 def require_room(request: Request, buffer: Tensor, used: int) -> None:
     """Raise where a buffer is far larger than the ``used`` elements that are copied to it or made in it."""
-    most = max(SMALL, used * PADDING)
+    most = max(ALLOWANCE, used * PADDING)
     if buffer.elements > most:
         raise request.fail(f"the buffer would have {buffer.elements} elements for {used} that are used",
                            f"use smaller multiples, blocks or factors: at most {most} elements")

@@ -147,7 +147,7 @@ class _Inliner:
             within, found = self._body(statement.body, {**extents, statement.var: statement.extent})
             own = [digit for digit in found if statement.var in digit.of.variables]
             if own and statement.kind == "vector":
-                raise fail(self.program, self.step, f"lanes of {statement.var} would be apart by no fixed distance",
+                raise fail(self.program, self.step, f"lanes of {statement.var} would not be a fixed distance apart",
                            "vectorize another loop", statement.var)
             for digit in reversed(own):
                 within = (replace(digit, body=within),)

@@ -37,7 +37,7 @@ class Prefetch(Step):
             names = ", ".join(t.name for t in program.tensors if t.role not in ("register", "constant"))
             raise fail(program, self, f"there is no tensor {self.tensor} in memory", f"use one of {names}")
         if self.ahead < 1:
-            raise fail(program, self, f"it is {self.ahead} iterations ahead", "use a positive integer", self.at)
+            raise fail(program, self, f"the distance is {self.ahead} iterations", "use a positive integer", self.at)
 
         def change(loop: Loop) -> Body:
             if loop.kind in ("unroll", "vector"):

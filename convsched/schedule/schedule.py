@@ -63,7 +63,7 @@ class Schedule:
         for step in self.steps:
             if not isinstance(step, STEP_KINDS):
                 raise ScheduleError(shown(step), "is not a step",
-                                    f"use {', '.join(kind.__name__ for kind in STEP_KINDS)}")
+                                    f"use one of {', '.join(kind.__name__ for kind in STEP_KINDS)}")
 
     @cached_property
     def text(self) -> str:
@@ -88,7 +88,7 @@ class Schedule:
             kind = item.get("step")
             fields = {str(k): _tuples(v) for k, v in item.items() if k != "step"}
             if not isinstance(kind, str) or kind not in kinds:
-                raise ScheduleError(shown(item), "is not a step", f"use {', '.join(kinds)}")
+                raise ScheduleError(shown(item), "is not a step", f"use one of {', '.join(kinds)}")
             try:
                 made.append(kinds[kind](**fields))
             except TypeError as error:

@@ -25,7 +25,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 from convsched.errors import ScheduleError
 from convsched.ir import Program
 
-MOST = 2**31 - 1  # the greatest number in a step: sizes of loops and strides made of it fit 64-bit addresses
+GREATEST_NUMBER = 2**31 - 1  # the greatest number in a step: sizes of loops and strides made of it fit 64-bit addresses
 
 
 @dataclass(frozen=True)
@@ -164,8 +164,8 @@ def _matching(pattern: str, allowed: str) -> _Value:
 
 _NAME = _matching(r"[A-Za-z_][A-Za-z0-9_.]*", "a name such as 'm0', of letters, digits, _ and .")
 _ENTRY = _matching(r"[A-Za-z0-9_./%]+", "a name such as 'h' or 'c/16'")
-_NUMBER = _Value(r"[0-9]{1,40}", lambda value: type(value) is int and 0 <= value <= MOST,
-                 f"an integer of at most {MOST}, not negative", str, int)
+_NUMBER = _Value(r"[0-9]{1,40}", lambda value: type(value) is int and 0 <= value <= GREATEST_NUMBER,
+                 f"an integer of at most {GREATEST_NUMBER}, not negative", str, int)
 
 
 def _several(one: _Value) -> _Value:
@@ -189,5 +189,5 @@ def _pairs(entry: _Value, number: _Value) -> _Value:
 
     one = f"{entry.pattern}:{number.pattern}"
     return _Value(f"{one}(?:,{one})*", holds,
-                  f"a tuple of pairs such as ('h', 16), each entry once, of integers of at most {MOST}",
+                  f"a tuple of pairs such as ('h', 16), each entry once, of integers of at most {GREATEST_NUMBER}",
                   lambda value: ",".join(f"{name}:{multiple}" for name, multiple in value), read)

@@ -104,7 +104,8 @@ def _require_filled(request: Request, box: Box, body: Body) -> list[tuple[int, A
         rests = [(axis, guard - position) for axis, position in enumerate(leaf.index)]
         fitting = [(axis, rest) for axis, rest in rests if not rest.variables & extents.keys()]
         if not fitting:
-            raise request.fail(f"where {name} is stored is not bounded along one axis", "use factors that divide")
+            raise request.fail(f"the place at which {name} is stored is not bounded along one axis",
+                               "use factors that divide")
         found.append(fitting[0])
     return found
 

@@ -26,7 +26,7 @@ from convsched.ir import (
 from convsched.kernels.emit.forms import ONE, Form, Lanes, Reference, Site
 from convsched.kernels.emit.vectors import constant
 
-APART = 1 << 20  # more than an index of a register tensor: keeps the places along its axes apart in one number
+AXIS_STRIDE = 1 << 20  # more than an index of a register tensor: keeps the places along its axes apart in one number
 
 
 @dataclass(slots=True)
@@ -191,7 +191,7 @@ class Nest:
         return self.program.tensor(tensor).role == "register" and tensor not in self.on_stack
 
     def _held(self, tensor: str, index: Index, site: Site) -> Held:
-        place = site.flat(index, [APART] * len(index))
+        place = site.flat(index, [AXIS_STRIDE] * len(index))
         count = site.lanes.count if place.stride else 1
         return Held(tensor, place, count, "zeroinitializer" if count > 1 else "0.0", count < site.lanes.count)
 

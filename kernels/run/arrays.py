@@ -81,7 +81,7 @@ def check_weights(problem: Problem, weight: object, bias: object) -> dict[str, A
             raise ArrayError(f"bias is missing; the layer has bias=True: give shape {problem.bias_shape}")
         arrays["b"] = check_input("bias", bias, problem.bias_shape)
     elif bias is not None:
-        raise ArrayError("bias is given but the layer has bias=False")
+        raise ArrayError("bias is given but the layer has bias=False; leave it out")
     return arrays
 
 

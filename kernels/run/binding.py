@@ -22,7 +22,7 @@ import numpy.typing as npt
 from convsched.errors import LoweringError
 from convsched.ir import Affine, Const, Index, Load, Op, Program, Reduce, Stage, Store, leaves, loads
 from convsched.kernels.run.packing import (
-    BLOCK,
+    BLOCK_ELEMENTS,
     Array,
     Box,
     Copy,
@@ -37,7 +37,7 @@ from convsched.kernels.run.packing import (
 )
 
 Doubles: TypeAlias = npt.NDArray[np.float64]
-COMBINED = 1 << 10  # elements: the largest product of matrices that is applied as one, in one pass over the values
+COMBINED_ELEMENTS = 1 << 10  # the largest product of matrices that is applied as one, in one pass over the values
 PRODUCTS = 1 << 18  # of one call: for more, OpenBLAS starts threads, which wait for one another on a busy machine
 
 
@@ -106,7 +106,7 @@ class Transform:
         rows = tuple(extent for factor in self.factors for extent in factor.extents)
         steps = source_steps(source, self.coefficients, len(self.summed) + len(self.extents))
         sizes = block_sizes(self.extents, (steps[len(self.summed):], self.strides),
-                            max(1, 3 * BLOCK // self._largest))
+                            max(1, 3 * BLOCK_ELEMENTS // self._largest))
         whole_rows = [slice(None)] * len(rows)
         row_strides = [stride for factor in self.factors for stride in factor.strides]
         to = np.lib.stride_tricks.as_strided(packed, (*rows, *self.extents),
@@ -127,7 +127,7 @@ class Transform:
     def _matrices(self) -> list[Doubles]:
         """Those of the factors, or their Kronecker product where it is small."""
         matrices = [factor.matrix for factor in self.factors]
-        if prod(matrix.size for matrix in matrices) > COMBINED:
+        if prod(matrix.size for matrix in matrices) > COMBINED_ELEMENTS:
             return matrices
         return [reduce(_kronecker, matrices)]
 

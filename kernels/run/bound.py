@@ -141,7 +141,7 @@ class BoundKernel(Bound["Kernel"]):
                 raise ArrayError(f"residual is missing; the layer has residual=True: give {kernel.y_shape}")
             inputs["residual"] = check_input("residual", residual, kernel.y_shape)
         elif residual is not None:
-            raise ArrayError("residual is given but the layer has residual=False")
+            raise ArrayError("residual is given but the layer has residual=False; leave it out")
         y = np.empty(kernel.y_shape, np.float32) if out is None else check_output(out, kernel.y_shape, inputs)
         self.run(dict(zip("xzy" if problem.residual else "xy", (*inputs.values(), y), strict=True)))
         clear_tail(problem, kernel.layout, y)

@@ -1,7 +1,7 @@
-"""The callable: a plan's code with its buffers, weights packed when they are bound.
+"""A layer's kernel: a plan's code with its buffers; ``bind`` packs weights for it.
 
-``Kernel`` is compiled code for a problem; ``BoundKernel`` adds weights. A call takes the addresses of x, y
-and z, fills the table of tensors and runs the stages. Local tensors live in a workspace that the call
+``Kernel`` is compiled code for a problem; what ``bind`` gives, a ``BoundKernel``, has the weights too. A call takes the
+addresses of x, y and z, fills the table of tensors and runs the stages. Local tensors live in a workspace that the call
 borrows from the kernel: concurrent calls get one each, and a warm call allocates nothing.
 """
 

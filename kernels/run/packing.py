@@ -22,9 +22,9 @@ import numpy.typing as npt
 from convsched.ir import Affine, Index, Load, Program, Stage, leaves
 
 Array = npt.NDArray[np.float32]
-ALIGNMENT = 64  # bytes: a cache line, and the widest vector
-BLOCK = 1 << 15  # elements: 128 KiB, so that a block stays in L2 beside what is made of it
-_LINE = ALIGNMENT // 4
+ALIGNMENT_BYTES = 64  # bytes: a cache line, and the widest vector
+BLOCK_ELEMENTS = 1 << 15  # elements: 128 KiB, so that a block stays in L2 beside what is made of it
+_LINE = ALIGNMENT_BYTES // 4
 _LEAST_NORMAL = 1 << 23  # the bits of the smallest normal number
 _SETS = 256  # elements: rows that are a multiple of 1 KiB apart share a few sets of the cache
 
@@ -181,7 +181,7 @@ def _copy_blocks(target: Array, source: Array, extents: Sequence[int], written: 
     """Copy over loops of given strides (in elements) of target and source, denormals flushed."""
     loops = _merged(sorted(zip(extents, written, read, strict=True), key=lambda loop: -loop[1]))
     extents, written, read = ([loop[i] for loop in loops] for i in range(3))
-    sizes = block_sizes(extents, (read, written), BLOCK)
+    sizes = block_sizes(extents, (read, written), BLOCK_ELEMENTS)
     to = np.lib.stride_tricks.as_strided(target, extents, [4 * s for s in written])
     of = np.lib.stride_tricks.as_strided(source, extents, [4 * s for s in read], writeable=False)
     scratch, staged = _scratch(sizes, read)
@@ -220,8 +220,8 @@ def _scratch(sizes: Sequence[int], strides: Sequence[int]) -> tuple[Array, Array
 
 def aligned_zeros(elements: int) -> Array:
     """A flat array of zeros whose data starts on a cache line."""
-    raw = np.zeros(elements + ALIGNMENT // 4, np.float32)
-    start = -raw.ctypes.data % ALIGNMENT // 4
+    raw = np.zeros(elements + ALIGNMENT_BYTES // 4, np.float32)
+    start = -raw.ctypes.data % ALIGNMENT_BYTES // 4
     return raw[start:start + elements]
 
 
