@@ -69,7 +69,8 @@ def compile(layer: Problem | Program, *, algorithm: str | None = None, schedule:
 
     Raises ScheduleError where a schedule does not fit, LoweringError for the rest.
     """
-    _require_layer(layer)
+    if not isinstance(layer, Conv2d | Linear | Program):
+        raise LoweringError(f"compile takes a Conv2d, a Linear or a convsched.ir.Program, not {type(layer).__name__}")
     _choose("accuracy", accuracy, ACCURACIES)
     _choose("layout", layout, LAYOUTS)
     _choose("backend", backend, BACKENDS)
@@ -100,18 +101,16 @@ def compile_each(layers: Iterable[Problem], **options: Any) -> list[Kernel]:
     ``options`` are those of ``compile``. The kernels come in the order of the layers. Raises what ``compile`` raises
     for the first layer that fails, after those that were begun have ended.
     """
+    if isinstance(layers, Conv2d | Linear):
+        raise LoweringError("compile_each takes several layers, such as a list; use compile for one")
     wanted = list(layers)
     for layer in wanted:
-        _require_layer(layer)
+        if not isinstance(layer, Conv2d | Linear):
+            raise LoweringError(f"compile_each takes layers, each a Conv2d or a Linear, not {type(layer).__name__}")
     distinct = list(dict.fromkeys(wanted))
     with ThreadPoolExecutor(max(1, min(host.machine().cores, len(distinct)))) as pool:
         made = dict(zip(distinct, pool.map(lambda layer: compile(layer, **options), distinct), strict=True))
     return [made[layer] for layer in wanted]
-
-
-def _require_layer(layer: object) -> None:
-    if not isinstance(layer, Conv2d | Linear | Program):
-        raise LoweringError(f"compile takes a Conv2d, a Linear or a convsched.ir.Program, not {type(layer).__name__}")
 
 
 def _compile_program(plan: ProgramPlan, code: type[Code], limit: int | None) -> ProgramKernel:

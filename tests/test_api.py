@@ -345,3 +345,5 @@ def test_the_first_layer_that_fails_is_told() -> None:
         cs.compile_each([cs.Conv2d(4, 8, 3, input_size=6), cs.Linear(4, 8)], algorithm="winograd")
     with pytest.raises(LoweringError, match="not dict"):
         cs.compile_each([{}])  # type: ignore[list-item]
+    with pytest.raises(LoweringError, match="use compile for one"):
+        cs.compile_each(cs.Linear(4, 8))  # type: ignore[arg-type]

@@ -36,7 +36,7 @@ COPIES = 512  # the most statements of a nest, as printed; recipes have up to 40
 LANES = 512  # the most iterations of a vector loop; recipes have one vector, at most 16
 STATEMENTS = 16384  # the most statements, with their tests, that unrolled loops write out: 2 s of LLVM or less
 REGISTERS = 65536  # the most elements of all register tensors: 256 KiB of stack; recipes have up to 512
-PADDING = 256  # the most a schedule may add: elements of a buffer for one that is copied, or statements run for one
+PADDING = 256  # the most a schedule may add: elements of a buffer for one that is used, or statements run for one
 ALLOWANCE = 2**20  # elements (4 MiB) or statements (1 ms) that are few enough whatever is added
 _VECTOR = 16  # lanes of the widest vector instruction: a longer vector loop is several statements
 
