@@ -50,7 +50,11 @@ def from_layout(array: Array, shape: tuple[int, ...], layout: str) -> Array:
     return np.ascontiguousarray(array.transpose(0, 1, 4, 2, 3).reshape(n, -1, h, w)[:, :c])
 
 
-def clear_tail(problem: Problem, layout: str, out: Array) -> None:
+def has_tail(problem: Problem, layout: str) -> bool:
+    """Whether a blocked output has channels that no map owns."""
+    return layout == "nchw16c" and isinstance(problem, Conv2d) and problem.M % 16 > 0
+
+
+def clear_tail(problem: Problem, out: Array) -> None:
     """Zero the channels of a blocked output that no map owns."""
-    if layout == "nchw16c" and isinstance(problem, Conv2d) and problem.M % 16:
-        out[:, -1, :, :, problem.M % 16:] = 0.0
+    out[:, -1, :, :, problem.M % 16:] = 0.0

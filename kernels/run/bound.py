@@ -17,7 +17,7 @@ from convsched.kernels.run.arrays import check_input, check_output
 from convsched.kernels.run.packing import aligned_zeros, plain
 from convsched.kernels.run.pool import run_all
 from convsched.kernels.signature import Interface
-from convsched.problem.layout import Array, clear_tail, from_layout
+from convsched.problem.layout import Array, clear_tail, from_layout, has_tail
 from convsched.problem.reference import convolve
 
 if TYPE_CHECKING:
@@ -79,6 +79,8 @@ class Bound(Generic[K]):
         self.code = kernel.code
         self.weights = weights
         self._slots = {n: i for i, n in enumerate(self.code.interface.names)}
+        self._threads = kernel.threads
+        self._stages = tuple(zip(self.code.stages, self.code.interface.is_parallel, strict=True))
         self._idle: list[Workspace] = []
 
     def run(self, arrays: Mapping[str, Array]) -> None:
@@ -90,13 +92,13 @@ class Bound(Generic[K]):
             self._idle.append(workspace)
 
     def _run(self, tables: list[Any], arrays: Mapping[str, Array]) -> None:
-        threads, interface = self.kernel.threads, self.code.interface
+        slots, threads = self._slots, self._threads
         for name, array in arrays.items():
-            if name in self._slots:
-                slot, address = self._slots[name], array.ctypes.data
+            if name in slots:
+                slot, address = slots[name], array.ctypes.data
                 for table in tables:
                     table[slot] = address
-        for function, parallel in zip(self.code.stages, interface.is_parallel, strict=True):
+        for function, parallel in self._stages:
             if threads == 1 or not parallel:
                 function(tables[0], 0, 1)
             else:
@@ -107,7 +109,7 @@ class Bound(Generic[K]):
         try:
             return self._idle.pop()
         except IndexError:
-            return self._workspace(self.kernel.threads)
+            return self._workspace(self._threads)
 
     def _workspace(self, threads: int) -> Workspace:
         """A workspace whose tables hold the weights; inputs and outputs are still to be set."""
@@ -131,20 +133,25 @@ class BoundKernel(Bound["Kernel"]):
                  given: tuple[Array, Array | None] | None = None) -> None:
         super().__init__(kernel, weights)
         self.given = given
+        self._problem, self._has_tail = kernel.problem, has_tail(kernel.problem, kernel.layout)
 
     def __call__(self, x: Array, *, out: Array | None = None, residual: Array | None = None) -> Array:
         """The layer's output for ``x``; written into ``out`` if given. Safe to call from several threads."""
-        kernel, problem = self.kernel, self.kernel.problem
+        kernel = self.kernel
         inputs = {"x": check_input("x", x, kernel.x_shape)}
-        if problem.residual:
+        if self._problem.residual:
             if residual is None:
                 raise ArrayError(f"residual is missing; the layer has residual=True: give {kernel.y_shape}")
             inputs["residual"] = check_input("residual", residual, kernel.y_shape)
         elif residual is not None:
             raise ArrayError("residual is given but the layer has residual=False; leave it out")
         y = np.empty(kernel.y_shape, np.float32) if out is None else check_output(out, kernel.y_shape, inputs)
-        self.run(dict(zip("xzy" if problem.residual else "xy", (*inputs.values(), y), strict=True)))
-        clear_tail(problem, kernel.layout, y)
+        arrays = {"x": inputs["x"], "y": y}
+        if residual is not None:
+            arrays["z"] = inputs["residual"]
+        self.run(arrays)
+        if self._has_tail:
+            clear_tail(self._problem, y)
         return y
 
     def measured_error(self, x: Array, residual: Array | None = None) -> float:
