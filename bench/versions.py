@@ -56,7 +56,8 @@ def answer(request):
     if request["do"] == "bind":
         layer, kernel, *_ = compiled(request["text"], request["layout"], None, False)
         random = np.random.default_rng(0)
-        shapes = (kernel.x_shape, layer.weight_shape, layer.bias_shape, kernel.y_shape)
+        bias_shape = (layer.M,) if layer.bias else None
+        shapes = (kernel.x_shape, layer.weight_shape, bias_shape, kernel.y_shape)
         x, weight, bias, residual = (None if s is None else random.standard_normal(s, np.float32) for s in shapes)
         bound, y = kernel.bind(weight, bias), np.zeros(kernel.y_shape, np.float32)
         call = (lambda: bound(x, out=y, residual=residual)) if layer.residual else (lambda: bound(x, out=y))
@@ -174,6 +175,8 @@ def measure(pair: list[Version], layer: Problem, layout: str, rounds: int, compi
     for number in range(rounds):
         for side in (0, 1) if number % 2 else (1, 0):
             least[side] = min(least[side], pair[side].ask(do="time", calls=calls)["seconds"])
+    if wrong := [side["error"] for side in bound if "error" in side]:
+        raise click.ClickException(f"{layer.text}: {wrong[0]}")
     names = [side["algorithm"] for side in bound]
     return Row(layer.text, names[0], names[1], (least[0], least[1]), default, winograd, cached)
 
